@@ -1,0 +1,6 @@
+"""All public functions, stateless, as in torch.nn.functional."""
+
+from pynlp.ops.attention import attention
+from pynlp.ops.positions import alibi_slopes
+
+__all__ = ["alibi_slopes", "attention"]

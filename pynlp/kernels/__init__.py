@@ -1,0 +1,5 @@
+"""The Triton kernels; in a checkout they lie in the top-level folder `kernels/`, in a wheel here."""
+
+from pathlib import Path
+
+__path__.append(str(Path(__file__).resolve().parents[2] / "kernels"))
