@@ -1,7 +1,11 @@
-"""Fused kernels for NLP models: one call, on a GPU through Triton, on a CPU through native SIMD code, anywhere in PyTorch."""
+"""Fused NLP kernels: one call, on a GPU through Triton, on a CPU through native SIMD code, anywhere in PyTorch."""
 
 __version__ = "0.1.0"
 
 from pynlp import functional
+from pynlp.backends import get_isa, info, load_native, set_isa
 
-__all__ = ["functional"]
+__all__ = ["functional", "get_isa", "info", "set_isa"]
+
+load_native()  # after the ops are defined
+del load_native

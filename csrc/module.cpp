@@ -1,0 +1,33 @@
+// What Python needs of the native code besides the ops: the instruction sets found and in use, and the probes.
+#include <pybind11/pybind11.h>
+
+#include "isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict as_dict(const pynlp::Features& f) {
+  py::dict features;
+  features["avx2"] = f.avx2;
+  features["avx512"] = f.avx512;
+  features["avx512_bf16"] = f.avx512_bf16;
+  features["avx512_vnni"] = f.avx512_vnni;
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU code of pynlp; importing it registers the CPU kernels of the ops.";
+
+  py::enum_<pynlp::Isa>(m, "Isa", "Levels of instruction sets, each with all of those before it.")
+      .value("portable", pynlp::Isa::portable)
+      .value("avx2", pynlp::Isa::avx2)
+      .value("avx512", pynlp::Isa::avx512)
+      .value("avx512_bf16_vnni", pynlp::Isa::avx512_bf16_vnni);
+  m.def("detected_features", [] { return as_dict(pynlp::detected_features()); }, "What this CPU has.");
+  m.def("features", [] { return as_dict(pynlp::features()); }, "What the kernels may use.");
+  m.def("isa", &pynlp::isa, "The level in use.");
+  m.def("set_isa", &pynlp::set_isa, py::arg("highest"), "Use no feature above this level from now on.");
+}
