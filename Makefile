@@ -1,0 +1,46 @@
+# make demo | bench | test: each is complete on a fresh machine. It creates .venv, installs what constraints.txt pins,
+# builds the native extension and runs. What is up to date is not done again.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+APT := apt-get install -y python3-venv python3-dev g++
+CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo bench test lint install clean FORCE
+
+demo: install
+	$(PY) examples/language_model.py
+
+bench: install
+	$(PY) -m benchmarks.attention
+	$(PY) -m benchmarks.audit
+
+test: install lint
+	$(PY) -m pytest --durations=15
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+install: build/.extension
+
+# pip leaves the extension to build_ext, which compiles only what changed.
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The pinned tools need Python 3.11 or newer (pynlp itself 3.10): make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "The venv module of $(PYTHON) is missing: $(APT)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch
+	PYNLP_BUILD_CPP=0 $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build/.extension: .venv/.installed $(CSRC) $(if $(wildcard pynlp/_C*.so),,FORCE)
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is missing: $(APT)" >&2; exit 1; }
+	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+		{ echo "Python.h is missing: $(APT)" >&2; exit 1; }
+	$(PY) setup.py --quiet build_ext --inplace --force
+	@mkdir -p build && touch $@
+
+clean:
+	rm -rf build dist *.egg-info pynlp/_C*.so .venv
