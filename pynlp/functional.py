@@ -1,6 +1,6 @@
 """All public functions, stateless, as in torch.nn.functional."""
 
 from pynlp.ops.attention import attention
-from pynlp.ops.positions import alibi_slopes
+from pynlp.ops.positions import alibi_slopes, rotary_tables
 
-__all__ = ["alibi_slopes", "attention"]
+__all__ = ["alibi_slopes", "attention", "rotary_tables"]

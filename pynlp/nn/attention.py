@@ -1,0 +1,262 @@
+"""Multi-head attention as a module: four projections around `pynlp.functional.attention`."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pynlp.ops.attention import attention as fused_attention
+from pynlp.ops.positions import alibi_slopes, rotary_tables
+
+POSITIONS = ("none", "rope", "alibi", "relative")
+
+
+class MultiHeadAttention(nn.Module):
+    """Self- or cross-attention with grouped heads, windows and three positional schemes.
+
+    Shapes: B batch, Sq queries, Sk keys, E embed_dim, H heads, G key/value heads, D = E / H.
+
+    Args:
+        embed_dim: Width of the input and the output; a multiple of `heads`.
+        heads: Query heads.
+        kv_heads: Key/value heads, a divisor of `heads`; consecutive query heads share one. `heads` by default.
+        memory_dim: Width of the memory in cross-attention; `embed_dim` by default.
+        bias: Whether the four projections have one.
+        causal, window, softcap: As in `pynlp.functional.attention`.
+        positions: "none", "rope", "alibi" or "relative" (T5's learned bias). The last three are for self-attention.
+        rotary_dim: Channels of a head that "rope" turns; D by default.
+        rotary_base: RoPE's base.
+        rotary_scaling: Further arguments of `pynlp.functional.rotary_tables`, e.g.
+            `{"scaling": "llama3", "factor": 8.0, "original_positions": 8192}`.
+        rotary_interleaved: Pairs are channels (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        max_positions: Positions "rope" has tables for.
+        relative_buckets: Rows of the table `relative_bias` of "relative".
+        relative_max_distance: Distance from which on all keys fall into its last bucket.
+        attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`.
+
+    ALiBi's slopes are a constant; assign an `nn.Parameter` to `alibi_slopes` to train them.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Source: Vaswani et al., arXiv 1706.03762; grouped heads: Ainslie et al., arXiv 2305.13245.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        memory_dim: int | None = None,
+        bias: bool = True,
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float = 0.0,
+        positions: str = "none",
+        rotary_dim: int | None = None,
+        rotary_base: float = 10000.0,
+        rotary_scaling: Mapping[str, object] | None = None,
+        rotary_interleaved: bool = False,
+        max_positions: int = 2048,
+        relative_buckets: int = 32,
+        relative_max_distance: int = 128,
+        attention: Callable[..., Tensor] = fused_attention,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or embed_dim < 1 or embed_dim % heads:
+            raise ValueError(f"embed_dim: expected a positive multiple of heads={heads}, got {embed_dim}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
+        self.embed_dim, self.heads, self.kv_heads = embed_dim, heads, kv_heads
+        self.memory_dim = embed_dim if memory_dim is None else memory_dim
+        self.head_dim = head_dim = embed_dim // heads
+        self.causal, self.window, self.softcap = causal, window, softcap
+        self.positions = positions
+        self.rotary_interleaved = rotary_interleaved
+        self.relative_max_distance = relative_max_distance
+        self.attention = attention
+
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, heads * head_dim, bias, **factory)
+        self.k_proj = nn.Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
+        self.v_proj = nn.Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
+        self.out_proj = nn.Linear(heads * head_dim, embed_dim, bias, **factory)
+
+        self.rotary = None
+        if positions == "rope":
+            rotary_dim = head_dim if rotary_dim is None else rotary_dim
+            if rotary_dim > head_dim:
+                raise ValueError(f"rotary_dim: expected at most embed_dim / heads = {head_dim}, got {rotary_dim}")
+            self.rotary = RotaryTables(
+                max_positions, rotary_dim, base=rotary_base, device=device, **(rotary_scaling or {})
+            )
+        self.register_buffer(
+            "alibi_slopes", alibi_slopes(heads, device=device) if positions == "alibi" else None, persistent=False
+        )
+        self.relative_bias = None
+        if positions == "relative":
+            self.relative_bias = nn.Parameter(torch.empty(relative_buckets, heads, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.MultiheadAttention: Xavier over q, k and v as one matrix, zero biases; T5's for its table."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        together = sum(projection.out_features for projection in projections)
+        for projection in projections:
+            # With a memory of its own width the three are no longer one matrix.
+            fan_out = together if self.memory_dim == self.embed_dim else projection.out_features
+            bound = math.sqrt(6 / (projection.in_features + fan_out))
+            nn.init.uniform_(projection.weight, -bound, bound)
+        self.out_proj.reset_parameters()
+        for projection in (*projections, self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.relative_bias is not None:
+            nn.init.normal_(self.relative_bias, std=self.embed_dim**-0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+        rotary_offset: int | Tensor = 0,
+    ) -> Tensor:
+        """Each token of x looks at x, or at memory.
+
+        Args:
+            x: `(B, Sq, E)`.
+            memory: `(B, Sk, memory_dim)`: keys and values come from here; only with `positions="none"`.
+            key_lengths: int32 `(B,)`, the keys that are there; the padding behind them is masked.
+            rotary_offset: With "rope", the position of the first token, or the positions `(B, Sq)` of all.
+
+        Returns:
+            `(B, Sq, E)`.
+        """
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(f"x: expected shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}")
+        if memory is None:
+            if self.memory_dim != self.embed_dim:
+                raise ValueError(f"memory: expected shape (batch, seqlen, {self.memory_dim}), got None")
+            memory = x
+        elif self.positions != "none":
+            raise ValueError(
+                f"memory: expected None with positions={self.positions!r}, whose distances between x and memory "
+                "would mean nothing; cross-attention takes positions='none'"
+            )
+        elif memory.dim() != 3 or memory.shape[2] != self.memory_dim:
+            raise ValueError(f"memory: expected shape (batch, seqlen, {self.memory_dim}), got {tuple(memory.shape)}")
+        if self.rotary is not None and not isinstance(rotary_offset, Tensor):
+            self.rotary.check(rotary_offset, x.shape[1])
+
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
+        k = self.k_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))  # (B, Sk, G, D)
+        v = self.v_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))  # (B, Sk, G, D)
+        out = self.attention(
+            q, k, v,
+            causal=self.causal, window=self.window, softcap=self.softcap, key_lengths=key_lengths,
+            alibi_slopes=self.alibi_slopes,
+            relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
+            rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
+            rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
+        )  # fmt: skip
+        return self.out_proj(out.flatten(-2))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # Slopes stay fp32 in a module cast to half precision, and come to be in one made on the meta device.
+        if self._buffers.get("alibi_slopes") is not None:
+            self.alibi_slopes = alibi_slopes(self.heads, device=self.alibi_slopes.device)
+        return self
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **options) -> "MultiHeadAttention":
+        """A module with the weights of a torch.nn.MultiheadAttention.
+
+        Input and output are batch-first whatever `module.batch_first` is. What torch takes at every call is an option
+        here: `causal=True` for its causal mask; its `key_padding_mask` becomes `key_lengths`.
+
+        Args:
+            module: To copy the weights, dtype, device and training mode from.
+            options: Further arguments of the constructor, e.g. `causal` or `positions`.
+
+        Raises:
+            ValueError: the module has what this one has not (bias_k, zero attention, unlike kdim and vdim, dropout in
+                training mode).
+        """
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("module: expected add_bias_kv=False and add_zero_attn=False, which have no counterpart")
+        if module.kdim != module.vdim:
+            raise ValueError(
+                f"module: expected keys and values of one width, got kdim={module.kdim} and vdim={module.vdim}"
+            )
+        if module.dropout > 0 and module.training:
+            raise ValueError(
+                f"module: expected dropout=0 or evaluation mode, as attention drops nothing here, got {module.dropout}"
+            )
+        weight = module.out_proj.weight
+        ours = cls(
+            module.embed_dim,
+            module.num_heads,
+            memory_dim=module.kdim,
+            bias=module.in_proj_bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        if module.in_proj_weight is not None:
+            weights = module.in_proj_weight.chunk(3)
+        else:
+            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        projections = (ours.q_proj, ours.k_proj, ours.v_proj)
+        with torch.no_grad():
+            for projection, weight in zip(projections, weights, strict=True):
+                projection.weight.copy_(weight)
+            ours.out_proj.weight.copy_(module.out_proj.weight)
+            if module.in_proj_bias is not None:
+                for projection, bias in zip(projections, module.in_proj_bias.chunk(3), strict=True):
+                    projection.bias.copy_(bias)
+                ours.out_proj.bias.copy_(module.out_proj.bias)
+        return ours.train(module.training)
+
+    def extra_repr(self) -> str:
+        window = "" if self.window is None else f", window={self.window}"
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, positions={self.positions!r}, causal={self.causal}{window}"
+        )
+
+
+class RotaryTables(nn.Module):
+    """RoPE's `(cos, sin)` as buffers, in fp32 whatever the module around them is cast to; layers may share one."""
+
+    def __init__(self, max_positions: int, rotary_dim: int, *, device: torch.device | str | None = None, **options):
+        super().__init__()
+        self.max_positions, self.rotary_dim, self.options = max_positions, rotary_dim, options
+        cos, sin = rotary_tables(max_positions, rotary_dim, device=device, **options)
+        self.register_buffer("cos", cos, persistent=False)  # (max_positions, rotary_dim / 2)
+        self.register_buffer("sin", sin, persistent=False)  # (max_positions, rotary_dim / 2)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # In bf16 the angles of neighbouring positions would fall together, and a module that was made on the meta
+        # device gets buffers with nothing in them: so computed anew where they have gone.
+        self.cos, self.sin = rotary_tables(self.max_positions, self.rotary_dim, device=self.cos.device, **self.options)
+        return self
+
+    def check(self, offset: int, seqlen: int) -> None:
+        if offset < 0 or offset + seqlen > self.max_positions:
+            raise ValueError(
+                f"x: expected positions from 0 to max_positions - 1 = {self.max_positions - 1}, "
+                f"got {offset} to {offset + seqlen - 1}"
+            )
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{self.max_positions}, {self.rotary_dim}{options}"

@@ -1,0 +1,361 @@
+"""MultiHeadAttention against torch.nn.MultiheadAttention and against plain PyTorch in fp64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from pynlp.functional import alibi_slopes, rotary_tables
+from pynlp.nn import MultiHeadAttention
+
+BATCH, SEQLEN, EMBED_DIM, HEADS = 2, 13, 24, 4
+
+VARIANTS = {
+    "plain": dict(),
+    "causal, grouped heads": dict(causal=True, kv_heads=2),
+    "rope": dict(causal=True, positions="rope", kv_heads=1),
+    "interleaved partial rope": dict(positions="rope", rotary_dim=4, rotary_interleaved=True),
+    "yarn": dict(
+        positions="rope", rotary_base=500.0, rotary_scaling=dict(scaling="yarn", factor=4.0, original_positions=64)
+    ),
+    "alibi": dict(causal=True, positions="alibi"),
+    "relative": dict(positions="relative", relative_buckets=8, relative_max_distance=6),
+    "causal relative": dict(causal=True, positions="relative", relative_buckets=8, relative_max_distance=6),
+    "window, softcap": dict(causal=True, window=(3, 0), softcap=2.0, bias=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tokens(batch=BATCH, seqlen=SEQLEN, width=EMBED_DIM, **options):
+    return torch.randn(batch, seqlen, width, **options)
+
+
+def eager(module, x, memory=None, key_lengths=None, offset=0):
+    """The module's result with plain PyTorch operations in the dtype of x; a dense matrix of scores."""
+    memory = x if memory is None else memory
+    heads, head_dim, seqlen_q, seqlen_k = module.heads, module.head_dim, x.shape[1], memory.shape[1]
+
+    def project(projection, source, count):
+        out = source @ projection.weight.T + (0 if projection.bias is None else projection.bias)
+        out = out.view(*source.shape[:2], count, head_dim).transpose(1, 2)  # (B, heads, S, D)
+        return out.repeat_interleave(heads // count, dim=1)
+
+    q = project(module.q_proj, x, heads)
+    k, v = (project(p, memory, module.kv_heads) for p in (module.k_proj, module.v_proj))
+    if module.positions == "rope":
+        cos, sin = (t[offset : offset + seqlen_k].to(x.dtype) for t in (module.rotary.cos, module.rotary.sin))
+        turn = torch.complex(cos, sin)  # (S, R / 2)
+        q, k = (_turned(t, turn, module.rotary_interleaved) for t in (q, k))
+    scores = q @ k.transpose(2, 3) / math.sqrt(head_dim)
+    if module.softcap:
+        scores = module.softcap * torch.tanh(scores / module.softcap)
+    distance = torch.arange(seqlen_k) - torch.arange(seqlen_k - seqlen_q, seqlen_k)[:, None]  # (Sq, Sk)
+    if module.positions == "alibi":
+        scores = scores - alibi_slopes(heads).to(x.dtype)[:, None, None] * distance.abs()
+    if module.positions == "relative":
+        buckets = T5Attention._relative_position_bucket(
+            distance, not module.causal, module.relative_bias.shape[0], module.relative_max_distance
+        )
+        scores = scores + module.relative_bias[buckets].permute(2, 0, 1)
+    left = math.inf if module.window is None else module.window[0]
+    right = 0 if module.causal else math.inf
+    visible = (distance >= -left) & (distance <= right)
+    if key_lengths is not None:
+        visible = visible & (torch.arange(seqlen_k) < key_lengths[:, None, None, None])
+    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    out = (probabilities @ v).transpose(1, 2).flatten(2)
+    return out @ module.out_proj.weight.T + (0 if module.out_proj.bias is None else module.out_proj.bias)
+
+
+def _turned(x, turn, interleaved):
+    """Channel pairs as complex numbers, multiplied by exp(i angle)."""
+    rotary_dim = 2 * turn.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    pairs = turned.unflatten(-1, (-1, 2)) if interleaved else turned.unflatten(-1, (2, -1)).transpose(-1, -2)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    turned = pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
+    return torch.cat((turned, rest), -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", ["self", "cross", "causal", "padded"])
+def test_equals_torch(case, bias):
+    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, bias=bias, batch_first=True)
+    if bias:  # torch's are zero, which would hide a wrong one
+        nn.init.normal_(theirs.in_proj_bias)
+        nn.init.normal_(theirs.out_proj.bias)
+    ours = MultiHeadAttention.from_torch(theirs, causal=case == "causal")
+    x = tokens()
+    memory = tokens(seqlen=17) if case == "cross" else None
+    source = x if memory is None else memory
+    options, key_lengths = {}, None
+    if case == "causal":
+        options = dict(attn_mask=torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1), is_causal=True)
+    if case == "padded":
+        key_lengths = torch.tensor([5, SEQLEN], dtype=torch.int32)
+        options = dict(key_padding_mask=torch.arange(SEQLEN) >= key_lengths[:, None])
+    expected, _ = theirs(x, source, source, need_weights=False, **options)
+    torch.testing.assert_close(ours(x, memory, key_lengths=key_lengths), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_from_torch_with_a_memory_of_its_own_width():
+    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, kdim=10, vdim=10)  # not batch_first
+    nn.init.normal_(theirs.in_proj_bias)
+    x, memory = tokens(), tokens(seqlen=17, width=10)
+    expected, _ = theirs(x.transpose(0, 1), memory.transpose(0, 1), memory.transpose(0, 1))
+    ours = MultiHeadAttention.from_torch(theirs)
+    torch.testing.assert_close(ours(x, memory), expected.transpose(0, 1), rtol=1e-5, atol=2e-6)
+    with pytest.raises(ValueError, match=r"memory: expected shape \(batch, seqlen, 10\), got None"):
+        ours(x)
+
+
+def test_from_torch_keeps_dtype_and_mode_and_copies():
+    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, dropout=0.1, dtype=torch.float64).eval()
+    ours = MultiHeadAttention.from_torch(theirs)
+    assert ours.q_proj.weight.dtype == torch.float64 and not ours.training
+    before = ours.q_proj.weight.clone()
+    with torch.no_grad():
+        theirs.in_proj_weight.zero_()
+    assert torch.equal(ours.q_proj.weight, before)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(add_bias_kv=True), "module: expected add_bias_kv=False"),
+        (dict(add_zero_attn=True), "module: expected .*add_zero_attn=False"),
+        (dict(kdim=8, vdim=12), "module: .* kdim=8 and vdim=12"),
+        (dict(dropout=0.25), "module: expected dropout=0 or evaluation mode.* got 0.25"),
+    ],
+)
+def test_from_torch_refuses_what_has_no_counterpart(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention.from_torch(nn.MultiheadAttention(EMBED_DIM, HEADS, **options))
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_initialisation_is_torchs(kv_heads):
+    ours = MultiHeadAttention(256, 8, kv_heads=kv_heads)
+    width = 256 if kv_heads is None else 64
+    bound = math.sqrt(6 / (256 + 256 + 2 * width))
+    if kv_heads is None:
+        theirs = nn.MultiheadAttention(256, 8)
+        assert theirs.in_proj_weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert theirs.out_proj.weight.std().item() == pytest.approx(ours.out_proj.weight.std().item(), rel=0.02)
+    for projection in (ours.q_proj, ours.k_proj, ours.v_proj):
+        assert projection.weight.abs().max().item() == pytest.approx(bound, rel=1e-2)
+        assert projection.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert all(p.bias.count_nonzero() == 0 for p in (ours.q_proj, ours.k_proj, ours.v_proj, ours.out_proj))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_output_and_gradients_match_fp64(name):
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)
+    exact = copy.deepcopy(module).double()
+    x = tokens(requires_grad=True)
+    x_exact = x.detach().double().requires_grad_()
+    weights = torch.randn(BATCH, SEQLEN, EMBED_DIM)
+
+    out, expected = module(x), eager(exact, x_exact)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=5e-6)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    pairs = [("x", x, x_exact)]
+    pairs += [(n, p, q) for (n, p), q in zip(module.named_parameters(), exact.parameters(), strict=True)]
+    for parameter_name, ours, theirs in pairs:
+        if parameter_name == "k_proj.bias" and module.positions != "rope" and not module.softcap:
+            # Adds the same to every score of a row, so its true gradient is 0.
+            assert theirs.grad.abs().max() < 1e-12 and ours.grad.abs().max() < 1e-4
+            continue
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 1e-5, f"gradient of {parameter_name} is off by {error:.2g}"
+
+
+def test_gradients_of_cross_attention_reach_the_memory():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, memory_dim=10, kv_heads=2)
+    x, memory = tokens(requires_grad=True), tokens(seqlen=5, width=10, requires_grad=True)
+    key_lengths = torch.tensor([3, 5], dtype=torch.int32)
+    module(x, memory, key_lengths=key_lengths).square().sum().backward()
+    exact = copy.deepcopy(module).double()
+    exact.zero_grad()
+    x64, memory64 = (t.detach().double().requires_grad_() for t in (x, memory))
+    eager(exact, x64, memory64, key_lengths).square().sum().backward()
+    torch.testing.assert_close(memory.grad.double(), memory64.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-5)
+    assert memory.grad[0, 3:].count_nonzero() == 0 and memory.grad[0, :3].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("positions", ["none", "rope", "alibi", "relative"])
+def test_weights_sum_to_one(positions):
+    """Values of all ones come out as ones, whatever the weights are."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions=positions, causal=True)
+    with torch.no_grad():
+        module.v_proj.weight.zero_()
+        module.v_proj.bias.fill_(1)
+        expected = module.out_proj(torch.ones(BATCH, SEQLEN, EMBED_DIM))
+    torch.testing.assert_close(module(tokens()), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["none", "rope", "alibi", "relative"])
+def test_a_token_sees_nothing_behind_it(positions):
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions=positions, causal=True)
+    x = tokens()
+    changed = x.clone()
+    changed[:, 8] += 1
+    before, after = module(x), module(changed)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert ((before - after).abs().amax(-1)[:, 8:] > 1e-6).all()
+
+
+def test_a_window_ends_where_it_says():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, causal=True, window=(3, 0))
+    x = tokens()
+    changed = x.clone()
+    changed[:, 2] += 1
+    moved = (module(x) != module(changed)).any(-1)[0]
+    assert moved.tolist() == [2 <= i <= 5 for i in range(SEQLEN)]
+
+
+def test_rope_sees_only_distances():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions="rope")
+    x = tokens()
+    here = module(x)
+    torch.testing.assert_close(module(x, rotary_offset=1500), here, rtol=1e-4, atol=1e-5)
+    ids = torch.arange(SEQLEN, dtype=torch.int32).expand(BATCH, -1)
+    assert torch.equal(module(x, rotary_offset=ids + 7), module(x, rotary_offset=7))
+    # And it does see them: stretching the distances changes the result.
+    assert (module(x, rotary_offset=3 * ids) - here).abs().max() > 1e-3
+
+
+def test_grouped_heads_equal_expanded_weights():
+    grouped = MultiHeadAttention(EMBED_DIM, HEADS, kv_heads=2, positions="rope")
+    full = MultiHeadAttention(EMBED_DIM, HEADS, positions="rope")
+    state = grouped.state_dict()
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        per_head = state[name].unflatten(0, (2, EMBED_DIM // HEADS))
+        state[name] = per_head.repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(state)
+    x = tokens()
+    torch.testing.assert_close(grouped(x), full(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi", "relative"])
+def test_state_dict_round_trip(name):
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
+    other = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
+    state = module.state_dict()
+    names = {f"{p}_proj.{kind}" for p in ("q", "k", "v", "out") for kind in ("weight", "bias")}
+    assert set(state) == names | ({"relative_bias"} if name == "relative" else set())
+    x = tokens()
+    assert not torch.equal(module(x), other(x))
+    other.load_state_dict(state)
+    assert torch.equal(module(x), other(x))
+
+
+@pytest.mark.parametrize("positions, heads", [("rope", 4), ("alibi", 3)])
+def test_tables_stay_exact_in_half_precision_and_after_meta(positions, heads):
+    reference = MultiHeadAttention(EMBED_DIM, heads, positions=positions)
+    with torch.device("meta"):
+        meta = MultiHeadAttention(EMBED_DIM, heads, positions=positions)
+    for module in (copy.deepcopy(reference).to(torch.bfloat16), meta.to_empty(device="cpu")):
+        for ours, theirs in zip(module.buffers(), reference.buffers(), strict=True):
+            assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+    if positions == "rope":
+        assert torch.equal(reference.rotary.cos, rotary_tables(2048, EMBED_DIM // heads)[0])
+    x = tokens()
+    half = copy.deepcopy(reference).to(torch.bfloat16)(x.to(torch.bfloat16))
+    torch.testing.assert_close(half.float(), reference(x), rtol=0.05, atol=0.02)
+
+
+def test_alibi_slopes_can_be_trained():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions="alibi")
+    module.alibi_slopes = nn.Parameter(module.alibi_slopes)
+    module(tokens()).square().sum().backward()
+    assert "alibi_slopes" in dict(module.named_parameters()) and (module.alibi_slopes.grad != 0).all()
+
+
+def test_another_attention_can_be_put_in():
+    seen = {}
+
+    def first_value(q, k, v, **options):
+        seen.update(options)
+        return v[:, :1].expand_as(q)
+
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions="rope", causal=True, attention=first_value)
+    x = tokens()
+    expected = module.out_proj(module.v_proj(x[:, :1])).expand(-1, SEQLEN, -1)
+    torch.testing.assert_close(module(x), expected)
+    assert seen["causal"] and torch.equal(seen["rotary"][0], module.rotary.cos)
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi", "relative"])
+def test_compiles_without_a_graph_break(name):
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
+    x = tokens()
+    expected = module(x)
+    expected.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad()
+    compiled = torch.compile(module, fullgraph=True)
+    out = compiled(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    out.square().sum().backward()
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-5, msg=n)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((25, 4), {}, "embed_dim: expected a positive multiple of heads=4, got 25"),
+        ((24, 0), {}, "embed_dim: expected a positive multiple of heads=0"),
+        ((24, 4), dict(kv_heads=3), "kv_heads: expected a divisor of heads=4, got 3"),
+        ((24, 4), dict(positions="sinusoidal"), "positions: expected one of 'none', .* got 'sinusoidal'"),
+        ((24, 4), dict(positions="rope", rotary_dim=8), "rotary_dim: expected at most embed_dim / heads = 6, got 8"),
+        ((28, 4), dict(positions="rope"), "rotary_dim: expected an even number of at least 2, got 7"),
+        ((24, 4), dict(positions="rope", rotary_scaling={"scaling": "linear"}), "factor: expected at least 1"),
+    ],
+)
+def test_refuses_bad_options(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "options, arguments, message",
+    [
+        ({}, dict(x=torch.zeros(3, 24)), r"x: expected shape \(batch, seqlen, 24\), got \(3, 24\)"),
+        ({}, dict(x=torch.zeros(1, 3, 12)), r"x: expected shape \(batch, seqlen, 24\), got \(1, 3, 12\)"),
+        (
+            {},
+            dict(x=torch.zeros(1, 3, 24), memory=torch.zeros(1, 3, 12)),
+            r"memory: expected shape .* got \(1, 3, 12\)",
+        ),
+        (
+            dict(positions="relative"),
+            dict(x=torch.zeros(1, 3, 24), memory=torch.zeros(1, 3, 24)),
+            "memory: expected None with positions='relative'",
+        ),
+        (
+            dict(positions="rope", max_positions=8),
+            dict(x=torch.zeros(1, 5, 24), rotary_offset=4),
+            "x: expected positions from 0 to max_positions - 1 = 7, got 4 to 8",
+        ),
+        (dict(window=(-2, 0)), dict(x=torch.zeros(1, 3, 24)), "window: expected left >= 0"),
+        ({}, dict(x=torch.zeros(1, 3, 24), rotary_offset=2), "rotary_offset: expected rotary="),
+    ],
+)
+def test_refuses_bad_inputs(options, arguments, message):
+    module = MultiHeadAttention(24, 4, **options)
+    with pytest.raises(ValueError, match=message):
+        module(**arguments)
