@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "isa.h"
+#include "probes/probes.h"
 
 namespace py = pybind11;
 
@@ -30,4 +31,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("features", [] { return as_dict(pynlp::features()); }, "What the kernels may use.");
   m.def("isa", &pynlp::isa, "The level in use.");
   m.def("set_isa", &pynlp::set_isa, py::arg("highest"), "Use no feature above this level from now on.");
+
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("peak_fma", &pynlp::peak_fma, py::arg("threads"), py::arg("seconds"), unlocked);
+  m.def("peak_bf16_dot", &pynlp::peak_bf16_dot, py::arg("threads"), py::arg("seconds"), unlocked);
+  m.def("peak_int8_dot", &pynlp::peak_int8_dot, py::arg("threads"), py::arg("seconds"), unlocked);
+  m.def("read_bandwidth", &pynlp::read_bandwidth, py::arg("threads"), py::arg("seconds"), py::arg("bytes"), unlocked);
+  m.def("copy_bandwidth", &pynlp::copy_bandwidth, py::arg("threads"), py::arg("seconds"), py::arg("bytes"), unlocked);
 }

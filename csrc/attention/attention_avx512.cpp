@@ -1,0 +1,19 @@
+// The kernels of attention for AVX-512 (F, BW, DQ, VL).
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define PYNLP_LANES 16
+#define PYNLP_F16C 1
+#define PYNLP_AVX512 1
+#define PYNLP_BF16 0
+#include "forward.h"
+#include "kernels.h"
+
+namespace pynlp {
+
+void attention_forward_avx512(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
+
+}  // namespace pynlp

@@ -1,0 +1,19 @@
+// The kernels of attention for AVX-512 with BF16: dot products of bf16 pairs.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define PYNLP_LANES 16
+#define PYNLP_F16C 1
+#define PYNLP_AVX512 1
+#define PYNLP_BF16 1
+#include "forward.h"
+#include "kernels.h"
+
+namespace pynlp {
+
+void attention_forward_avx512_bf16(const AttentionForward& problem) { Forward<Bf16>(problem).run(); }
+
+}  // namespace pynlp

@@ -1,0 +1,17 @@
+// The kernels of attention for any CPU: 16-byte vectors.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define PYNLP_LANES 4
+#define PYNLP_F16C 0
+#define PYNLP_AVX512 0
+#define PYNLP_BF16 0
+#include "forward.h"
+#include "kernels.h"
+
+namespace pynlp {
+
+void attention_forward_portable(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
+
+}  // namespace pynlp

@@ -1,0 +1,218 @@
+// What forward and backward share: which keys a query sees, the bias of a distance, and how rows get into scratch.
+#pragma once
+
+#include "../simd/convert.h"
+#include "../simd/math.h"
+#include "../simd/matmul.h"
+#include "attention.h"
+
+namespace pynlp {
+namespace {
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+
+// Hands out pieces of one scratch allocation; with a null base it only adds up their size.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += round_up(count * sizeof(T), 64);
+    return piece;
+  }
+};
+
+// Keys or queries first .. last - 1.
+struct Range {
+  int64_t first, last;
+  bool empty() const { return first >= last; }
+};
+
+// Which keys the queries of one batch entry see. Query i stands at key i + offset.
+struct Visibility {
+  int64_t offset, left, right, keys;
+
+  Visibility(const AttentionInputs& in, int64_t batch)
+      : offset(in.seqlen_k - in.seqlen_q),
+        left(in.window_left < 0 ? INT32_MAX : in.window_left),
+        right(in.window_right < 0 ? INT32_MAX : in.window_right),
+        keys(in.key_lengths ? in.key_lengths[batch] : in.seqlen_k) {}
+
+  // Keys that at least one, or every one, of the queries first .. last - 1 sees.
+  Range of_any(int64_t first, int64_t last) const {
+    return {larger(0, first + offset - left), smaller(keys, last + offset + right)};
+  }
+  Range of_all(int64_t first, int64_t last) const {
+    return {larger(0, last - 1 + offset - left), smaller(keys, first + offset + right + 1)};
+  }
+  bool sees(int64_t query, int64_t key) const {
+    const Range range = of_any(query, query + 1);
+    return key >= range.first && key < range.last;
+  }
+};
+
+// For each lane, the first and the last key it sees, counted from `origin`.
+struct LaneLimits {
+  Int first, last;
+  LaneLimits(const Visibility& visible, int64_t query, int64_t origin) {
+    for (int i = 0; i < LANES; ++i) {
+      const Range range = visible.of_any(query + i, query + i + 1);
+      first[i] = static_cast<int32_t>(range.first - origin);
+      last[i] = static_cast<int32_t>(larger(range.last, 0) - 1 - origin);
+    }
+  }
+  Int see(int32_t key) const { return (broadcast(key) >= first) & (broadcast(key) <= last); }
+};
+
+// The rows of one head of one tensor, with what turns them.
+struct Rows {
+  Dtype dtype;
+  const void* data;
+  int64_t origin, stride, head_dim;  // in elements
+  const float *cos, *sin;            // null: no rotation
+  int64_t rotary_half;
+  const int32_t* positions;  // null: the row's number
+  int64_t position_offset;   // added to a row's number
+  bool interleaved;
+
+  Rows(const AttentionInputs& in, const View& view, int64_t batch, int64_t head)
+      : dtype(in.dtype),
+        data(view.data),
+        origin(batch * view.batch_stride + head * view.head_stride),
+        stride(view.row_stride),
+        head_dim(in.head_dim),
+        cos(nullptr) {}
+
+  // As queries or keys of `in`: row r stands at position r + shift.
+  Rows rotated(const AttentionInputs& in, int64_t batch, int64_t shift) const {
+    Rows rows = *this;
+    rows.cos = in.rotary_cos;
+    rows.sin = in.rotary_sin;
+    rows.rotary_half = in.rotary_half;
+    rows.interleaved = in.rotary_interleaved;
+    rows.positions = in.rotary_positions ? in.rotary_positions + batch * in.seqlen_k + shift : nullptr;
+    rows.position_offset = in.rotary_offset + shift;
+    return rows;
+  }
+
+  // Turns x by the angle of `row`, or back.
+  void turn(float* x, int64_t row, float direction) const {
+    if (!cos) return;
+    const int64_t position = positions ? positions[row] : row + position_offset;
+    const float* c = cos + position * rotary_half;
+    const float* s = sin + position * rotary_half;
+    if (interleaved) {
+      for (int64_t i = 0; i < rotary_half; ++i) {
+        const float a = x[2 * i], b = x[2 * i + 1], turned = direction * s[i];
+        x[2 * i] = a * c[i] - b * turned;
+        x[2 * i + 1] = b * c[i] + a * turned;
+      }
+    } else {
+      float* y = x + rotary_half;
+      for (int64_t i = 0; i < rotary_half; ++i) {
+        const float a = x[i], b = y[i], turned = direction * s[i];
+        x[i] = a * c[i] - b * turned;
+        y[i] = b * c[i] + a * turned;
+      }
+    }
+  }
+
+  // One row as fp32, turned.
+  void read(int64_t row, float* to) const {
+    const int64_t element = origin + row * stride;
+    if (dtype == Dtype::float32)
+      memcpy(to, static_cast<const float*>(data) + element, 4 * head_dim);
+    else if (dtype == Dtype::bfloat16)
+      bf16_to_float(static_cast<const uint16_t*>(data) + element, head_dim, to);
+    else
+      half_to_float(static_cast<const uint16_t*>(data) + element, head_dim, to);
+    turn(to, row, 1.0f);
+  }
+
+  bool finite(int64_t row) const {
+    const int64_t element = origin + row * stride;
+    uint32_t bad = 0;
+    if (dtype == Dtype::float32) {
+      const float* x = static_cast<const float*>(data) + element;
+      for (int64_t i = 0; i < head_dim; ++i) bad |= (bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u;
+    } else {
+      const uint32_t exponent = dtype == Dtype::bfloat16 ? 0x7f80u : 0x7c00u;
+      const uint16_t* x = static_cast<const uint16_t*>(data) + element;
+      for (int64_t i = 0; i < head_dim; ++i) bad |= (x[i] & exponent) == exponent;
+    }
+    return !bad;
+  }
+};
+
+inline void write_row(Dtype dtype, const float* from, int64_t count, void* data, int64_t element) {
+  if (dtype == Dtype::float32)
+    memcpy(static_cast<float*>(data) + element, from, 4 * count);
+  else if (dtype == Dtype::bfloat16)
+    float_to_bf16(from, count, static_cast<uint16_t*>(data) + element);
+  else
+    float_to_half(from, count, static_cast<uint16_t*>(data) + element);
+}
+
+// Words that a row of `head_dim` values takes: whole vectors, zero-padded.
+template <class E>
+int64_t row_words(int64_t head_dim) {
+  return round_up((head_dim + E::PAIR - 1) / E::PAIR, LANES);
+}
+
+// Rows first .. last - 1 as words to[row - first][word], and zero rows up to `padded` rows.
+template <class E>
+void pack_rows(const Rows& rows, int64_t first, int64_t last, int64_t padded, int32_t* to) {
+  const int64_t words = row_words<E>(rows.head_dim), head_dim = rows.head_dim;
+  for (int64_t row = first; row < last; ++row, to += words) {
+    if constexpr (E::PAIR == 1) {
+      float* values = reinterpret_cast<float*>(to);
+      rows.read(row, values);
+      memset(values + head_dim, 0, 4 * (words - head_dim));
+    } else {
+      uint16_t* values = reinterpret_cast<uint16_t*>(to);
+      if (rows.cos) {
+        float turned[256];
+        rows.read(row, turned);
+        float_to_bf16(turned, head_dim, values);
+      } else {
+        memcpy(values, static_cast<const uint16_t*>(rows.data) + rows.origin + row * rows.stride, 2 * head_dim);
+      }
+      memset(values + head_dim, 0, 2 * (2 * words - head_dim));
+    }
+  }
+  memset(to, 0, 4 * words * (padded - (last - first)));
+}
+
+// Packed rows as the right-hand side of a sum over rows: fp32 as they are; bf16 as pairs of rows, each value of the
+// even row beside that of the odd one. `count` is even; a result row holds round_up(head_dim, LANES) words.
+template <class E>
+void pair_rows(const int32_t* rows, int64_t head_dim, int64_t count, int32_t* to) {
+  const int64_t words = row_words<E>(head_dim), columns = round_up(head_dim, LANES);
+  for (int64_t pair = 0; pair < count / 2; ++pair) {
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(rows + 2 * pair * words);
+    const uint16_t* odd = even + 2 * words;
+    int32_t* words_to = to + pair * columns;
+    for (int64_t i = 0; i < columns; ++i) words_to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+  }
+}
+
+// The bias of each distance query - key, times log2(e), for distances first .. first + count - 1.
+inline void bias_line(const AttentionInputs& in, int64_t batch, int64_t head, int64_t first, int64_t count, float* line) {
+  const float slope =
+      in.alibi_slopes ? in.alibi_slopes[batch * in.alibi_batch_stride + head] * LOG2_E : 0.0f;
+  const int64_t farthest = in.max_distance;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t distance = first + i;
+    float bias = -slope * static_cast<float>(distance < 0 ? -distance : distance);
+    if (in.relative_bias) {
+      const int64_t clamped = larger(-farthest, smaller(farthest, -distance)) + farthest;
+      bias += in.relative_bias[in.relative_buckets[clamped] * in.heads + head] * LOG2_E;
+    }
+    line[i] = bias;
+  }
+}
+
+}  // namespace
+}  // namespace pynlp

@@ -1,0 +1,276 @@
+// Forward: out = softmax(scores) v, one pass over the keys with a running maximum (FlashAttention-2, arXiv 2307.08691).
+//
+// A task is a block of queries of one head. Queries lie in the lanes, so the scores of a tile are
+// s[key][query] = K Q^T, their maximum and sum run down the rows, and out[d][query] += V^T P needs no transposition.
+#pragma once
+
+#include "../parallel.h"
+#include "blocks.h"
+
+namespace pynlp {
+namespace {
+
+constexpr int64_t QUERIES = TILE_VECTORS * LANES;  // of a tile
+
+template <class E>
+class Forward {
+ public:
+  explicit Forward(const AttentionForward& in) : in_(in) {
+    block_keys_ = in.head_dim > 128 ? 64 : 128;
+    words_ = row_words<E>(in.head_dim);
+    columns_ = round_up(in.head_dim, LANES);
+    // A longer block packs its keys for more queries; a shorter one gives more tasks. The result is the same.
+    block_queries_ = in.head_dim > 128 ? 128 : 256;
+    const int64_t heads = in.batch * in.heads;
+    while (block_queries_ > 2 * QUERIES && block_queries_ > 32 &&
+           heads * ((in.seqlen_q + block_queries_ - 1) / block_queries_) < 4 * thread_count())
+      block_queries_ /= 2;
+    Arena sizes{nullptr};
+    Scratch(*this, sizes);
+    scratch_bytes_ = sizes.used;
+  }
+
+  void run() const {
+    const int64_t blocks = (in_.seqlen_q + block_queries_ - 1) / block_queries_;
+    run_tasks(blocks * in_.batch * in_.heads, [](void* self, int64_t task) {
+      static_cast<const Forward*>(self)->run_task(task);
+    }, const_cast<Forward*>(this));
+  }
+
+ private:
+  struct Scratch {
+    int32_t *queries, *rows, *keys, *values;  // packed
+    float *scores, *out, *maximum, *sum, *line;
+    int32_t* weights;
+    int32_t* spoiled;  // keys of the block whose value row is not finite
+    Scratch(const Forward& f, Arena& arena) {
+      const int64_t longest = larger(f.block_keys_, QUERIES);
+      queries = arena.take<int32_t>(f.block_queries_ * f.words_);
+      rows = arena.take<int32_t>(longest * larger(f.words_, f.columns_));
+      keys = arena.take<int32_t>(f.block_keys_ * f.words_);
+      values = arena.take<int32_t>(f.block_keys_ * f.columns_);
+      scores = arena.take<float>(f.block_keys_ * QUERIES);
+      weights = arena.take<int32_t>(f.block_keys_ * QUERIES);
+      out = arena.take<float>(f.block_queries_ * f.columns_);
+      maximum = arena.take<float>(f.block_queries_);
+      sum = arena.take<float>(f.block_queries_);
+      spoiled = arena.take<int32_t>(f.block_keys_);
+      const bool biased = f.in_.alibi_slopes || f.in_.relative_bias;
+      line = arena.take<float>(biased ? f.in_.seqlen_k + f.block_queries_ + 2 * QUERIES : 0);
+    }
+  };
+
+  void run_task(int64_t task) const {
+    const int64_t heads = in_.batch * in_.heads;
+    const int64_t blocks = (in_.seqlen_q + block_queries_ - 1) / block_queries_;
+    const int64_t block = blocks - 1 - task / heads;  // under a causal mask the last ones take longest
+    const int64_t batch = task % heads / in_.heads, head = task % heads % in_.heads;
+    const int64_t kv_head = head / (in_.heads / in_.kv_heads);
+    const int64_t first = block * block_queries_, last = smaller(first + block_queries_, in_.seqlen_q);
+
+    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
+    const Scratch s(*this, arena);
+    const Visibility visible(in_, batch);
+    const Rows q = Rows(in_, in_.q, batch, head).rotated(in_, batch, visible.offset);
+    const Rows k = Rows(in_, in_.k, batch, kv_head).rotated(in_, batch, 0);
+    const Rows v(in_, in_.v, batch, kv_head);
+
+    for (int64_t i = first; i < last; i += QUERIES) {
+      pack_rows<E>(q, i, smaller(i + QUERIES, last), QUERIES, s.rows);
+      transpose(s.rows, words_, s.queries + (i - first) * words_, QUERIES, QUERIES, words_);
+    }
+    const int64_t padded = round_up(last - first, QUERIES);
+    memset(s.out, 0, padded * columns_ * sizeof(float));
+    for (int64_t i = 0; i < padded; ++i) {
+      s.maximum[i] = -__builtin_inff();
+      s.sum[i] = 0;
+    }
+
+    const Range keys = visible.of_any(first, last);
+    // Line entry 0 is the distance of the first query to the key after the last one.
+    const int64_t line_first = first + visible.offset - keys.last - 1;
+    const bool biased = in_.alibi_slopes || in_.relative_bias;
+    if (biased && !keys.empty())
+      bias_line(in_, batch, head, line_first, padded + keys.last - keys.first + 3, s.line);
+
+    for (int64_t start = keys.first / block_keys_ * block_keys_; start < keys.last; start += block_keys_) {
+      const Range some{larger(start, keys.first & ~1), smaller(start + block_keys_, keys.last)};
+      const int64_t spoiled = pack_block(s, visible, k, v, some, {first, last});
+      for (int64_t i = first; i < last; i += QUERIES) {
+        const int64_t end = smaller(i + QUERIES, last);
+        const Range any = visible.of_any(i, end), all = visible.of_all(i, end);
+        const Range tile{larger(some.first, any.first & ~1), smaller(some.last, any.last)};
+        if (tile.empty()) continue;
+        const bool masked = tile.first < all.first || tile.last > all.last;
+        const float* line = biased ? s.line + (i + visible.offset - tile.first - line_first) : nullptr;
+        attend(s, visible, tile, some.first, i, i - first, masked, line);
+        if (spoiled) add_spoiled(s, visible, v, tile, i, i - first, spoiled);
+      }
+    }
+    for (int64_t i = first; i < last; i += QUERIES)
+      finish(s, batch, head, i, smaller(i + QUERIES, last), i - first);
+  }
+
+  // Packs keys and values `block`. Where a tile is masked, a weight of 0 would turn a NaN or an infinity in a value row
+  // into NaN for queries that do not see it: such rows are packed as zeros and listed. Returns how many.
+  int64_t pack_block(const Scratch& s, const Visibility& visible, const Rows& k, const Rows& v, Range block,
+                     Range queries) const {
+    const int64_t count = block.last - block.first, padded = round_up(count, 2);
+    pack_rows<E>(k, block.first, block.last, padded, s.keys);
+    int32_t* rows = E::PAIR == 1 ? s.values : s.rows;
+    pack_rows<E>(v, block.first, block.last, padded, rows);
+    int64_t spoiled = 0;
+    const Range all = visible.of_all(queries.first, queries.last);
+    if (block.first < all.first || block.last > all.last) {
+      for (int64_t j = block.first; j < block.last; ++j) {
+        if (v.finite(j)) continue;
+        memset(rows + (j - block.first) * words_, 0, words_ * 4);
+        s.spoiled[spoiled++] = static_cast<int32_t>(j);
+      }
+    }
+    if (E::PAIR == 2) pair_rows<E>(rows, in_.head_dim, padded, s.values);
+    return spoiled;
+  }
+
+  // One tile: scores, softmax and the weighted sum of the values. `slot` is the tile's first query in the scratch.
+  void attend(const Scratch& s, const Visibility& visible, Range tile, int64_t block_first, int64_t query,
+              int64_t slot, bool masked, const float* line) const {
+    const int64_t rows = tile.last - tile.first, skipped = tile.first - block_first;
+    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, s.keys + skipped * words_,
+                               words_, 1, s.queries + slot * words_, QUERIES, s.scores, QUERIES);
+    float scale = in_.softmax_scale * LOG2_E;
+    if (in_.softcap > 0) {
+      cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);
+      scale = 1;
+    }
+    if (line) {
+      add_line(s.scores, rows, scale, line);
+      scale = 1;
+    }
+    if (masked) {
+      mask(s.scores, rows, scale, visible, query, tile.first);
+      scale = 1;
+    }
+    float rescale[QUERIES];
+    softmax(s, rows, slot, scale, rescale);
+    const int64_t pair_skipped = skipped / E::PAIR * columns_;
+    const void* weights = E::PAIR == 1 ? static_cast<void*>(s.scores) : s.weights;
+    matmul<E, Into::scale_and_add>(in_.head_dim, QUERIES, (rows + E::PAIR - 1) / E::PAIR, s.values + pair_skipped, 1,
+                                   columns_, weights, QUERIES, s.out + slot * columns_, QUERIES, rescale);
+  }
+
+  static void cap(float* scores, int64_t rows, float inner, float outer) {
+    for (int64_t i = 0; i < rows * QUERIES; i += LANES)
+      store(scores + i, tanh_of(load(scores + i) * broadcast(inner)) * broadcast(outer));
+  }
+
+  // line[query - key], counted from the tile's first query and key.
+  static void add_line(float* scores, int64_t rows, float scale, const float* line) {
+    const Float factor = broadcast(scale);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int v = 0; v < TILE_VECTORS; ++v) {
+        float* p = scores + r * QUERIES + v * LANES;
+        store(p, load(p) * factor + load(line - r + v * LANES));
+      }
+    }
+  }
+
+  static void mask(float* scores, int64_t rows, float scale, const Visibility& visible, int64_t query, int64_t key) {
+    const Float factor = broadcast(scale), hidden = broadcast(-__builtin_inff());
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const LaneLimits limits(visible, query + v * LANES, key);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* p = scores + r * QUERIES + v * LANES;
+        store(p, limits.see(static_cast<int32_t>(r)) ? load(p) * factor : hidden);
+      }
+    }
+  }
+
+  // scores -> weights exp2(scores * scale - maximum); rescale is what the sums so far are to be multiplied by.
+  void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, float* rescale) const {
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      float* scores = s.scores + v * LANES;
+      const Float before = load(s.maximum + slot + v * LANES), factor = broadcast(scale);
+      Float best = before;
+      if (scale > 0) {
+        Float raw = broadcast(-__builtin_inff());
+        for (int64_t r = 0; r < rows; ++r) raw = maximum(raw, load(scores + r * QUERIES));
+        best = maximum(best, raw * factor);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) best = maximum(best, load(scores + r * QUERIES) * factor);
+      }
+      const Float nothing = broadcast(-__builtin_inff());
+      const Float pivot = best == nothing ? Float{} : best;  // keeps -inf - -inf out of rows that saw no key yet
+      const Float old = exp2_of<6>(before - pivot);
+      Float sum = Float{};
+      for (int64_t r = 0; r < rows; r += E::PAIR) {
+        const Float weight = exp2_of<E::EXP2_DEGREE>(load(scores + r * QUERIES) * factor - pivot);
+        sum += weight;
+        if constexpr (E::PAIR == 1) {
+          store(scores + r * QUERIES, weight);
+        } else {
+#if PYNLP_BF16
+          Float odd = Float{};
+          if (r + 1 < rows) odd = exp2_of<E::EXP2_DEGREE>(load(scores + (r + 1) * QUERIES) * factor - pivot);
+          sum += odd;
+          store(s.weights + r / 2 * QUERIES + v * LANES, bf16_pairs(weight, odd));
+#endif
+        }
+      }
+      store(s.maximum + slot + v * LANES, best);
+      store(s.sum + slot + v * LANES, load(s.sum + slot + v * LANES) * old + sum);
+      store(rescale + v * LANES, old);
+    }
+  }
+
+  // What pack_block left out, for the queries that see it.
+  void add_spoiled(const Scratch& s, const Visibility& visible, const Rows& v, Range tile, int64_t query,
+                   int64_t slot, int64_t count) const {
+    float values[256];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t key = s.spoiled[n], row = key - tile.first;
+      if (key < tile.first || key >= tile.last) continue;
+      v.read(key, values);
+      for (int64_t i = 0; i < QUERIES; ++i) {
+        if (!visible.sees(query + i, key)) continue;
+        float weight;
+        if constexpr (E::PAIR == 1) {
+          weight = s.scores[row * QUERIES + i];
+        } else {
+          const uint32_t word = s.weights[row / 2 * QUERIES + i];
+          weight = bf16_to_float(static_cast<uint16_t>(row % 2 ? word >> 16 : word));
+        }
+        for (int64_t d = 0; d < in_.head_dim; ++d) s.out[slot * columns_ + d * QUERIES + i] += weight * values[d];
+      }
+    }
+  }
+
+  // Normalises queries first .. last - 1 and writes their rows of out and lse.
+  void finish(const Scratch& s, int64_t batch, int64_t head, int64_t first, int64_t last, int64_t slot) const {
+    float* out = s.out + slot * columns_;
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const Float sum = load(s.sum + slot + v * LANES);
+      const Float inverse = sum == Float{} ? Float{} : broadcast(1.0f) / sum;
+      for (int64_t d = 0; d < in_.head_dim; ++d) {
+        float* p = out + d * QUERIES + v * LANES;
+        store(p, load(p) * inverse);
+      }
+    }
+    float* rows = reinterpret_cast<float*>(s.rows);
+    transpose(reinterpret_cast<int32_t*>(out), QUERIES, s.rows, columns_, columns_, QUERIES);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t element = ((batch * in_.seqlen_q + i) * in_.heads + head) * in_.head_dim;
+      write_row(in_.dtype, rows + (i - first) * columns_, in_.head_dim, in_.out, element);
+      const float sum = s.sum[slot + i - first], maximum = s.maximum[slot + i - first];
+      in_.lse[(batch * in_.heads + head) * in_.seqlen_q + i] =
+          sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
+    }
+  }
+
+  const AttentionForward& in_;
+  int64_t block_keys_, block_queries_, words_, columns_;
+  size_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace pynlp

@@ -1,0 +1,162 @@
+// The ops' CPU kernels in torch's dispatcher, through the stable ABI. The only file that includes torch: it turns
+// tensors into pointers and strides, and gives the kernels torch's threads.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "attention/attention.h"
+#include "parallel.h"
+
+namespace pynlp {
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(tasks, thread_count());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    // One range may stand for several workers; whoever comes later finds nothing left.
+    for (int64_t task = next++; task < tasks; task = next++) work(context, task);
+  });
+}
+
+void* thread_scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    buffer.reset();
+    capacity = (bytes + 4095) / 4096 * 4096;
+    buffer.reset(std::aligned_alloc(4096, capacity));
+    if (!buffer) {
+      capacity = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.get();
+}
+
+}  // namespace pynlp
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+pynlp::Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return pynlp::Dtype::float32;
+    case ScalarType::BFloat16:
+      return pynlp::Dtype::bfloat16;
+    case ScalarType::Half:
+      return pynlp::Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "pynlp: expected float32, bfloat16 or float16");
+  }
+}
+
+pynlp::View view(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1), "pynlp.attention: ", name,
+                  ": expected 4 dimensions, the last one contiguous");
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class T>
+const T* data(const MaybeTensor& x, ScalarType dtype, const char* name) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(), "pynlp.attention: ", name,
+                  ": expected it contiguous, floats as float32 and integers as int32");
+  return static_cast<const T*>(x->const_data_ptr());
+}
+
+struct Options {
+  double softmax_scale;
+  int64_t window_left, window_right;
+  double softcap;
+  MaybeTensor key_lengths, alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions;
+  int64_t rotary_offset;
+  bool rotary_interleaved;
+};
+
+void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  in.dtype = dtype_of(q);
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "pynlp.attention: expected q, k and v of one dtype");
+  in.q = view(q, "q");
+  in.k = view(k, "k");
+  in.v = view(v, "v");
+  in.batch = q.size(0);
+  in.seqlen_q = q.size(1);
+  in.heads = q.size(2);
+  in.head_dim = q.size(3);
+  in.seqlen_k = k.size(1);
+  in.kv_heads = k.size(2);
+  STD_TORCH_CHECK(in.head_dim >= 1 && in.head_dim <= 256, "pynlp.attention: q: expected a head_dim of 1 to 256");
+  STD_TORCH_CHECK(in.heads == in.kv_heads || (in.kv_heads > 0 && in.heads % in.kv_heads == 0),
+                  "pynlp.attention: k: expected a number of heads that divides q's");
+  in.softmax_scale = static_cast<float>(o.softmax_scale);
+  in.window_left = o.window_left;
+  in.window_right = o.window_right;
+  in.softcap = static_cast<float>(o.softcap);
+  in.key_lengths = data<int32_t>(o.key_lengths, ScalarType::Int, "key_lengths");
+  in.alibi_slopes = data<float>(o.alibi_slopes, ScalarType::Float, "alibi_slopes");
+  in.alibi_batch_stride = o.alibi_slopes && o.alibi_slopes->dim() == 2 ? in.heads : 0;
+  in.relative_bias = data<float>(o.relative_bias, ScalarType::Float, "relative_bias");
+  in.num_buckets = o.relative_bias ? o.relative_bias->size(0) : 0;
+  in.relative_buckets = data<int32_t>(o.relative_buckets, ScalarType::Int, "relative_buckets");
+  in.max_distance = o.relative_buckets ? o.relative_buckets->size(0) / 2 : 0;
+  in.rotary_cos = data<float>(o.rotary_cos, ScalarType::Float, "rotary_cos");
+  in.rotary_sin = data<float>(o.rotary_sin, ScalarType::Float, "rotary_sin");
+  in.rotary_half = o.rotary_cos ? o.rotary_cos->size(1) : 0;
+  in.rotary_positions = data<int32_t>(o.rotary_positions, ScalarType::Int, "rotary_positions");
+  in.rotary_offset = o.rotary_offset;
+  in.rotary_interleaved = o.rotary_interleaved;
+}
+
+// Hands a call in fp64 to the reference, which has the same schema.
+bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(q), &dtype));
+  if (dtype != aoti_torch_dtype_float64()) return false;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  return true;
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+    MaybeTensor key_lengths, MaybeTensor alibi_slopes, MaybeTensor relative_bias, MaybeTensor relative_buckets,
+    MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor rotary_positions, int64_t rotary_offset,
+    bool rotary_interleaved) {
+  pynlp::AttentionForward problem{};
+  fill(problem, q, k, v,
+       {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
+        rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved});
+  Tensor out = torch::stable::new_empty(q, {problem.batch, problem.seqlen_q, problem.heads, problem.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {problem.batch, problem.heads, problem.seqlen_q}, ScalarType::Float);
+  problem.out = out.mutable_data_ptr();
+  problem.lse = static_cast<float*>(lse.mutable_data_ptr());
+  pynlp::attention_forward(problem);
+  return {out, lse};
+}
+
+void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
+    TORCH_BOX(&attention_forward)(stack, inputs, outputs);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) { m.impl("attention_forward", &attention_forward_boxed); }

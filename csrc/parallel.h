@@ -1,0 +1,18 @@
+// Threads and scratch memory for the kernels, without torch's headers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pynlp {
+
+int64_t thread_count();  // torch.get_num_threads()
+
+// Calls work(context, task) for each task of 0 .. tasks - 1 on torch's threads. Tasks are taken in rising order, so a
+// task may wait for a lower one; a result must not depend on which thread takes which.
+void run_tasks(int64_t tasks, void (*work)(void* context, int64_t task), void* context);
+
+// 64-byte aligned memory of the calling thread, valid until its next call; its content is undefined.
+void* thread_scratch(size_t bytes);
+
+}  // namespace pynlp

@@ -1,0 +1,83 @@
+// Rows of fp32, bf16 and fp16 to fp32 and back, rounding to nearest even.
+#pragma once
+
+#include "vector.h"
+
+namespace pynlp {
+namespace {
+
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float bf16_to_float(uint16_t x) { return float_of_bits(static_cast<uint32_t>(x) << 16); }
+inline uint16_t float_to_bf16(float x) {
+  const uint32_t bits = bits_of_float(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
+}
+
+inline float half_to_float(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Multiplying by 2^112 moves the exponent's bias; it is exact, also for subnormal halves.
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * 0x1p112f));
+}
+inline uint16_t float_to_half(float x) {
+  const uint32_t bits = bits_of_float(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 leaves its bits at the end of the significand
+    const float shifted = float_of_bits(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits_of_float(shifted) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+inline void bf16_to_float(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);
+}
+inline void float_to_bf16(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+}
+
+inline void half_to_float(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+#if PYNLP_F16C
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+#if PYNLP_F16C
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < count; ++i) to[i] = float_to_half(from[i]);
+}
+
+#if PYNLP_BF16
+// Two rows of fp32 as words of two bf16: `even` in the low half.
+inline Int bf16_pairs(Float even, Float odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+  return (Int)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+// 16 floats as 16 bf16 in memory order.
+inline void store_bf16(void* to, Float x) {
+  const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  memcpy(to, &packed, sizeof packed);
+}
+#endif
+
+}  // namespace
+}  // namespace pynlp

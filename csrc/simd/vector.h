@@ -1,0 +1,88 @@
+// Vectors of float and int32 of the width that the including file chose: one source for SSE2, NEON, AVX2 and AVX-512.
+//
+// An ISA file includes <cstdint>, <cstring> and <immintrin.h> first, then sets `#pragma GCC target(...)` and
+// PYNLP_LANES, then includes this. All of it lies in an anonymous namespace: nothing compiled for one ISA may be
+// merged by the linker with code of another. No standard templates for the same reason.
+#pragma once
+
+namespace pynlp {
+namespace {
+
+constexpr int LANES = PYNLP_LANES;
+
+typedef float Float __attribute__((vector_size(4 * LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
+
+inline Float load(const float* p) {
+  Float x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Int load(const int32_t* p) {
+  Int x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Float x) { memcpy(p, &x, sizeof x); }
+inline void store(int32_t* p, Int x) { memcpy(p, &x, sizeof x); }
+inline Float broadcast(float x) { return x - Float{}; }
+inline Int broadcast(int32_t x) { return x + Int{}; }
+inline Float maximum(Float a, Float b) {  // b where one is NaN
+#if PYNLP_AVX512
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#elif PYNLP_LANES == 8
+  return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Float as_float(Int x) { return (Float)x; }
+inline Int as_int(Float x) { return (Int)x; }
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Lane numbers 0, 1, 2, ...
+inline Int lane_numbers() {
+  Int x;
+  for (int i = 0; i < LANES; ++i) x[i] = i;
+  return x;
+}
+
+// Transposes LANES x LANES words: at each step, rows `step` apart swap the halves of their 2 * step wide groups.
+template <int STEP>
+inline void transpose_steps(Int (&rows)[LANES]) {
+  Int low, high;
+  for (int i = 0; i < LANES; ++i) {
+    const bool upper = i & STEP;
+    low[i] = upper ? LANES + i - STEP : i;
+    high[i] = upper ? LANES + i : i + STEP;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) {
+    if (r & STEP) continue;
+    const Int a = rows[r], b = rows[r + STEP];
+    rows[r] = __builtin_shuffle(a, b, low);
+    rows[r + STEP] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (STEP > 1) transpose_steps<STEP / 2>(rows);
+}
+
+// to[c][r] = from[r][c] for `rows` x `columns` words, both multiples of LANES.
+inline void transpose(const int32_t* from, int64_t from_row, int32_t* to, int64_t to_row, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += LANES) {
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Int block[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) block[i] = load(from + (r + i) * from_row + c);
+      transpose_steps<LANES / 2>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) store(to + (c + i) * to_row + r, block[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pynlp
