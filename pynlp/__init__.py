@@ -2,10 +2,10 @@
 
 __version__ = "0.1.0"
 
-from pynlp import functional
+from pynlp import functional, probes
 from pynlp.backends import get_isa, info, load_native, set_isa
 
-__all__ = ["functional", "get_isa", "info", "set_isa"]
+__all__ = ["functional", "get_isa", "info", "probes", "set_isa"]
 
 load_native()  # after the ops are defined
 del load_native

@@ -44,6 +44,13 @@ def load_native() -> None:
         LIBRARY.impl(op, _reference_with_warning(op), "CPU")
 
 
+def native() -> ModuleType:
+    """`pynlp._C`; RuntimeError with the reason where it is missing."""
+    if _native is None:
+        raise RuntimeError(f"pynlp's native code is missing: {_native_missing_reason}")
+    return _native
+
+
 def native_missing_reason() -> str | None:
     """None if the native extension is loaded, else why not."""
     return _native_missing_reason
@@ -90,8 +97,7 @@ def set_isa(level: str) -> None:
     """
     if level not in ISA_FEATURES:
         raise ValueError(f"level: expected one of {', '.join(ISA_FEATURES)}, got {level!r}")
-    if _native is None:
-        raise RuntimeError(f"set_isa: there is no native code to set it for: {_native_missing_reason}")
+    native()
     _set_isa("level", level)
 
 

@@ -30,6 +30,7 @@ double fma_rounds(int64_t rounds) {
 #pragma GCC unroll 20
     for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = sums[i] * factor + addend;
   }
+#pragma GCC unroll 20
   for (int i = 0; i < ACCUMULATORS; ++i) sink = sums[i][0];
   return 2.0 * LANES * ACCUMULATORS * static_cast<double>(rounds);
 }
@@ -44,6 +45,7 @@ double bf16_dot_rounds(int64_t rounds) {
 #pragma GCC unroll 20
     for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
   }
+#pragma GCC unroll 20
   for (int i = 0; i < ACCUMULATORS; ++i) sink = sums[i][0];
   return 4.0 * LANES * ACCUMULATORS * static_cast<double>(rounds);
 }
@@ -54,10 +56,15 @@ double int8_dot_rounds(int64_t rounds) {
 #pragma GCC unroll 20
   for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = broadcast(i);
   for (int64_t round = 0; round < rounds; ++round) {
-    // The intrinsic of g++ 12 copies its accumulator, at half the speed.
 #pragma GCC unroll 20
-    for (int i = 0; i < ACCUMULATORS; ++i) asm("vpdpbusd %2, %1, %0" : "+v"(sums[i]) : "v"(a), "v"(b));
+    for (int i = 0; i < ACCUMULATORS; ++i) {
+      Int sum = sums[i];  // as an operand itself, an array would stay in memory
+      // The intrinsic of g++ 12 copies its accumulator, at half the speed.
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+      sums[i] = sum;
+    }
   }
+#pragma GCC unroll 20
   for (int i = 0; i < ACCUMULATORS; ++i) sink = static_cast<float>(sums[i][0]);
   return 8.0 * LANES * ACCUMULATORS * static_cast<double>(rounds);
 }
