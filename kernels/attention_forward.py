@@ -45,10 +45,22 @@ def _visit_blocks(
     ACCURATE: tl.constexpr = b_q[0].dtype == tl.float32
     b_row = side * -slope * o_n  # (BLOCK_N,): ALiBi's bias against the block's first key
     b_place = (first + o_m).to(tl.float32)  # (BLOCK_M,)
-    for i_block in tl.range(start, end, BLOCK_N):
+    # The first and last key each query sees: bounds of rows, so that a pair costs one comparison.
+    b_lower = first + o_m - left  # (BLOCK_M,)
+    b_upper = limit - 1 + tl.zeros_like(o_m)  # (BLOCK_M,)
+    if HAS_RIGHT:
+        b_upper = tl.minimum(first + o_m + right, b_upper)
+    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None):
         i_n = i_block
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
+        if MASKED:
+            m_pair = o_n[None, :] <= (b_upper - i_n)[:, None]
+            if HAS_LEFT:
+                m_pair = m_pair & (o_n[None, :] >= (b_lower - i_n)[:, None])
+        if CAREFUL:
+            b_v = load_columns(p_v, i_n, stride_vs, limit, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED, LONG)
+            b_acc += spoil(m_pair & nonfinite_rows(b_v)[None, :])[:, None]
         b_k = load_heads(
             p_k, descriptor_k, i_b, i_g, i_n, stride_ks, limit, p_cos, p_sin, p_positions, i_n + rotary_offset,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_N, MASKED, LONG,
@@ -75,11 +87,6 @@ def _visit_blocks(
             if HAS_SLOPES:
                 b_x -= slope * tl.abs((i_n + o_n).to(tl.float32)[None, :] - b_place[:, None])
             if MASKED:
-                m_pair = (o_n < limit - i_n)[None, :]
-                if HAS_LEFT:
-                    m_pair = m_pair & (o_distance >= first - left - i_n)
-                if HAS_RIGHT:
-                    m_pair = m_pair & (o_distance <= first + right - i_n)
                 b_x = tl.where(m_pair, b_x, -float("inf"))
             b_max = tl.maximum(b_m, tl.max(b_x, 1))
             # A row that has seen nothing yet keeps a finite pivot: -inf - -inf would be NaN.
@@ -88,13 +95,12 @@ def _visit_blocks(
             b_alpha = tl.exp2(b_m - b_pivot)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
-        if DESCRIPTOR:
+        if CAREFUL:
+            b_v = finite_or_zero(load_columns(p_v, i_n, stride_vs, limit, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED, LONG))
+        elif DESCRIPTOR:
             b_v = tl.reshape(descriptor_v.load([i_b, i_g, i_n, 0]), [BLOCK_N, BLOCK_D])
         else:
             b_v = load_columns(p_v, i_n, stride_vs, limit, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED, LONG)
-        if CAREFUL:
-            b_acc += spoil(m_pair & nonfinite_rows(b_v)[None, :])[:, None]
-            b_v = finite_or_zero(b_v)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
         b_m = b_max
     return b_m, b_l, b_acc
@@ -176,6 +182,7 @@ def attention_forward_kernel(
         HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, BLOCK_N, True, False, False,
     )  # fmt: skip
     if has_nonfinite(b_acc):
+        NARROW_N: tl.constexpr = min(BLOCK_N, 32)  # spares registers
         b_m, b_l, b_acc = _visit_blocks(
             tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_D], tl.float32), b_q,
@@ -183,7 +190,7 @@ def attention_forward_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, BLOCK_N, True, False, True,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, False, BLOCK_M, NARROW_N, True, False, True,
         )  # fmt: skip
 
     HAS_BIAS: tl.constexpr = HAS_SLOPES or HAS_TABLE

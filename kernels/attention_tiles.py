@@ -67,13 +67,15 @@ def load_columns(
         offsets = o_r[:, None] * stride + o_c[None, :]
     p_block = p_x + i_r.to(tl.int64) * stride
     if BOUND:
-        m_r = o_r < limit - i_r
+        m_tile = (o_r < limit - i_r)[:, None]
         if BLOCK_C != COLUMNS:
-            return tl.load(p_block + offsets, mask=m_r[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
-        return tl.load(p_block + offsets, mask=m_r[:, None], other=0.0)
-    if BLOCK_C != COLUMNS:
-        return tl.load(p_block + offsets, mask=(o_c < COLUMNS)[None, :], other=0.0)
-    return tl.load(p_block + offsets)
+            m_tile = m_tile & (o_c < COLUMNS)[None, :]
+        b_x = tl.load(p_block + offsets, mask=m_tile, other=0.0)
+    elif BLOCK_C != COLUMNS:
+        b_x = tl.load(p_block + offsets, mask=(o_c < COLUMNS)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_block + offsets)
+    return b_x  # (ROWS, BLOCK_C)
 
 
 @triton.jit
@@ -82,17 +84,17 @@ def load_angles(
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, ROWS: tl.constexpr, BOUND: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Rows of the cos or sin table (ROWS, BLOCK_HALF) for the keys i_position .. i_position + ROWS."""
-    if not HAS_POSITIONS:
-        return load_columns(p_table, i_position, HALF, limit - i_r + i_position, HALF, BLOCK_HALF, ROWS, BOUND, False)
-    o_r = tl.arange(0, ROWS)
-    o_c = tl.arange(0, BLOCK_HALF)
-    m_r = o_r < limit - i_r
-    b_position = tl.load(p_positions + i_position + o_r, mask=m_r, other=0)  # (ROWS,)
-    return tl.load(
-        p_table + b_position.to(tl.int64)[:, None] * HALF + o_c[None, :],
-        mask=m_r[:, None] & (o_c < HALF)[None, :],
-        other=0.0,
-    )
+    if HAS_POSITIONS:
+        o_r = tl.arange(0, ROWS)
+        o_c = tl.arange(0, BLOCK_HALF)
+        m_r = o_r < limit - i_r
+        b_position = tl.load(p_positions + i_position + o_r, mask=m_r, other=0)  # (ROWS,)
+        p_tile = p_table + b_position.to(tl.int64)[:, None] * HALF + o_c[None, :]
+        b_angles = tl.load(p_tile, mask=m_r[:, None] & (o_c < HALF)[None, :], other=0.0)
+    else:
+        end = limit - i_r + i_position
+        b_angles = load_columns(p_table, i_position, HALF, end, HALF, BLOCK_HALF, ROWS, BOUND, False)
+    return b_angles
 
 
 @triton.jit
@@ -110,26 +112,30 @@ def load_heads(
     """
     if HALF == 0:
         if DESCRIPTOR:
-            return (tl.reshape(descriptor.load([i_b, i_h, i_r, 0]), [ROWS, BLOCK_D]),)
-        return (load_columns(p_x, i_r, stride, limit, HEAD_DIM, BLOCK_D, ROWS, BOUND, LONG),)
-    if INTERLEAVED:
-        b_pairs = load_columns(p_x, i_r, stride, limit, 2 * HALF, 2 * BLOCK_HALF, ROWS, BOUND, LONG)
-        b_a, b_b = tl.split(tl.reshape(b_pairs, [ROWS, BLOCK_HALF, 2]))
+            b_x = (tl.reshape(descriptor.load([i_b, i_h, i_r, 0]), [ROWS, BLOCK_D]),)
+        else:
+            b_x = (load_columns(p_x, i_r, stride, limit, HEAD_DIM, BLOCK_D, ROWS, BOUND, LONG),)
     else:
-        b_a = load_columns(p_x, i_r, stride, limit, HALF, BLOCK_HALF, ROWS, BOUND, LONG)
-        b_b = load_columns(p_x + HALF, i_r, stride, limit, HALF, BLOCK_HALF, ROWS, BOUND, LONG)
-    b_cos = load_angles(p_cos, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
-    b_sin = load_angles(p_sin, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
-    dtype = b_a.dtype
-    b_a = b_a.to(tl.float32)
-    b_b = b_b.to(tl.float32)
-    b_first = (b_a * b_cos - b_b * b_sin).to(dtype)  # (ROWS, BLOCK_HALF)
-    b_second = (b_b * b_cos + b_a * b_sin).to(dtype)  # (ROWS, BLOCK_HALF)
-    if BLOCK_REST == 0:
-        return (b_first, b_second)
-    REST: tl.constexpr = HEAD_DIM - 2 * HALF
-    b_rest = load_columns(p_x + 2 * HALF, i_r, stride, limit, REST, BLOCK_REST, ROWS, BOUND, LONG)
-    return (b_first, b_second, b_rest)
+        if INTERLEAVED:
+            b_pairs = load_columns(p_x, i_r, stride, limit, 2 * HALF, 2 * BLOCK_HALF, ROWS, BOUND, LONG)
+            b_a, b_b = tl.split(tl.reshape(b_pairs, [ROWS, BLOCK_HALF, 2]))
+        else:
+            b_a = load_columns(p_x, i_r, stride, limit, HALF, BLOCK_HALF, ROWS, BOUND, LONG)
+            b_b = load_columns(p_x + HALF, i_r, stride, limit, HALF, BLOCK_HALF, ROWS, BOUND, LONG)
+        b_cos = load_angles(p_cos, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
+        b_sin = load_angles(p_sin, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
+        dtype = b_a.dtype
+        b_a = b_a.to(tl.float32)
+        b_b = b_b.to(tl.float32)
+        b_first = (b_a * b_cos - b_b * b_sin).to(dtype)  # (ROWS, BLOCK_HALF)
+        b_second = (b_b * b_cos + b_a * b_sin).to(dtype)  # (ROWS, BLOCK_HALF)
+        if BLOCK_REST > 0:
+            REST: tl.constexpr = HEAD_DIM - 2 * HALF
+            b_rest = load_columns(p_x + 2 * HALF, i_r, stride, limit, REST, BLOCK_REST, ROWS, BOUND, LONG)
+            b_x = (b_first, b_second, b_rest)
+        else:
+            b_x = (b_first, b_second)
+    return b_x
 
 
 @triton.jit
@@ -138,12 +144,13 @@ def zero_heads(
 ):  # fmt: skip
     """Accumulators for the pieces of load_heads."""
     if HALF == 0:
-        return (tl.zeros([ROWS, BLOCK_D], tl.float32),)
-    b_first = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
-    b_second = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
-    if BLOCK_REST == 0:
-        return (b_first, b_second)
-    return (b_first, b_second, tl.zeros([ROWS, BLOCK_REST], tl.float32))
+        b_x = (tl.zeros([ROWS, BLOCK_D], tl.float32),)
+    elif BLOCK_REST == 0:
+        b_x = (tl.zeros([ROWS, BLOCK_HALF], tl.float32), tl.zeros([ROWS, BLOCK_HALF], tl.float32))
+    else:
+        b_half = tl.zeros([ROWS, BLOCK_HALF], tl.float32)
+        b_x = (b_half, b_half, tl.zeros([ROWS, BLOCK_REST], tl.float32))
+    return b_x
 
 
 @triton.jit
@@ -198,11 +205,14 @@ def add_product(b_sum, b_w, b_x, HALF: tl.constexpr, BLOCK_REST: tl.constexpr, P
     b_w = b_w.to(b_x[0].dtype)
     b_first = tl.dot(b_w, b_x[0], b_sum[0], input_precision=PRECISION)
     if HALF == 0:
-        return (b_first,)
-    b_second = tl.dot(b_w, b_x[1], b_sum[1], input_precision=PRECISION)
-    if BLOCK_REST == 0:
-        return (b_first, b_second)
-    return (b_first, b_second, tl.dot(b_w, b_x[2], b_sum[2], input_precision=PRECISION))
+        b_y = (b_first,)
+    else:
+        b_second = tl.dot(b_w, b_x[1], b_sum[1], input_precision=PRECISION)
+        if BLOCK_REST == 0:
+            b_y = (b_first, b_second)
+        else:
+            b_y = (b_first, b_second, tl.dot(b_w, b_x[2], b_sum[2], input_precision=PRECISION))
+    return b_y
 
 
 @triton.jit
@@ -225,8 +235,11 @@ def capped_scores(b_s, scale, softcap, HAS_SOFTCAP: tl.constexpr, ACCURATE: tl.c
     """Scores in log2 units before the biases, and with a softcap tanh(q.k scale / softcap), which its gradient needs."""
     if HAS_SOFTCAP:
         b_tanh = tanh(b_s * scale, ACCURATE)  # the launcher's scale is softmax_scale / softcap
-        return b_tanh * (softcap * LOG2E), b_tanh
-    return b_s * scale, b_s
+        b_x = b_tanh * (softcap * LOG2E)
+    else:
+        b_tanh = b_s
+        b_x = b_s * scale
+    return b_x, b_tanh
 
 
 @triton.jit
