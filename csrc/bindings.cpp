@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <thread>
 #include <tuple>
 
 #include "attention/attention.h"
@@ -28,6 +29,8 @@ void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
     for (int64_t task = next++; task < tasks; task = next++) work(context, task);
   });
 }
+
+void yield_thread() { std::this_thread::yield(); }
 
 void* thread_scratch(size_t bytes) {
   struct Free {
@@ -152,6 +155,45 @@ std::tuple<Tensor, Tensor> attention_forward(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_out, MaybeTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double softmax_scale,
+    int64_t window_left, int64_t window_right, double softcap, MaybeTensor key_lengths, MaybeTensor alibi_slopes,
+    MaybeTensor relative_bias, MaybeTensor relative_buckets, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
+    MaybeTensor rotary_positions, int64_t rotary_offset, bool rotary_interleaved, bool needs_slopes,
+    bool needs_table) {
+  pynlp::AttentionBackward problem{};
+  fill(problem, q, k, v,
+       {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
+        rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved});
+  problem.grad_out = view(grad_out, "grad_out");
+  problem.out = view(out, "out");
+  STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
+                  "pynlp.attention: expected grad_out and out in the dtype of q");
+  problem.lse = data<float>(lse, ScalarType::Float, "lse");
+  problem.grad_lse = data<float>(grad_lse, ScalarType::Float, "grad_lse");
+  const auto gradient = [](const Tensor& x) {
+    return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  };
+  Tensor grad_q = gradient(q), grad_k = gradient(k), grad_v = gradient(v);
+  problem.grad_q = grad_q.mutable_data_ptr();
+  problem.grad_k = grad_k.mutable_data_ptr();
+  problem.grad_v = grad_v.mutable_data_ptr();
+  const auto like = [&](const MaybeTensor& x, bool needed, float** pointer) {
+    Tensor grad = needed ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, ScalarType::Float);
+    if (needed) *pointer = static_cast<float*>(grad.mutable_data_ptr());
+    return grad;
+  };
+  Tensor grad_slopes = like(alibi_slopes, needs_slopes, &problem.grad_slopes);
+  Tensor grad_table = like(relative_bias, needs_table, &problem.grad_table);
+  pynlp::attention_backward(problem);
+  return {grad_q, grad_k, grad_v, grad_slopes, grad_table};
+}
+
+void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
+    TORCH_BOX(&attention_backward)(stack, inputs, outputs);
+}
+
 void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
     TORCH_BOX(&attention_forward)(stack, inputs, outputs);
@@ -159,4 +201,7 @@ void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outp
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) { m.impl("attention_forward", &attention_forward_boxed); }
+STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
+  m.impl("attention_forward", &attention_forward_boxed);
+  m.impl("attention_backward", &attention_backward_boxed);
+}

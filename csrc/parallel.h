@@ -12,6 +12,8 @@ int64_t thread_count();  // torch.get_num_threads()
 // task may wait for a lower one; a result must not depend on which thread takes which.
 void run_tasks(int64_t tasks, void (*work)(void* context, int64_t task), void* context);
 
+void yield_thread();  // lets another thread run
+
 // 64-byte aligned memory of the calling thread, valid until its next call; its content is undefined.
 void* thread_scratch(size_t bytes);
 

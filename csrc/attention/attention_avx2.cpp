@@ -1,19 +1,25 @@
 // The kernels of attention for AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
+#include <new>
 
 #pragma GCC target("avx2,fma,f16c")
 #define PYNLP_LANES 8
 #define PYNLP_F16C 1
 #define PYNLP_AVX512 0
 #define PYNLP_BF16 0
+#include "backward.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 void attention_forward_avx2(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
+void attention_backward_avx2(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
 
 }  // namespace pynlp
+#endif

@@ -1,19 +1,26 @@
 // The kernels of attention for AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
+#include <new>
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 on its own _mm512_undefined_ps
 #define PYNLP_LANES 16
 #define PYNLP_F16C 1
 #define PYNLP_AVX512 1
 #define PYNLP_BF16 0
+#include "backward.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 void attention_forward_avx512(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
+void attention_backward_avx512(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
 
 }  // namespace pynlp
+#endif

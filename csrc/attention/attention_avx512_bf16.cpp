@@ -1,19 +1,26 @@
 // The kernels of attention for AVX-512 with BF16: dot products of bf16 pairs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
+#include <new>
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 on its own _mm512_undefined_ps
 #define PYNLP_LANES 16
 #define PYNLP_F16C 1
 #define PYNLP_AVX512 1
 #define PYNLP_BF16 1
+#include "backward.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 void attention_forward_avx512_bf16(const AttentionForward& problem) { Forward<Bf16>(problem).run(); }
+void attention_backward_avx512_bf16(const AttentionBackward& problem) { Backward<Bf16>(problem).run(); }
 
 }  // namespace pynlp
+#endif

@@ -2,16 +2,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #define PYNLP_LANES 4
 #define PYNLP_F16C 0
 #define PYNLP_AVX512 0
 #define PYNLP_BF16 0
+#include "backward.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 void attention_forward_portable(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
+void attention_backward_portable(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
 
 }  // namespace pynlp

@@ -20,7 +20,7 @@ class Forward {
     words_ = row_words<E>(in.head_dim);
     columns_ = round_up(in.head_dim, LANES);
     // A longer block packs its keys for more queries; a shorter one gives more tasks. The result is the same.
-    block_queries_ = in.head_dim > 128 ? 128 : 256;
+    block_queries_ = in.head_dim > 128 ? 128 : in.head_dim > 64 ? 256 : 512;
     const int64_t heads = in.batch * in.heads;
     while (block_queries_ > 2 * QUERIES && block_queries_ > 32 &&
            heads * ((in.seqlen_q + block_queries_ - 1) / block_queries_) < 4 * thread_count())
@@ -75,7 +75,9 @@ class Forward {
     const Rows k = Rows(in_, in_.k, batch, kv_head).rotated(in_, batch, 0);
     const Rows v(in_, in_.v, batch, kv_head);
 
+    const Range keys = visible.of_any(first, last);
     for (int64_t i = first; i < last; i += QUERIES) {
+      prefetch_share(k, v, keys.first, keys, i - first, last - first);
       pack_rows<E>(q, i, smaller(i + QUERIES, last), QUERIES, s.rows);
       transpose(s.rows, words_, s.queries + (i - first) * words_, QUERIES, QUERIES, words_);
     }
@@ -86,7 +88,6 @@ class Forward {
       s.sum[i] = 0;
     }
 
-    const Range keys = visible.of_any(first, last);
     // Line entry 0 is the distance of the first query to the key after the last one.
     const int64_t line_first = first + visible.offset - keys.last - 1;
     const bool biased = in_.alibi_slopes || in_.relative_bias;
@@ -97,6 +98,7 @@ class Forward {
       const Range some{larger(start, keys.first & ~1), smaller(start + block_keys_, keys.last)};
       const int64_t spoiled = pack_block(s, visible, k, v, some, {first, last});
       for (int64_t i = first; i < last; i += QUERIES) {
+        prefetch_share(k, v, start + block_keys_, keys, i - first, last - first);
         const int64_t end = smaller(i + QUERIES, last);
         const Range any = visible.of_any(i, end), all = visible.of_all(i, end);
         const Range tile{larger(some.first, any.first & ~1), smaller(some.last, any.last)};
@@ -109,6 +111,16 @@ class Forward {
     }
     for (int64_t i = first; i < last; i += QUERIES)
       finish(s, batch, head, i, smaller(i + QUERIES, last), i - first);
+  }
+
+  // Of the block of keys that starts at `start`, the part that goes with queries slot .. slot + QUERIES of `queries`:
+  // spread over the work on the block before, its loads cost nothing.
+  void prefetch_share(const Rows& k, const Rows& v, int64_t start, Range keys, int64_t slot, int64_t queries) const {
+    const int64_t last = smaller(keys.last, start + smaller(slot + QUERIES, queries) * block_keys_ / queries);
+    for (int64_t j = start + slot * block_keys_ / queries; j < last; ++j) {
+      k.prefetch(j);
+      v.prefetch(j);
+    }
   }
 
   // Packs keys and values `block`. Where a tile is masked, a weight of 0 would turn a NaN or an infinity in a value row
@@ -187,40 +199,66 @@ class Forward {
   }
 
   // scores -> weights exp2(scores * scale - maximum); rescale is what the sums so far are to be multiplied by.
+  // Two rows at a time, each with its own running maximum and sum: one alone would wait for its last instruction.
   void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, float* rescale) const {
-    for (int v = 0; v < TILE_VECTORS; ++v) {
-      float* scores = s.scores + v * LANES;
-      const Float before = load(s.maximum + slot + v * LANES), factor = broadcast(scale);
-      Float best = before;
-      if (scale > 0) {
-        Float raw = broadcast(-__builtin_inff());
-        for (int64_t r = 0; r < rows; ++r) raw = maximum(raw, load(scores + r * QUERIES));
-        best = maximum(best, raw * factor);
-      } else {
-        for (int64_t r = 0; r < rows; ++r) best = maximum(best, load(scores + r * QUERIES) * factor);
-      }
-      const Float nothing = broadcast(-__builtin_inff());
-      const Float pivot = best == nothing ? Float{} : best;  // keeps -inf - -inf out of rows that saw no key yet
-      const Float old = exp2_of<6>(before - pivot);
-      Float sum = Float{};
-      for (int64_t r = 0; r < rows; r += E::PAIR) {
-        const Float weight = exp2_of<E::EXP2_DEGREE>(load(scores + r * QUERIES) * factor - pivot);
-        sum += weight;
-        if constexpr (E::PAIR == 1) {
-          store(scores + r * QUERIES, weight);
-        } else {
-#if PYNLP_BF16
-          Float odd = Float{};
-          if (r + 1 < rows) odd = exp2_of<E::EXP2_DEGREE>(load(scores + (r + 1) * QUERIES) * factor - pivot);
-          sum += odd;
-          store(s.weights + r / 2 * QUERIES + v * LANES, bf16_pairs(weight, odd));
-#endif
-        }
-      }
-      store(s.maximum + slot + v * LANES, best);
-      store(s.sum + slot + v * LANES, load(s.sum + slot + v * LANES) * old + sum);
-      store(rescale + v * LANES, old);
+    constexpr int V = TILE_VECTORS;
+    if (scale < 0) negate(s.scores, rows, &scale);  // the maximum is taken before the scale
+    const Float nothing = broadcast(-__builtin_inff()), factor = broadcast(scale);
+    Float even[V], odd[V], pivot[V];
+    for (int v = 0; v < V; ++v) even[v] = odd[v] = nothing;
+    for (int64_t r = 0; r + 1 < rows; r += 2) {
+      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], load(s.scores + r * QUERIES + v * LANES));
+      for (int v = 0; v < V; ++v) odd[v] = maximum(odd[v], load(s.scores + (r + 1) * QUERIES + v * LANES));
     }
+    if (rows % 2)
+      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], load(s.scores + (rows - 1) * QUERIES + v * LANES));
+    for (int v = 0; v < V; ++v) {
+      const Float before = load(s.maximum + slot + v * LANES);
+      const Float best = maximum(before, maximum(even[v], odd[v]) * factor);
+      pivot[v] = best == nothing ? Float{} : best;  // keeps -inf - -inf out of rows that saw no key yet
+      store(s.maximum + slot + v * LANES, best);
+      store(rescale + v * LANES, exp2_of<6>(before - pivot[v]));
+      even[v] = odd[v] = Float{};
+    }
+    int64_t r = 0;
+    for (; r + 1 < rows; r += 2) {
+      float* p = s.scores + r * QUERIES;
+      for (int v = 0; v < V; ++v) {
+        const Float a = exp2_of<E::EXP2_DEGREE>(load(p + v * LANES) * factor - pivot[v]);
+        const Float b = exp2_of<E::EXP2_DEGREE>(load(p + QUERIES + v * LANES) * factor - pivot[v]);
+        store_weights(s, r, v, a, b);
+        even[v] += a;
+        odd[v] += b;
+      }
+    }
+    if (r < rows) {
+      for (int v = 0; v < V; ++v) {
+        const Float a = exp2_of<E::EXP2_DEGREE>(load(s.scores + r * QUERIES + v * LANES) * factor - pivot[v]);
+        store_weights(s, r, v, a, Float{});  // block_keys_ is even: there is room for a row of zeros
+        even[v] += a;
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      float* sum = s.sum + slot + v * LANES;
+      store(sum, load(sum) * load(rescale + v * LANES) + (even[v] + odd[v]));
+    }
+  }
+
+  // The weights of rows r and r + 1, as the right-hand side of the sum over keys.
+  static void store_weights(const Scratch& s, int64_t r, int v, Float even, Float odd) {
+#if PYNLP_BF16
+    if constexpr (E::PAIR == 2) {
+      store(s.weights + r / 2 * QUERIES + v * LANES, bf16_pairs(even, odd));
+      return;
+    }
+#endif
+    store(s.scores + r * QUERIES + v * LANES, even);
+    store(s.scores + (r + 1) * QUERIES + v * LANES, odd);
+  }
+
+  static void negate(float* scores, int64_t rows, float* scale) {
+    for (int64_t i = 0; i < rows * QUERIES; i += LANES) store(scores + i, -load(scores + i));
+    *scale = -*scale;
   }
 
   // What pack_block left out, for the queries that see it.

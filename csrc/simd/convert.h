@@ -68,9 +68,10 @@ inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
 #if PYNLP_BF16
 // Two rows of fp32 as words of two bf16: `even` in the low half.
 inline Int bf16_pairs(Float even, Float odd) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-  return (Int)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // 16 even ones, then 16 odd ones
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Int)_mm512_permutexvar_epi16(interleave, halves);
 }
 // 16 floats as 16 bf16 in memory order.
 inline void store_bf16(void* to, Float x) {

@@ -31,9 +31,7 @@ inline Float exp2_fraction(Float f) {
 template <int DEGREE>
 inline Float exp2_of(Float x) {
 #if PYNLP_AVX512
-  const Float low = broadcast(-150.0f);
-  x = x < low ? low : x;
-  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0);
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0);  // x - round(x); 0 for an infinity
   return (Float)_mm512_scalef_ps((__m512)exp2_fraction<DEGREE>(f), (__m512)(x - f));
 #else
   const Float low = broadcast(-127.0f);

@@ -94,6 +94,8 @@ def _backward(ctx, grad_out, grad_lse):
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:  # e.g. the expanded ones that sum() sends
         grad_out = grad_out.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
     needs_slopes, needs_table = ctx.needs_input_grad[8], ctx.needs_input_grad[9]
     grad_q, grad_k, grad_v, grad_slopes, grad_table = torch.ops.pynlp.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *options, needs_slopes, needs_table

@@ -1,0 +1,510 @@
+// Backward: gradients of q, k, v and of what the biases are made of, from q, k, v, out, lse (FlashAttention-2).
+//
+// A task is a block of keys of one key/value head. It walks over the tiles of queries that see the block, for each query
+// head of the group, and keeps grad_k and grad_v to itself:
+//
+//   P = exp(S - lse)   dV += P^T dO   dS = P * (dO V^T - delta)   dK += dS^T Q   dQ += dS K,   delta = rowsum(dO * out)
+//
+// grad_q of a tile is summed over the key blocks, by different tasks, always in rising order: each tile has a ticket that
+// says whose turn it is. So five products suffice, without atomics, and the bits do not depend on the threads. A task
+// waits only for lower tasks, which run or have run. The sums are kept in fp32 for the few heads in flight.
+#pragma once
+
+#include "../parallel.h"
+#include "blocks.h"
+
+namespace pynlp {
+namespace {
+
+constexpr int64_t TILE_QUERIES = 4 * LANES;
+constexpr int64_t PITCH = TILE_QUERIES + LANES;  // of a row of a tile: zeros between rows, for the sums along diagonals
+
+struct Buffer {
+  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  float* floats() const { return static_cast<float*>(data); }
+  void* data;
+};
+
+template <class E>
+class Backward {
+ public:
+  explicit Backward(const AttentionBackward& in)
+      : in_(in),
+        block_keys_(in.head_dim > 128 ? 64 : 128),
+        words_(row_words<E>(in.head_dim)),
+        columns_(round_up(in.head_dim, LANES)),
+        group_(in.kv_heads ? in.heads / in.kv_heads : 0),
+        kv_heads_(in.batch * in.kv_heads),
+        blocks_((in.seqlen_k + block_keys_ - 1) / block_keys_),
+        tiles_((in.seqlen_q + TILE_QUERIES - 1) / TILE_QUERIES),
+        in_flight_(larger(1, smaller(kv_heads_, thread_count()))),
+        biases_(in.grad_slopes || in.grad_table),
+        delta_(in.batch * in.heads * in.seqlen_q * sizeof(float)),
+        grad_q_(in_flight_ * group_ * tiles_ * TILE_QUERIES * columns_ * sizeof(float)),
+        tickets_(in_flight_ * group_ * tiles_ * sizeof(int32_t)),
+        partials_(biases_ ? kv_heads_ * blocks_ * group_ * (in.num_buckets + 1) * sizeof(double) : 0) {
+    memset(tickets_.data, 0, in_flight_ * group_ * tiles_ * sizeof(int32_t));
+    Arena sizes{nullptr};
+    Scratch(*this, sizes);
+    scratch_bytes_ = sizes.used;
+  }
+
+  void run() {
+    run_tasks(in_.batch * in_.heads * tiles_, [](void* self, int64_t task) {
+      static_cast<Backward*>(self)->prepare(task);
+    }, this);
+    run_tasks(kv_heads_ * blocks_, [](void* self, int64_t task) { static_cast<Backward*>(self)->run_task(task); },
+              this);
+    if (biases_) sum_partials();
+  }
+
+ private:
+  struct Scratch {
+    int32_t *keys, *values, *clean_keys, *keys_right;  // as rows; without spoiled rows; as a right-hand side
+    int32_t *rows, *queries, *queries_right, *grads, *grads_right;  // transposed, and as a right-hand side
+    float *scores, *grad_scores, *cap_slopes, *grad_k, *grad_v, *line, *grad_line;
+    int32_t *weights, *grad_weights, *grad_weights_right;  // bf16: rows of P and dS, dS as pairs of rows
+    float *lse, *delta;
+    int32_t* spoiled_keys;
+    Scratch(const Backward& b, Arena& arena) {
+      const int64_t row = larger(b.words_, b.columns_), keys_size = b.block_keys_ * row;
+      const int64_t queries_size = TILE_QUERIES * row, tile = b.block_keys_ * PITCH;
+      keys = arena.take<int32_t>(keys_size);
+      values = arena.take<int32_t>(keys_size);
+      clean_keys = arena.take<int32_t>(keys_size);
+      keys_right = arena.take<int32_t>(keys_size);
+      rows = arena.take<int32_t>(queries_size);
+      queries = arena.take<int32_t>(queries_size);
+      queries_right = arena.take<int32_t>(queries_size);
+      grads = arena.take<int32_t>(queries_size);
+      grads_right = arena.take<int32_t>(queries_size);
+      scores = arena.take<float>(tile);
+      grad_scores = arena.take<float>(LANES + tile) + LANES;
+      cap_slopes = arena.take<float>(b.in_.softcap > 0 ? tile : 0);
+      grad_k = arena.take<float>(b.block_keys_ * b.columns_);
+      grad_v = arena.take<float>(b.block_keys_ * b.columns_);
+      const bool biased = b.in_.alibi_slopes || b.in_.relative_bias;
+      const int64_t longest = b.tiles_ * TILE_QUERIES + b.block_keys_ + 2 * LANES;
+      line = arena.take<float>(biased ? longest : 0);
+      grad_line = arena.take<float>(LANES + (b.biases_ ? longest : 0)) + LANES;
+      weights = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
+      grad_weights = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
+      grad_weights_right = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
+      lse = arena.take<float>(TILE_QUERIES);
+      delta = arena.take<float>(TILE_QUERIES);
+      spoiled_keys = arena.take<int32_t>(b.block_keys_);
+    }
+  };
+
+  // One tile of queries against one block of keys.
+  struct Tile {
+    int64_t head;           // of the queries
+    int64_t query, last;    // queries query .. last - 1
+    int64_t key;            // first key of the block
+    int64_t first, end;     // rows of the block that some query sees; first is even
+    bool masked;            // some query does not see some of them
+    int64_t line;           // index in the bias line of (first query, first key of the block)
+    int64_t rows() const { return end - first; }
+  };
+
+  // delta of one tile of queries; zeros for queries that see no key and so never get a turn.
+  void prepare(int64_t task) {
+    const int64_t tile = task % tiles_, head = task / tiles_ % in_.heads, batch = task / tiles_ / in_.heads;
+    const int64_t first = tile * TILE_QUERIES, last = smaller(first + TILE_QUERIES, in_.seqlen_q);
+    const Rows grad_out(in_, in_.grad_out, batch, head), out(in_, in_.out, batch, head);
+    float a[256 + LANES] = {}, b[256 + LANES] = {};
+    for (int64_t i = first; i < last; ++i) {
+      grad_out.read(i, a);
+      out.read(i, b);
+      Float sums = Float{};
+      for (int64_t d = 0; d < in_.head_dim; d += LANES) sums += load(a + d) * load(b + d);
+      float delta = 0;
+      for (int lane = 0; lane < LANES; ++lane) delta += sums[lane];
+      const int64_t row = (batch * in_.heads + head) * in_.seqlen_q + i;
+      delta_.floats()[row] = in_.grad_lse ? delta - in_.grad_lse[row] : delta;
+    }
+    if (turns(tile).empty()) {
+      memset(a, 0, sizeof a);
+      for (int64_t i = first; i < last; ++i) write_row(in_.dtype, a, in_.head_dim, in_.grad_q, row_of_query(batch, i, head));
+    }
+  }
+
+  void run_task(int64_t task) {
+    const int64_t round = task / (blocks_ * in_flight_), first_head = round * in_flight_;
+    const int64_t heads = smaller(in_flight_, kv_heads_ - first_head), rest = task - round * blocks_ * in_flight_;
+    const int64_t block = rest / heads, slot = rest % heads, kv = first_head + slot;
+    const int64_t batch = kv / in_.kv_heads, kv_head = kv % in_.kv_heads, start = block * block_keys_;
+
+    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
+    const Scratch s(*this, arena);
+    const Visibility visible(in_, batch);
+    const Rows k = Rows(in_, in_.k, batch, kv_head).rotated(in_, batch, 0);
+    const Rows v(in_, in_.v, batch, kv_head);
+    const int64_t block_end = smaller(start + block_keys_, in_.seqlen_k);
+    const int64_t seen_end = larger(start, smaller(block_end, visible.keys));  // keys from here on are padding
+    const int64_t padded = round_up(seen_end - start, 2);
+    pack_rows<E>(k, start, seen_end, padded, s.keys);
+    pack_rows<E>(v, start, seen_end, padded, s.values);
+    memset(s.grad_k, 0, block_keys_ * columns_ * sizeof(float));
+    memset(s.grad_v, 0, block_keys_ * columns_ * sizeof(float));
+    memset(s.grad_scores - LANES, 0, (LANES + block_keys_ * PITCH) * sizeof(float));
+
+    // Tiles in which at least one query sees a key of the block, by the window alone.
+    const int64_t first_query = larger(0, start - visible.offset - visible.right);
+    const int64_t last_query = smaller(in_.seqlen_q - 1, block_end - 1 - visible.offset + visible.left);
+    const bool any = first_query <= last_query && tiles_ > 0;
+    const int64_t first_tile = first_query / TILE_QUERIES, last_tile = any ? last_query / TILE_QUERIES : -1;
+    const Range all = visible.of_all(first_tile * TILE_QUERIES, smaller((last_tile + 1) * TILE_QUERIES, in_.seqlen_q));
+    const int64_t spoiled = start < all.first || seen_end > all.last ? clean(s, k, start, seen_end) : 0;
+    const int32_t* clean_keys = spoiled ? s.clean_keys : s.keys;
+    if (E::PAIR == 2) pair_rows<E>(clean_keys, in_.head_dim, padded, s.keys_right);
+    const int32_t* keys_right = E::PAIR == 2 ? s.keys_right : clean_keys;
+
+    const bool biased = in_.alibi_slopes || in_.relative_bias;
+    const int64_t line_first = first_tile * TILE_QUERIES + visible.offset - (start + block_keys_ - 1);
+    const int64_t line_count = (last_tile + 1 - first_tile) * TILE_QUERIES + block_keys_;
+    for (int64_t member = 0; member < group_; ++member) {
+      const int64_t head = kv_head * group_ + member;
+      if (biased && any) bias_line(in_, batch, head, line_first, line_count, s.line);
+      if (biases_ && any) memset(s.grad_line - LANES, 0, (line_count + 2 * LANES) * sizeof(float));
+      const Rows q = Rows(in_, in_.q, batch, head).rotated(in_, batch, visible.offset);
+      const Rows grad_out(in_, in_.grad_out, batch, head);
+      for (int64_t t = first_tile; t <= last_tile; ++t) {
+        Tile tile;
+        tile.head = head;
+        tile.query = t * TILE_QUERIES;
+        tile.last = smaller(tile.query + TILE_QUERIES, in_.seqlen_q);
+        tile.key = start;
+        const Range seen = visible.of_any(tile.query, tile.last), full = visible.of_all(tile.query, tile.last);
+        tile.first = larger(start, seen.first & ~1) - start;
+        tile.end = smaller(seen_end, seen.last) - start;
+        tile.masked = start + tile.first < full.first || start + tile.end > full.last;
+        tile.line = tile.query + visible.offset - start - line_first;
+        if (tile.rows() > 0) differentiate(s, visible, q, grad_out, tile, batch, biased);
+
+        // grad_q: this task's turn comes after that of the blocks before.
+        const Range turn = turns(t);
+        const int64_t place = (slot * group_ + member) * tiles_ + t;
+        int32_t* ticket = static_cast<int32_t*>(tickets_.data) + place;
+        float* sum = grad_q_.floats() + place * TILE_QUERIES * columns_;
+        const int32_t mine = static_cast<int32_t>(round * (turn.last - turn.first) + block - turn.first);
+        wait_for(ticket, mine);
+        if (block == turn.first && tile.rows() <= 0) memset(sum, 0, TILE_QUERIES * columns_ * sizeof(float));
+        if (tile.rows() > 0) {
+          add_grad_q(s, tile, keys_right, sum, block == turn.first);
+          if (spoiled) add_spoiled_keys(s, visible, k, tile, sum, spoiled);
+        }
+        if (block + 1 == turn.last) write_grad_q(q, tile, batch, sum);
+        __atomic_store_n(ticket, mine + 1, __ATOMIC_RELEASE);
+      }
+      if (biases_) sum_line(s, (kv * blocks_ + block) * group_ + member, any ? line_count : 0, line_first);
+    }
+    write_grad_k_and_v(s, k, batch, kv_head, start, block_end);
+  }
+
+  // The key blocks that a tile of queries visits, by the window alone.
+  Range turns(int64_t tile) const {
+    Visibility visible(in_, 0);
+    visible.keys = in_.seqlen_k;
+    const int64_t first = tile * TILE_QUERIES;
+    const Range seen = visible.of_any(first, smaller(first + TILE_QUERIES, in_.seqlen_q));
+    if (seen.empty()) return {0, 0};
+    return {seen.first / block_keys_, (seen.last - 1) / block_keys_ + 1};
+  }
+
+  static void wait_for(const int32_t* ticket, int32_t mine) {
+    for (int64_t spins = 0; __atomic_load_n(ticket, __ATOMIC_ACQUIRE) != mine; ++spins) {
+      if (spins < 4096) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        yield_thread();
+      }
+    }
+  }
+
+  // Lists the keys of the block that are not finite and zeroes them in a copy. Only where a tile is masked: there a weight
+  // of 0 would turn them into NaN for queries that do not see them. add_spoiled_keys adds them for those that do.
+  int64_t clean(const Scratch& s, const Rows& k, int64_t start, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t j = start; j < end; ++j)
+      if (!k.finite(j)) s.spoiled_keys[count++] = static_cast<int32_t>(j);
+    if (count) memcpy(s.clean_keys, s.keys, round_up(end - start, 2) * words_ * 4);
+    for (int64_t n = 0; n < count; ++n) memset(s.clean_keys + (s.spoiled_keys[n] - start) * words_, 0, words_ * 4);
+    return count;
+  }
+
+  // P and dS of a tile, and what they add to grad_v and grad_k.
+  void differentiate(const Scratch& s, const Visibility& visible, const Rows& q, const Rows& grad_out, const Tile& tile,
+                     int64_t batch, bool biased) {
+    const int64_t queries = tile.last - tile.query, depth = (in_.head_dim + E::PAIR - 1) / E::PAIR;
+    int32_t spoiled[TILE_QUERIES];
+    int64_t spoiled_count = 0;
+    if (tile.masked)
+      for (int64_t i = tile.query; i < tile.last; ++i)
+        if (!q.finite(i) || !grad_out.finite(i)) spoiled[spoiled_count++] = static_cast<int32_t>(i - tile.query);
+
+    pack_rows<E>(q, tile.query, tile.last, TILE_QUERIES, s.rows);
+    transpose(s.rows, words_, s.queries, TILE_QUERIES, TILE_QUERIES, words_);
+    right_hand_side(s.rows, spoiled, spoiled_count, s.queries_right);
+    pack_rows<E>(grad_out, tile.query, tile.last, TILE_QUERIES, s.rows);
+    transpose(s.rows, words_, s.grads, TILE_QUERIES, TILE_QUERIES, words_);
+    right_hand_side(s.rows, spoiled, spoiled_count, s.grads_right);
+
+    const int64_t row = (batch * in_.heads + tile.head) * in_.seqlen_q + tile.query;
+    for (int64_t i = 0; i < TILE_QUERIES; ++i) {
+      // Rows that see nothing, and those beyond the end, get a weight of exp2(-inf) = 0.
+      const float lse = i < queries ? in_.lse[row + i] : -__builtin_inff();
+      s.lse[i] = lse == -__builtin_inff() ? __builtin_inff() : lse * LOG2_E;
+      s.delta[i] = i < queries ? delta_.floats()[row + i] : 0.0f;
+    }
+    float* scores = s.scores + tile.first * PITCH;
+    float* grad_scores = s.grad_scores + tile.first * PITCH;
+    matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.keys + tile.first * words_, words_, 1, s.queries,
+                               TILE_QUERIES, scores, PITCH);
+    matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.values + tile.first * words_, words_, 1, s.grads,
+                               TILE_QUERIES, grad_scores, PITCH);
+    float scale = in_.softmax_scale * LOG2_E;
+    if (in_.softcap > 0) {
+      cap(scores, tile.rows(), s.cap_slopes);
+      scale = 1;
+    }
+    if (tile.masked)
+      weigh<true>(s, visible, tile, scale, biased);
+    else
+      weigh<false>(s, visible, tile, scale, biased);
+    if (biases_) {
+      sum_diagonals(s, tile);
+      if (E::PAIR == 1 && in_.softcap > 0) multiply(grad_scores, s.cap_slopes, tile.rows());
+    }
+
+    const void* p = E::PAIR == 1 ? static_cast<void*>(scores) : s.weights;
+    const void* ds = E::PAIR == 1 ? static_cast<void*>(grad_scores) : s.grad_weights;
+    const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES / 2, out = tile.first * columns_;
+    const int64_t inner = E::PAIR == 1 ? queries : (queries + 1) / 2;
+    matmul<E, Into::add>(tile.rows(), columns_, inner, p, pitch, 1, s.grads_right, columns_, s.grad_v + out, columns_);
+    matmul<E, Into::add>(tile.rows(), columns_, inner, ds, pitch, 1, s.queries_right, columns_, s.grad_k + out,
+                         columns_);
+    if (spoiled_count) add_spoiled_queries(s, visible, q, grad_out, tile, spoiled, spoiled_count);
+  }
+
+  // Packed rows as the right-hand side of a sum over them, without the spoiled ones.
+  void right_hand_side(int32_t* rows, const int32_t* spoiled, int64_t count, int32_t* to) const {
+    for (int64_t n = 0; n < count; ++n) memset(rows + spoiled[n] * words_, 0, words_ * 4);
+    if (E::PAIR == 2)
+      pair_rows<E>(rows, in_.head_dim, TILE_QUERIES, to);
+    else
+      memcpy(to, rows, TILE_QUERIES * words_ * 4);
+  }
+
+  // Scores become softcap * tanh(score / softcap) * log2(e); slopes are its derivative by the score, 1 - tanh^2.
+  void cap(float* scores, int64_t rows, float* slopes) const {
+    const Float inner = broadcast(in_.softmax_scale / in_.softcap), outer = broadcast(in_.softcap * LOG2_E);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = r * PITCH; i < r * PITCH + TILE_QUERIES; i += LANES) {
+        const Float t = tanh_of(load(scores + i) * inner);
+        store(slopes + i, broadcast(1.0f) - t * t);
+        store(scores + i, t * outer);
+      }
+    }
+  }
+
+  // scores -> P, grad_scores (dO V^T) -> dS.
+  template <bool MASKED>
+  void weigh(const Scratch& s, const Visibility& visible, const Tile& tile, float scale, bool biased) const {
+    const Float factor = broadcast(scale);
+    const int64_t rows = tile.rows(), tile_at = tile.first * PITCH;
+    for (int64_t c = 0; c < TILE_QUERIES; c += LANES) {
+      const Float lse = load(s.lse + c), delta = load(s.delta + c);
+      const LaneLimits limits(visible, tile.query + c, tile.key + tile.first);
+      const float* line = s.line + tile.line - tile.first + c;
+      const auto one = [&](int64_t r, Float* p, Float* ds) __attribute__((always_inline)) {
+        const int64_t at = r * PITCH + c;
+        Float x = load(s.scores + tile_at + at) * factor;
+        if (biased) x += load(line - r);
+        *p = exp2_of<E::EXP2_DEGREE>(x - lse);
+        *ds = *p * (load(s.grad_scores + tile_at + at) - delta);
+        if constexpr (MASKED) {
+          const Int seen = limits.see(static_cast<int32_t>(r));
+          *p = seen ? *p : Float{};
+          *ds = seen ? *ds : Float{};
+        }
+        if (biases_) store(s.grad_scores + tile_at + at, *ds);  // the biases' gradient is that before the softcap
+        if (in_.softcap > 0 && !(E::PAIR == 1 && biases_)) *ds *= load(s.cap_slopes + at);
+      };
+      for (int64_t r = 0; r < rows; r += E::PAIR) {
+        Float p, ds;
+        one(r, &p, &ds);
+        if constexpr (E::PAIR == 1) {
+          store(s.scores + tile_at + r * PITCH + c, p);
+          store(s.grad_scores + tile_at + r * PITCH + c, ds);
+        } else {
+#if PYNLP_BF16
+          Float p_odd = Float{}, ds_odd = Float{};
+          store_bf16(s.weights + (r * TILE_QUERIES + c) / 2, p);
+          store_bf16(s.grad_weights + (r * TILE_QUERIES + c) / 2, ds);
+          if (r + 1 < rows) {
+            one(r + 1, &p_odd, &ds_odd);
+            store_bf16(s.weights + ((r + 1) * TILE_QUERIES + c) / 2, p_odd);
+            store_bf16(s.grad_weights + ((r + 1) * TILE_QUERIES + c) / 2, ds_odd);
+          }
+          store(s.grad_weights_right + r / 2 * TILE_QUERIES + c, bf16_pairs(ds, ds_odd));
+#endif
+        }
+      }
+    }
+  }
+
+  // grad_line[query - key] += the sum of that diagonal of dS. Along a chunk of diagonals one row's values lie one place
+  // further than the row's before; the zeros between rows stand for what lies outside of the tile.
+  void sum_diagonals(const Scratch& s, const Tile& tile) const {
+    const float* ds = s.grad_scores + tile.first * PITCH;
+    float* line = s.grad_line + tile.line - tile.first;
+    const int64_t rows = tile.rows();
+    for (int64_t c = -round_up(rows - 1, LANES); c < TILE_QUERIES; c += LANES) {
+      Float sums[4] = {};
+      int64_t r = larger(0, -c - (LANES - 1));
+      const int64_t end = smaller(rows, TILE_QUERIES - c);
+      for (; r + 4 <= end; r += 4)
+        for (int64_t n = 0; n < 4; ++n) sums[n] += load(ds + (r + n) * (PITCH + 1) + c);
+      for (; r < end; ++r) sums[0] += load(ds + r * (PITCH + 1) + c);
+      store(line + c, load(line + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    }
+  }
+
+  static void multiply(float* x, const float* y, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = r * PITCH; i < r * PITCH + TILE_QUERIES; i += LANES) store(x + i, load(x + i) * load(y + i));
+  }
+
+  void add_grad_q(const Scratch& s, const Tile& tile, const int32_t* keys_right, float* sum, bool first) const {
+    const void* ds = E::PAIR == 1 ? static_cast<void*>(s.grad_scores + tile.first * PITCH) : s.grad_weights_right;
+    const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES, depth = (tile.rows() + E::PAIR - 1) / E::PAIR;
+    const int32_t* keys = keys_right + tile.first / E::PAIR * columns_;
+    const int64_t queries = tile.last - tile.query;
+    if (first)
+      matmul<E, Into::overwrite>(queries, columns_, depth, ds, 1, pitch, keys, columns_, sum, columns_);
+    else
+      matmul<E, Into::add>(queries, columns_, depth, ds, 1, pitch, keys, columns_, sum, columns_);
+  }
+
+  // P and dS of row r of the tile and query i, as the products read them.
+  static float weight(const Scratch& s, const Tile& tile, int64_t r, int64_t i) {
+    if (E::PAIR == 1) return s.scores[(tile.first + r) * PITCH + i];
+    return bf16_to_float(reinterpret_cast<const uint16_t*>(s.weights)[r * TILE_QUERIES + i]);
+  }
+  static float grad_weight(const Scratch& s, const Tile& tile, int64_t r, int64_t i) {
+    if (E::PAIR == 1) return s.grad_scores[(tile.first + r) * PITCH + i];
+    return bf16_to_float(reinterpret_cast<const uint16_t*>(s.grad_weights)[r * TILE_QUERIES + i]);
+  }
+
+  void add_spoiled_queries(const Scratch& s, const Visibility& visible, const Rows& q, const Rows& grad_out,
+                           const Tile& tile, const int32_t* spoiled, int64_t count) const {
+    float query[256], grad[256];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t i = spoiled[n];
+      q.read(tile.query + i, query);
+      grad_out.read(tile.query + i, grad);
+      for (int64_t r = 0; r < tile.rows(); ++r) {
+        if (!visible.sees(tile.query + i, tile.key + tile.first + r)) continue;
+        const int64_t row = (tile.first + r) * columns_;
+        for (int64_t d = 0; d < in_.head_dim; ++d) {
+          s.grad_v[row + d] += weight(s, tile, r, i) * grad[d];
+          s.grad_k[row + d] += grad_weight(s, tile, r, i) * query[d];
+        }
+      }
+    }
+  }
+
+  void add_spoiled_keys(const Scratch& s, const Visibility& visible, const Rows& k, const Tile& tile, float* sum,
+                        int64_t count) const {
+    float key[256];
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t r = s.spoiled_keys[n] - tile.key - tile.first;
+      if (r < 0 || r >= tile.rows()) continue;
+      k.read(s.spoiled_keys[n], key);
+      for (int64_t i = 0; i < tile.last - tile.query; ++i) {
+        if (!visible.sees(tile.query + i, s.spoiled_keys[n])) continue;
+        for (int64_t d = 0; d < in_.head_dim; ++d) sum[i * columns_ + d] += grad_weight(s, tile, r, i) * key[d];
+      }
+    }
+  }
+
+  int64_t row_of_query(int64_t batch, int64_t query, int64_t head) const {
+    return ((batch * in_.seqlen_q + query) * in_.heads + head) * in_.head_dim;
+  }
+
+  void write_grad_q(const Rows& q, const Tile& tile, int64_t batch, float* sum) const {
+    for (int64_t i = tile.query; i < tile.last; ++i) {
+      float* row = sum + (i - tile.query) * columns_;
+      for (int64_t d = 0; d < in_.head_dim; ++d) row[d] *= in_.softmax_scale;
+      q.turn(row, i, -1.0f);
+      write_row(in_.dtype, row, in_.head_dim, in_.grad_q, row_of_query(batch, i, tile.head));
+    }
+  }
+
+  void write_grad_k_and_v(const Scratch& s, const Rows& k, int64_t batch, int64_t kv_head, int64_t start,
+                          int64_t end) const {
+    for (int64_t j = start; j < end; ++j) {
+      const int64_t element = ((batch * in_.seqlen_k + j) * in_.kv_heads + kv_head) * in_.head_dim;
+      float* row = s.grad_k + (j - start) * columns_;
+      for (int64_t d = 0; d < in_.head_dim; ++d) row[d] *= in_.softmax_scale;
+      k.turn(row, j, -1.0f);
+      write_row(in_.dtype, row, in_.head_dim, in_.grad_k, element);
+      write_row(in_.dtype, s.grad_v + (j - start) * columns_, in_.head_dim, in_.grad_v, element);
+    }
+  }
+
+  // One task's share of the biases' gradients: a sum a bucket, then that of the slope.
+  void sum_line(const Scratch& s, int64_t place, int64_t count, int64_t first) const {
+    double* sums = static_cast<double*>(partials_.data) + place * (in_.num_buckets + 1);
+    for (int64_t n = 0; n <= in_.num_buckets; ++n) sums[n] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t distance = first + i;
+      const double value = s.grad_line[i];
+      if (in_.grad_slopes) sums[in_.num_buckets] -= static_cast<double>(distance < 0 ? -distance : distance) * value;
+      if (in_.grad_table) {
+        const int64_t clamped = larger(-in_.max_distance, smaller(in_.max_distance, -distance)) + in_.max_distance;
+        sums[in_.relative_buckets[clamped]] += value;
+      }
+    }
+  }
+
+  // In a fixed order, so that the threads do not matter.
+  void sum_partials() const {
+    const double* partials = static_cast<const double*>(partials_.data);
+    const int64_t width = in_.num_buckets + 1;
+    const auto sum = [&](int64_t batch, int64_t head, int64_t entry) {
+      const int64_t kv = batch * in_.kv_heads + head / group_, member = head % group_;
+      double total = 0;
+      for (int64_t block = 0; block < blocks_; ++block)
+        total += partials[((kv * blocks_ + block) * group_ + member) * width + entry];
+      return total;
+    };
+    for (int64_t head = 0; head < in_.heads; ++head) {
+      double slope = 0;
+      for (int64_t batch = 0; in_.grad_slopes && batch < in_.batch; ++batch) {
+        slope = sum(batch, head, in_.num_buckets) + (in_.alibi_batch_stride ? 0 : slope);
+        if (in_.alibi_batch_stride) in_.grad_slopes[batch * in_.heads + head] = static_cast<float>(slope);
+      }
+      if (in_.grad_slopes && !in_.alibi_batch_stride) in_.grad_slopes[head] = static_cast<float>(slope);
+      for (int64_t bucket = 0; in_.grad_table && bucket < in_.num_buckets; ++bucket) {
+        double total = 0;
+        for (int64_t batch = 0; batch < in_.batch; ++batch) total += sum(batch, head, bucket);
+        in_.grad_table[bucket * in_.heads + head] = static_cast<float>(total);
+      }
+    }
+  }
+
+  const AttentionBackward& in_;
+  int64_t block_keys_, words_, columns_, group_, kv_heads_, blocks_, tiles_, in_flight_;
+  bool biases_;
+  size_t scratch_bytes_;
+  Buffer delta_, grad_q_, tickets_, partials_;
+};
+
+}  // namespace
+}  // namespace pynlp
