@@ -7,9 +7,17 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .attention_backward import (
+    attention_backward_keys_kernel,
+    attention_backward_queries_kernel,
+    attention_statistics_kernel,
+    attention_table_gradient_kernel,
+)
 from .attention_forward import attention_forward_kernel
 
 LOG2E = 1.4426950408889634
+STATISTICS_ROWS = 128  # rows of statistics are padded to a multiple of every tile
+STATISTICS_BLOCK = 32
 
 
 class Config(NamedTuple):
@@ -37,6 +45,20 @@ def forward_config(chip: str, head_dim: int, item_size: int, biased: bool, rotar
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
     return Config(128, 128, 8, 2, True)
+
+
+def queries_config(chip: str, head_dim: int, item_size: int, biased: bool, rotary: bool, table_gradient: bool) -> Config:
+    """The backward kernel of q and of the biases; the table's gradient needs a square tile."""
+    if chip == "interpreter":
+        return Config(16, 16, 1, 1)
+    return Config(128, 128, 8, 2, True)
+
+
+def keys_config(chip: str, head_dim: int, item_size: int, biased: bool, rotary: bool) -> Config:
+    """The backward kernel of k and v."""
+    if chip == "interpreter":
+        return Config(16, 16, 1, 1)
+    return Config(64, 128, 8, 2, True)
 
 
 def attention_forward(
@@ -70,21 +92,141 @@ def attention_forward(
     )  # fmt: skip
     biased = alibi_slopes is not None or relative_bias is not None
     config = forward_config(chip_of(q), head_dim, q.element_size(), biased, rotary_cos is not None)
-    descriptor_k = _descriptor(k, config.block_n, config)
-    descriptor_v = _descriptor(v, config.block_n, config)
-    use_descriptors = descriptor_k is not None and descriptor_v is not None
+    descriptors = _descriptors(config, config.block_n, k, v)
     line, radius = _bias_line(relative_bias, relative_buckets, config)
     grid = (triton.cdiv(seqlen_q, config.block_m) * batch * heads,)
     attention_forward_kernel[grid](
-        q, k, v, out, lse, descriptor_k if use_descriptors else None, descriptor_v if use_descriptors else None,
+        q, k, v, out, lse, *descriptors,
         key_lengths, alibi_slopes, line, rotary_cos, rotary_sin, rotary_positions,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(alibi_slopes),
         seqlen_q, seqlen_k, heads, heads // kv_heads, options.pop("left"), options.pop("right"), radius, rotary_offset,
         options.pop("scale"), float(softcap),
-        **options, LONG=_long(config, q, k, v), DESCRIPTOR=use_descriptors,
+        **options, LONG=_long(config, q, k, v), DESCRIPTOR=descriptors[0] is not None,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    key_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    relative_bias: Tensor | None,
+    relative_buckets: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_positions: Tensor | None,
+    rotary_offset: int,
+    rotary_interleaved: bool,
+    needs_slopes: bool,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As pynlp.reference.attention.attention_backward, on a GPU."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, kv_heads = k.shape[1], k.shape[2]
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    nothing = torch.empty(0, dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or k.numel() == 0:
+        grad_slopes = torch.zeros_like(alibi_slopes) if needs_slopes else nothing
+        grad_table = torch.zeros_like(relative_bias) if needs_table else nothing
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_slopes, grad_table
+    options = _options(
+        q, k, v, softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias,
+        relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
+    )  # fmt: skip
+    options.pop("POSITIVE_SCALE")
+    left, right, scale = options.pop("left"), options.pop("right"), options.pop("scale")
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], _batch_stride(alibi_slopes))
+    features = (head_dim, q.element_size(), alibi_slopes is not None or relative_bias is not None, rotary_cos is not None)
+
+    padded_q = triton.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS
+    pivot = torch.empty((batch, heads, padded_q), dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(pivot)
+    rows = Config(STATISTICS_BLOCK, 0, 4, 1)
+    attention_statistics_kernel[(padded_q // rows.block_m * batch * heads,)](
+        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), pivot, delta,
+        *out.stride()[:3], *grad_out.stride()[:3], seqlen_q, padded_q, heads,
+        HEAD_DIM=head_dim, BLOCK_D=_block(head_dim), HAS_GRAD_LSE=grad_lse is not None,
+        LONG=_long(rows, out, grad_out), BLOCK_M=rows.block_m, num_warps=rows.num_warps,
+    )  # fmt: skip
+
+    config = keys_config(chip_of(q), *features)
+    descriptors = _descriptors(config, config.block_m, q, grad_out)
+    line, radius = _bias_line(relative_bias, relative_buckets, config)
+    attention_backward_keys_kernel[(triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads,)](
+        q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors,
+        key_lengths, alibi_slopes, line, rotary_cos, rotary_sin, rotary_positions, *strides,
+        seqlen_q, seqlen_k, padded_q, heads, heads // kv_heads, left, right, radius, rotary_offset,
+        scale, float(softcap), softmax_scale,
+        **options, LONG=_long(config, q, k, v, grad_out), DESCRIPTOR=descriptors[0] is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    config = queries_config(chip_of(q), *features, needs_table)
+    descriptors = _descriptors(config, config.block_n, k, v)
+    line, radius = _bias_line(relative_bias, relative_buckets, config)
+    blocks = triton.cdiv(seqlen_q, config.block_m)
+    partial_slopes = partial_far = partial_near = None
+    if needs_slopes:
+        partial_slopes = torch.empty((batch, heads, blocks), dtype=torch.float32, device=q.device)
+    near_base = segments = 0
+    if needs_table:
+        # Distances of the first key to the first query over the tiles that hold pairs nearer than the radius.
+        shift = seqlen_k - seqlen_q
+        near_base = (shift - radius - config.block_n) // config.block_n * config.block_n - shift
+        segments = (radius + config.block_m - near_base) // config.block_n + 1
+        partial_far = torch.empty((batch, heads, blocks, 2), dtype=torch.float32, device=q.device)
+        shape = (batch, heads, blocks, segments, 2, config.block_n)
+        partial_near = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    attention_backward_queries_kernel[(blocks * batch * heads,)](
+        q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
+        key_lengths, alibi_slopes, line, rotary_cos, rotary_sin, rotary_positions, *strides,
+        seqlen_q, seqlen_k, padded_q, heads, heads // kv_heads, left, right, radius, near_base, segments, rotary_offset,
+        scale, float(softcap), softmax_scale,
+        **options, NEEDS_SLOPES=needs_slopes, NEEDS_TABLE=needs_table,
+        LONG=_long(config, q, k, v, grad_out), DESCRIPTOR=descriptors[0] is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    grad_slopes = grad_table = nothing
+    if needs_slopes:
+        grad_slopes = partial_slopes.sum(2)  # (B, H)
+        grad_slopes = grad_slopes.sum(0) if alibi_slopes.dim() == 1 else grad_slopes
+    if needs_table:
+        grad_table = _table_gradient(partial_far, partial_near, near_base, radius, relative_bias, relative_buckets)
+    return grad_q, grad_k, grad_v, grad_slopes, grad_table
+
+
+def _table_gradient(
+    partial_far: Tensor,  # (B, H, blocks, 2)
+    partial_near: Tensor,  # (B, H, blocks, segments, 2, BLOCK_N)
+    near_base: int,
+    radius: int,
+    relative_bias: Tensor,  # (N, H)
+    buckets: Tensor,
+) -> Tensor:
+    """Sums by distance, then by bucket, each in a fixed order."""
+    segments, block_n = partial_near.shape[3], partial_near.shape[5]
+    start = torch.arange(segments, device=buckets.device)[:, None, None] * block_n + near_base
+    side = torch.arange(-1, 1, device=buckets.device)[:, None] * block_n
+    distance = (start + side + torch.arange(block_n, device=buckets.device)).flatten().clamp(-radius, radius)
+    bucket = torch.cat((buckets[distance + radius], buckets[:1], buckets[-1:]))
+    sums = torch.cat((partial_near.sum((0, 2)).flatten(1), partial_far.sum((0, 2))), dim=1)  # (H, entries)
+    grad = torch.empty(relative_bias.shape, dtype=torch.float32, device=buckets.device)
+    attention_table_gradient_kernel[(grad.numel(),)](
+        sums, bucket, grad, sums.shape[1], grad.shape[1], BLOCK=512, num_warps=4
+    )
+    return grad
 
 
 def _options(
@@ -133,19 +275,20 @@ def _long(config: Config, *tensors: Tensor) -> bool:
     return any(rows * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
 
 
-def _descriptor(x: Tensor, rows: int, config: Config) -> TensorDescriptor | None:
-    """A TMA descriptor of x seen as (batch, heads, seqlen, head_dim), or None where TMA cannot read it."""
-    if not config.descriptors:
-        return None
-    aligned = 16 // x.element_size()
-    order = (0, 2, 1)
-    strides = [x.stride(i) for i in order]
-    shape = [x.shape[i] for i in order]
-    # The stride of a dimension of size 1 says nothing.
-    strides = [aligned if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
-    if x.data_ptr() % 16 or any(stride <= 0 or stride % aligned for stride in strides) or x.shape[3] < aligned:
-        return None
-    return TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], [1, 1, rows, _block(x.shape[3])])
+def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """TMA descriptors of tensors seen as (batch, heads, seqlen, head_dim); None where TMA cannot read one of them."""
+    described = []
+    for x in tensors:
+        aligned = 16 // x.element_size()
+        order = (0, 2, 1)
+        # The stride of a dimension of size 1 says nothing.
+        strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in order]
+        regular = all(stride > 0 and stride % aligned == 0 for stride in strides)
+        if not config.descriptors or not regular or x.data_ptr() % 16 or x.shape[3] < aligned:
+            return [None] * len(tensors)
+        shape = [x.shape[i] for i in order]
+        described.append(TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], [1, 1, rows, _block(x.shape[3])]))
+    return described
 
 
 def _bias_line(relative_bias: Tensor | None, buckets: Tensor | None, config: Config) -> tuple[Tensor | None, int]:

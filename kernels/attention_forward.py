@@ -6,12 +6,12 @@ import triton.language as tl
 from .attention_tiles import (
     LN2,
     LOG2E,
+    biased_scores,
     block_ranges,
     capped_scores,
     finite_or_zero,
     has_nonfinite,
     heads_product,
-    line_bias,
     load_columns,
     load_heads,
     near_range,
@@ -81,11 +81,11 @@ def _visit_blocks(
                 b_p = tl.exp2(b_s * scale - (b_max - b_shift)[:, None])  # one fused multiply-add a score
             b_alpha = tl.exp2(b_m - b_max)
         else:
-            b_x, _ = capped_scores(b_s, scale, softcap, HAS_SOFTCAP, ACCURATE)
-            if HAS_TABLE:
-                b_x += line_bias(p_line, i_n - first, o_distance, radius, BLOCK_M, BLOCK_N)
-            if HAS_SLOPES:
-                b_x -= slope * tl.abs((i_n + o_n).to(tl.float32)[None, :] - b_place[:, None])
+            b_x, _ = biased_scores(
+                b_s, scale, softcap, p_line, i_n - first, o_distance, radius, slope,
+                (i_n + o_n).to(tl.float32)[None, :], b_place[:, None],
+                HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, ACCURATE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             if MASKED:
                 b_x = tl.where(m_pair, b_x, -float("inf"))
             b_max = tl.maximum(b_m, tl.max(b_x, 1))

@@ -254,6 +254,24 @@ def line_bias(p_line, base, o_distance, radius, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
+def biased_scores(
+    b_s, scale, softcap, p_line, base, o_distance, radius, slope, b_key, b_query,
+    HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_TABLE: tl.constexpr, ACCURATE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile after softcap and biases, in log2 units, and the tanh of the softcap.
+
+    b_key and b_query are the positions as fp32 row and column (or column and row): converting a pair costs more.
+    """
+    b_x, b_tanh = capped_scores(b_s, scale, softcap, HAS_SOFTCAP, ACCURATE)
+    if HAS_TABLE:
+        b_x += line_bias(p_line, base, o_distance, radius, QUERIES, KEYS)
+    if HAS_SLOPES:
+        b_x -= slope * tl.abs(b_key - b_query)
+    return b_x, b_tanh
+
+
+@triton.jit
 def has_nonfinite(b_x):
     """Whether a tile holds a NaN or an infinity; their products with 0 are NaN."""
     return tl.sum(tl.sum(b_x * 0.0, 1), 0) != 0.0
@@ -266,9 +284,55 @@ def nonfinite_rows(b_x):
 
 
 @triton.jit
+def nonfinite_head_rows(b_x, HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """nonfinite_rows over all channel pieces."""
+    b_bad = nonfinite_rows(b_x[0])
+    if HALF > 0:
+        b_bad = b_bad | nonfinite_rows(b_x[1])
+    if BLOCK_REST > 0:
+        b_bad = b_bad | nonfinite_rows(b_x[2])
+    return b_bad
+
+
+@triton.jit
+def has_nonfinite_heads(b_x, HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """has_nonfinite over all channel pieces."""
+    bad = has_nonfinite(b_x[0])
+    if HALF > 0:
+        bad = bad | has_nonfinite(b_x[1])
+    if BLOCK_REST > 0:
+        bad = bad | has_nonfinite(b_x[2])
+    return bad
+
+
+@triton.jit
 def finite_or_zero(b_x):
     """x with zeros for NaN and infinities."""
     return tl.where(b_x.to(tl.float32) * 0.0 == 0.0, b_x, 0.0).to(b_x.dtype)
+
+
+@triton.jit
+def finite_or_zero_heads(b_x, HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """finite_or_zero of all channel pieces."""
+    if HALF == 0:
+        b_y = (finite_or_zero(b_x[0]),)
+    elif BLOCK_REST == 0:
+        b_y = (finite_or_zero(b_x[0]), finite_or_zero(b_x[1]))
+    else:
+        b_y = (finite_or_zero(b_x[0]), finite_or_zero(b_x[1]), finite_or_zero(b_x[2]))
+    return b_y
+
+
+@triton.jit
+def add_rows(b_x, b_row, HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """x + row[:, None] for every channel piece."""
+    if HALF == 0:
+        b_y = (b_x[0] + b_row[:, None],)
+    elif BLOCK_REST == 0:
+        b_y = (b_x[0] + b_row[:, None], b_x[1] + b_row[:, None])
+    else:
+        b_y = (b_x[0] + b_row[:, None], b_x[1] + b_row[:, None], b_x[2] + b_row[:, None])
+    return b_y
 
 
 @triton.jit
