@@ -18,8 +18,10 @@
 
 namespace pynlp {
 
-void attention_forward_avx2(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
-void attention_backward_avx2(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
+const AttentionKernels attention_avx2 = {
+    [](const AttentionForward& problem) { Forward<Fp32>(problem).run(); },
+    [](const AttentionBackward& problem) { Backward<Fp32>(problem).run(); },
+};
 
 }  // namespace pynlp
 #endif

@@ -19,8 +19,10 @@
 
 namespace pynlp {
 
-void attention_forward_avx512(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
-void attention_backward_avx512(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
+const AttentionKernels attention_avx512 = {
+    [](const AttentionForward& problem) { Forward<Fp32>(problem).run(); },
+    [](const AttentionBackward& problem) { Backward<Fp32>(problem).run(); },
+};
 
 }  // namespace pynlp
 #endif

@@ -19,8 +19,10 @@
 
 namespace pynlp {
 
-void attention_forward_avx512_bf16(const AttentionForward& problem) { Forward<Bf16>(problem).run(); }
-void attention_backward_avx512_bf16(const AttentionBackward& problem) { Backward<Bf16>(problem).run(); }
+const AttentionKernels attention_avx512_bf16 = {
+    [](const AttentionForward& problem) { Forward<Bf16>(problem).run(); },
+    [](const AttentionBackward& problem) { Backward<Bf16>(problem).run(); },
+};
 
 }  // namespace pynlp
 #endif

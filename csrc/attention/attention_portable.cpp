@@ -14,7 +14,9 @@
 
 namespace pynlp {
 
-void attention_forward_portable(const AttentionForward& problem) { Forward<Fp32>(problem).run(); }
-void attention_backward_portable(const AttentionBackward& problem) { Backward<Fp32>(problem).run(); }
+const AttentionKernels attention_portable = {
+    [](const AttentionForward& problem) { Forward<Fp32>(problem).run(); },
+    [](const AttentionBackward& problem) { Backward<Fp32>(problem).run(); },
+};
 
 }  // namespace pynlp

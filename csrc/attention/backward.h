@@ -32,7 +32,8 @@ class Backward {
  public:
   explicit Backward(const AttentionBackward& in)
       : in_(in),
-        block_keys_(in.head_dim > 128 ? 64 : 128),
+        // A longer block packs the queries less often.
+        block_keys_(in.head_dim > 128 ? 64 : in.seqlen_k < 1024 ? 128 : 256),
         words_(row_words<E>(in.head_dim)),
         columns_(round_up(in.head_dim, LANES)),
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
@@ -247,12 +248,8 @@ class Backward {
       for (int64_t i = tile.query; i < tile.last; ++i)
         if (!q.finite(i) || !grad_out.finite(i)) spoiled[spoiled_count++] = static_cast<int32_t>(i - tile.query);
 
-    pack_rows<E>(q, tile.query, tile.last, TILE_QUERIES, s.rows);
-    transpose(s.rows, words_, s.queries, TILE_QUERIES, TILE_QUERIES, words_);
-    right_hand_side(s.rows, spoiled, spoiled_count, s.queries_right);
-    pack_rows<E>(grad_out, tile.query, tile.last, TILE_QUERIES, s.rows);
-    transpose(s.rows, words_, s.grads, TILE_QUERIES, TILE_QUERIES, words_);
-    right_hand_side(s.rows, spoiled, spoiled_count, s.grads_right);
+    pack_both(q, tile, spoiled, spoiled_count, s.rows, s.queries, s.queries_right);
+    pack_both(grad_out, tile, spoiled, spoiled_count, s.rows, s.grads, s.grads_right);
 
     const int64_t row = (batch * in_.heads + tile.head) * in_.seqlen_q + tile.query;
     for (int64_t i = 0; i < TILE_QUERIES; ++i) {
@@ -263,8 +260,10 @@ class Backward {
     }
     float* scores = s.scores + tile.first * PITCH;
     float* grad_scores = s.grad_scores + tile.first * PITCH;
+    for (int64_t i = tile.last; i < smaller(tile.last + TILE_QUERIES, in_.seqlen_q); ++i) q.prefetch(i);
     matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.keys + tile.first * words_, words_, 1, s.queries,
                                TILE_QUERIES, scores, PITCH);
+    for (int64_t i = tile.last; i < smaller(tile.last + TILE_QUERIES, in_.seqlen_q); ++i) grad_out.prefetch(i);
     matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.values + tile.first * words_, words_, 1, s.grads,
                                TILE_QUERIES, grad_scores, PITCH);
     float scale = in_.softmax_scale * LOG2_E;
@@ -291,13 +290,14 @@ class Backward {
     if (spoiled_count) add_spoiled_queries(s, visible, q, grad_out, tile, spoiled, spoiled_count);
   }
 
-  // Packed rows as the right-hand side of a sum over them, without the spoiled ones.
-  void right_hand_side(int32_t* rows, const int32_t* spoiled, int64_t count, int32_t* to) const {
+  // Rows of a tile of queries, transposed, and as the right-hand side of a sum over them; there without the spoiled ones.
+  void pack_both(const Rows& from, const Tile& tile, const int32_t* spoiled, int64_t count, int32_t* rows,
+                 int32_t* transposed, int32_t* right) const {
+    if (E::PAIR == 1) rows = right;
+    pack_rows<E>(from, tile.query, tile.last, TILE_QUERIES, rows);
+    transpose(rows, words_, transposed, TILE_QUERIES, TILE_QUERIES, words_);
     for (int64_t n = 0; n < count; ++n) memset(rows + spoiled[n] * words_, 0, words_ * 4);
-    if (E::PAIR == 2)
-      pair_rows<E>(rows, in_.head_dim, TILE_QUERIES, to);
-    else
-      memcpy(to, rows, TILE_QUERIES * words_ * 4);
+    if (E::PAIR == 2) pair_rows<E>(rows, in_.head_dim, TILE_QUERIES, right);
   }
 
   // Scores become softcap * tanh(score / softcap) * log2(e); slopes are its derivative by the score, 1 - tanh^2.

@@ -1,18 +1,20 @@
-// One entry per instruction set, each from the same source (forward.h, backward.h).
+// The kernels of each instruction set, all from the same source (forward.h, backward.h).
 #pragma once
 
 #include "attention.h"
 
 namespace pynlp {
 
-void attention_forward_portable(const AttentionForward& problem);
-void attention_forward_avx2(const AttentionForward& problem);
-void attention_forward_avx512(const AttentionForward& problem);
-void attention_forward_avx512_bf16(const AttentionForward& problem);
+struct AttentionKernels {
+  void (*forward)(const AttentionForward& problem);
+  void (*backward)(const AttentionBackward& problem);
+};
 
-void attention_backward_portable(const AttentionBackward& problem);
-void attention_backward_avx2(const AttentionBackward& problem);
-void attention_backward_avx512(const AttentionBackward& problem);
-void attention_backward_avx512_bf16(const AttentionBackward& problem);
+extern const AttentionKernels attention_portable;
+#if defined(__x86_64__)
+extern const AttentionKernels attention_avx2;
+extern const AttentionKernels attention_avx512;
+extern const AttentionKernels attention_avx512_bf16;  // takes bf16 only
+#endif
 
 }  // namespace pynlp
