@@ -1,0 +1,95 @@
+"""What all tests share, and the rule that a test which silently does not run fails the run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+import pynlp
+from pynlp import backends
+
+# A skip for any other reason counts as a failure: see `pytest_sessionfinish`.
+KNOWN_SKIPS = ("needs a GPU",)
+
+hypothesis.settings.register_profile(
+    "pynlp", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("pynlp")
+
+_not_run: dict[str, str] = {}  # what was collected or asked for, and why it did not run
+_selected: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def restore_process_state():
+    """Every test starts from one seed, and leaves threads and instruction set as they were."""
+    threads, isa = torch.get_num_threads(), pynlp.get_isa()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    if isa is not None:
+        pynlp.set_isa(isa)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN, so what a kernel leaves unwritten is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=backends.available_isas() or ["reference"])
+def isa(request):
+    """Each instruction set of this CPU in turn; without the extension, which test_build.py refuses, the reference."""
+    if request.param != "reference":
+        pynlp.set_isa(request.param)
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish(session):
+    _selected.update(item.nodeid for item in session.items)
+
+
+def pytest_collectreport(report):
+    if report.nodeid.endswith(".py") and report.passed and not report.result:
+        _not_run[report.nodeid] = "no tests in it"
+    if report.skipped:
+        _not_run[report.nodeid] = str(report.longrepr[2])
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(known in reason for known in KNOWN_SKIPS):
+            _not_run[report.nodeid] = reason
+        _selected.discard(report.nodeid)
+    elif report.when == "call" or report.failed:
+        _selected.discard(report.nodeid)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
+        return
+    _not_run.update((nodeid, "collected, but it never ran") for nodeid in _selected)
+    if _not_run:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _not_run:
+        terminalreporter.section("tests that did not run, for no known reason", red=True)
+        for nodeid, reason in _not_run.items():
+            terminalreporter.write_line(f"{nodeid}: {reason}")
