@@ -48,12 +48,7 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      if constexpr (INTO == Into::overwrite) sum[r][v] = Float{};
-      if constexpr (INTO == Into::add) sum[r][v] = load(c + r * c_row + v * LANES);
-      if constexpr (INTO == Into::scale_and_add)
-        sum[r][v] = load(c + r * c_row + v * LANES) * load(lane_scale + v * LANES);
-    }
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = Float{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Int lanes[VECTORS];
@@ -71,7 +66,13 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* p = c + r * c_row + v * LANES;
+      // c is added last: sums of sums lose less than one long sum.
+      if constexpr (INTO == Into::add) sum[r][v] += load(p);
+      if constexpr (INTO == Into::scale_and_add) sum[r][v] += load(p) * load(lane_scale + v * LANES);
+      store(p, sum[r][v]);
+    }
   }
 }
 
