@@ -21,13 +21,17 @@ STATISTICS_BLOCK = 32
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA."""
+    """How a kernel is launched: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA.
+
+    The forward kernel's masked blocks are masked_n keys wide, by default block_n.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    masked_n: int = 0
 
 
 def chip_of(x: Tensor) -> str:
@@ -102,7 +106,8 @@ def attention_forward(
         seqlen_q, seqlen_k, heads, heads // kv_heads, options.pop("left"), options.pop("right"), radius, rotary_offset,
         options.pop("scale"), float(softcap),
         **options, LONG=_long(config, q, k, v), DESCRIPTOR=descriptors[0] is not None,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED_N=config.masked_n or config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
 

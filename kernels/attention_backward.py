@@ -100,7 +100,7 @@ def _visit_keys(
     b_upper = limit - 1 + tl.zeros_like(o_m)  # (BLOCK_M,)
     if HAS_RIGHT:
         b_upper = tl.minimum(first + o_m + right, b_upper)
-    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None):
+    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
         i_n = i_block
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
@@ -203,7 +203,7 @@ def attention_backward_queries_kernel(
     first = i_m + shift
     last = tl.minimum(i_m + BLOCK_M, seqlen_q) - 1 + shift
     start, full_start, full_end, end = block_ranges(
-        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N
+        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N, BLOCK_N
     )
 
     p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
@@ -253,7 +253,7 @@ def attention_backward_queries_kernel(
         True, False, False,
     )  # fmt: skip
     if has_nonfinite_heads(b_grad_q, HALF, BLOCK_REST):
-        NARROW_N: tl.constexpr = min(BLOCK_N, 32)
+        NARROW_N: tl.constexpr = 32 if BLOCK_D < 128 else 16
         b_grad_q, _, _, _ = _visit_keys(
             zero_heads(BLOCK_M, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST), b_slope, b_left, b_right,
             b_q, b_grad, b_pivot, b_delta, start, full_start, full_end - full_start, masked_end, 0.0, 0.0,
@@ -342,7 +342,7 @@ def _visit_queries(
     b_place = (first + o_n).to(tl.float32)  # (BLOCK_N,)
     b_lower = first + o_n - right  # (BLOCK_N,): the first query that sees the key
     b_upper = first + o_n + left
-    for i_block in tl.range(start, end, BLOCK_M, num_stages=1 if CAREFUL else None):
+    for i_block in tl.range(start, end, BLOCK_M, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
         i_m = i_block
         if MASKED:
             i_m += tl.where(i_block >= split, gap, 0)
@@ -425,7 +425,7 @@ def attention_backward_keys_kernel(
     queries = tl.where(i_n < limit, seqlen_q, 0)
     # Seen from a key the window's sides change places.
     start, full_start, full_end, end = block_ranges(
-        first, last, queries, right, left, HAS_RIGHT, HAS_LEFT, False, BLOCK_M
+        first, last, queries, right, left, HAS_RIGHT, HAS_LEFT, False, BLOCK_M, BLOCK_M
     )
 
     p_k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kh
@@ -470,7 +470,7 @@ def attention_backward_keys_kernel(
                 HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, True, False, False,
             )  # fmt: skip
         if has_nonfinite_heads(b_grad_k, HALF, BLOCK_REST) | has_nonfinite(b_grad_v):
-            NARROW_M: tl.constexpr = min(BLOCK_M, 32)
+            NARROW_M: tl.constexpr = 32 if BLOCK_D < 128 else 16
             b_grad_k = zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST)
             b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for i_member in tl.range(0, group):

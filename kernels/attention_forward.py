@@ -50,7 +50,7 @@ def _visit_blocks(
     b_upper = limit - 1 + tl.zeros_like(o_m)  # (BLOCK_M,)
     if HAS_RIGHT:
         b_upper = tl.minimum(first + o_m + right, b_upper)
-    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None):
+    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
         i_n = i_block
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
@@ -117,7 +117,7 @@ def attention_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, LONG: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, a block of queries each.
 
@@ -141,7 +141,7 @@ def attention_forward_kernel(
     first = i_m + shift  # the key at which the block's first query stands
     last = tl.minimum(i_m + BLOCK_M, seqlen_q) - 1 + shift
     start, full_start, full_end, end = block_ranges(
-        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N
+        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N, MASKED_N
     )
 
     p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
@@ -171,7 +171,7 @@ def attention_forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # Keys from key_lengths on may not be read: there the masked blocks do without the descriptor.
-    MASKED_DESCRIPTOR: tl.constexpr = DESCRIPTOR and not HAS_LENGTHS
+    MASKED_DESCRIPTOR: tl.constexpr = DESCRIPTOR and not HAS_LENGTHS and MASKED_N == BLOCK_N
     split = full_start
     masked_end = end - (full_end - full_start)
     b_m, b_l, b_acc = _visit_blocks(
@@ -179,10 +179,10 @@ def attention_forward_kernel(
         p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
         p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
         HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, BLOCK_N, True, False, False,
+        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, MASKED_N, True, False, False,
     )  # fmt: skip
     if has_nonfinite(b_acc):
-        NARROW_N: tl.constexpr = min(BLOCK_N, 32)  # spares registers
+        NARROW_N: tl.constexpr = min(MASKED_N, 32 if BLOCK_D < 128 else 16)  # spares registers
         b_m, b_l, b_acc = _visit_blocks(
             tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_D], tl.float32), b_q,

@@ -15,9 +15,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def block_ranges(
     first, last, limit, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_TAIL: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns that rows standing at columns first .. last see: blocks [start, end), unmasked in [full_start, full_end)."""
+    """Columns that rows standing at columns first .. last see: [start, end), of which [full_start, full_end) unmasked.
+
+    The unmasked columns make whole blocks of BLOCK, what is left on either side blocks of MASKED, a divisor of it.
+    """
     lowest = 0
     highest = limit
     full_lowest = 0
@@ -30,8 +33,8 @@ def block_ranges(
         full_highest = tl.minimum(limit, first + right + 1)
     highest = tl.maximum(highest, 0)
     full_highest = tl.maximum(full_highest, 0)
-    start = lowest // BLOCK * BLOCK
-    end = tl.where(highest > lowest, tl.cdiv(highest, BLOCK) * BLOCK, start)
+    start = lowest // MASKED * MASKED
+    end = tl.where(highest > lowest, tl.cdiv(highest, MASKED) * MASKED, start)
     full_start = tl.minimum(tl.cdiv(full_lowest, BLOCK) * BLOCK, end)
     full_end = full_highest // BLOCK * BLOCK
     if not MASK_TAIL:
@@ -274,7 +277,7 @@ def biased_scores(
 @triton.jit
 def has_nonfinite(b_x):
     """Whether a tile holds a NaN or an infinity; their products with 0 are NaN."""
-    return tl.sum(tl.sum(b_x * 0.0, 1), 0) != 0.0
+    return tl.sum(b_x * 0.0) != 0.0
 
 
 @triton.jit
