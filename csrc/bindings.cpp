@@ -72,7 +72,8 @@ pynlp::Dtype dtype_of(const Tensor& x) {
 }
 
 pynlp::View view(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1), "pynlp.attention: ", name,
+  // To torch a tensor without elements is contiguous, whatever its strides.
+  STD_TORCH_CHECK(x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0), "pynlp.attention: ", name,
                   ": expected 4 dimensions, the last one contiguous");
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }

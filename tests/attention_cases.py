@@ -1,4 +1,4 @@
-"""What the tests of attention share: cases, an eager implementation that owes nothing to pynlp, and the error criterion.
+"""What the tests of attention share: cases, an eager implementation that owes nothing to pynlp, and the criterion.
 
 The oracle is `eager_attention` in fp64 with PyTorch's autograd. PyTorch's own low-precision path, which the errors of
 ours are measured against, is the same function in the low precision, as models do it: the products in that precision,
