@@ -155,16 +155,13 @@ class Forward {
       cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);
       scale = 1;
     }
-    if (line) {
-      add_line(s.scores, rows, scale, line);
-      scale = 1;
-    }
     if (masked) {
-      mask(s.scores, rows, scale, visible, query, tile.first);
+      mask(s.scores, rows, scale, line, visible, query, tile.first);
       scale = 1;
+      line = nullptr;
     }
     float rescale[QUERIES];
-    softmax(s, rows, slot, scale, rescale);
+    softmax(s, rows, slot, scale, line, rescale);
     const int64_t pair_skipped = skipped / E::PAIR * columns_;
     const void* weights = E::PAIR == 1 ? static_cast<void*>(s.scores) : s.weights;
     matmul<E, Into::scale_and_add>(in_.head_dim, QUERIES, (rows + E::PAIR - 1) / E::PAIR, s.values + pair_skipped, 1,
@@ -176,42 +173,42 @@ class Forward {
       store(scores + i, tanh_of(load(scores + i) * broadcast(inner)) * broadcast(outer));
   }
 
-  // line[query - key], counted from the tile's first query and key.
-  static void add_line(float* scores, int64_t rows, float scale, const float* line) {
-    const Float factor = broadcast(scale);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int v = 0; v < TILE_VECTORS; ++v) {
-        float* p = scores + r * QUERIES + v * LANES;
-        store(p, load(p) * factor + load(line - r + v * LANES));
-      }
-    }
-  }
-
-  static void mask(float* scores, int64_t rows, float scale, const Visibility& visible, int64_t query, int64_t key) {
+  // scores * scale + line[query - key], -inf where hidden. The line is counted from the tile's first query and key.
+  static void mask(float* scores, int64_t rows, float scale, const float* line, const Visibility& visible,
+                   int64_t query, int64_t key) {
     const Float factor = broadcast(scale), hidden = broadcast(-__builtin_inff());
     for (int v = 0; v < TILE_VECTORS; ++v) {
       const LaneLimits limits(visible, query + v * LANES, key);
       for (int64_t r = 0; r < rows; ++r) {
         float* p = scores + r * QUERIES + v * LANES;
-        store(p, limits.see(static_cast<int32_t>(r)) ? load(p) * factor : hidden);
+        Float x = load(p) * factor;
+        if (line) x += load(line - r + v * LANES);
+        store(p, limits.see(static_cast<int32_t>(r)) ? x : hidden);
       }
     }
   }
 
-  // scores -> weights exp2(scores * scale - maximum); rescale is what the sums so far are to be multiplied by.
+  // scores -> weights exp2(scores * scale + line - maximum); rescale is what the sums so far are to be multiplied by.
   // Two rows at a time, each with its own running maximum and sum: one alone would wait for its last instruction.
-  void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, float* rescale) const {
+  void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, const float* line, float* rescale) const {
     constexpr int V = TILE_VECTORS;
-    if (scale < 0) negate(s.scores, rows, &scale);  // the maximum is taken before the scale
-    const Float nothing = broadcast(-__builtin_inff()), factor = broadcast(scale);
-    Float even[V], odd[V], pivot[V];
+    if (!line && scale < 0) negate(s.scores, rows, &scale);  // the maximum is taken before the scale
+    const Float nothing = broadcast(-__builtin_inff());
+    Float factor = broadcast(scale), even[V], odd[V], pivot[V];
     for (int v = 0; v < V; ++v) even[v] = odd[v] = nothing;
+    const auto score = [&](int64_t r, int v) __attribute__((always_inline)) {
+      float* p = s.scores + r * QUERIES + v * LANES;
+      Float x = load(p);
+      if (line) store(p, x = x * factor + load(line - r + v * LANES));
+      return x;
+    };
     for (int64_t r = 0; r + 1 < rows; r += 2) {
-      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], load(s.scores + r * QUERIES + v * LANES));
-      for (int v = 0; v < V; ++v) odd[v] = maximum(odd[v], load(s.scores + (r + 1) * QUERIES + v * LANES));
+      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], score(r, v));
+      for (int v = 0; v < V; ++v) odd[v] = maximum(odd[v], score(r + 1, v));
     }
     if (rows % 2)
-      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], load(s.scores + (rows - 1) * QUERIES + v * LANES));
+      for (int v = 0; v < V; ++v) even[v] = maximum(even[v], score(rows - 1, v));
+    if (line) factor = broadcast(1.0f);
     for (int v = 0; v < V; ++v) {
       const Float before = load(s.maximum + slot + v * LANES);
       const Float best = maximum(before, maximum(even[v], odd[v]) * factor);

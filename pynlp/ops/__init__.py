@@ -1,1 +1,1 @@
-"""Each op's schema, argument checks, fake, autograd and public function; back ends are chosen by PyTorch's dispatcher."""
+"""Each op's schema, argument checks, fake, autograd and public function; PyTorch's dispatcher picks the back end."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pynlp.ops.library import LIBRARY, define
+from pynlp.ops.library import LIBRARY, define, register_autograd
 from pynlp.ops.positions import relative_position_buckets
 from pynlp.reference import attention as reference
 
@@ -25,7 +25,8 @@ def _forward_triton(q, *arguments):
 
 def _backward_triton(grad_out, grad_lse, q, *arguments):
     launcher = _triton_launcher(q)
-    return (launcher.attention_backward if launcher else reference.attention_backward)(grad_out, grad_lse, q, *arguments)
+    backward = launcher.attention_backward if launcher else reference.attention_backward
+    return backward(grad_out, grad_lse, q, *arguments)
 
 
 def _triton_launcher(q: Tensor):
@@ -87,16 +88,15 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     tensors = iter(tensors)
-    options = [
-        next(tensors) if tensor else scalar for tensor, scalar in zip(ctx.is_tensor, ctx.scalars, strict=True)
-    ]
+    options = [next(tensors) if tensor else scalar for tensor, scalar in zip(ctx.is_tensor, ctx.scalars, strict=True)]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:  # e.g. the expanded ones that sum() sends
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    needs_slopes, needs_table = ctx.needs_input_grad[8], ctx.needs_input_grad[9]
+    _, *needed = ctx.needs_input_grad
+    needs_slopes, needs_table = needed[8], needed[9]
     grad_q, grad_k, grad_v, grad_slopes, grad_table = torch.ops.pynlp.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *options, needs_slopes, needs_table
     )
@@ -106,16 +106,14 @@ def _backward(ctx, grad_out, grad_lse):
     return (grad_q, grad_k, grad_v, *grad_options)
 
 
-torch.library.register_autograd(
-    "pynlp::attention_forward", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("attention_forward", _setup_context, _backward)
 
 
 def _no_double_backward(ctx, *gradients):
     raise NotImplementedError("pynlp.attention has no second derivative: backward with create_graph=True is not served")
 
 
-torch.library.register_autograd("pynlp::attention_backward", _no_double_backward, lib=LIBRARY)
+register_autograd("attention_backward", lambda ctx, inputs, output: None, _no_double_backward)
 
 
 def attention(

@@ -1,0 +1,1 @@
+"""What the kernels reach, beside PyTorch, in one process and on the same tensors."""

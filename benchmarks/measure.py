@@ -1,0 +1,92 @@
+"""Times of several implementations in turn, errors against an oracle, peak memory, and how they are shown."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path("results")
+
+
+def best_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, float]:
+    """The shortest time of each function in seconds, called in turn so that noise meets all alike.
+
+    Every function runs at least three times after a warm-up, more while `seconds` last.
+    """
+    best = {}
+    for name, function in functions.items():
+        function()
+        best[name] = float("inf")
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - start < seconds:
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - begin)
+        rounds += 1
+    return best
+
+
+def largest_error(values: list[Tensor], oracle: list[Tensor]) -> list[float]:
+    """The largest absolute error of each tensor."""
+    return [(a.double() - b).abs().max().item() if b.numel() else 0.0 for a, b in zip(values, oracle, strict=True)]
+
+
+def peak_memory(script: str) -> int:
+    """Bytes that the function `measured()` defined by `script` needs at its peak beyond what was there before it.
+
+    In a fresh process, so that no allocator's cache hides anything. Linux only (/proc/self/clear_refs).
+    """
+    program = f"""
+{script}
+from pathlib import Path
+def resident(field):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = resident("VmRSS")
+kept = measured()
+print(resident("VmHWM") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"the memory measurement failed: {run.stderr}")
+    return int(run.stdout.split()[-1])
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    model = "unknown CPU"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def write_json(name: str, content: object) -> Path:
+    """Write results/NAME.json: to a temporary file first, so that an interruption leaves the old one."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".tmp", delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)
+    return path
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table whose columns line up."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
