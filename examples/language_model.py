@@ -247,7 +247,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--positions", choices=("rope", "alibi", "relative", "none"), default="rope")
     parser.add_argument("--window", type=positive, help="tokens before its own that a token sees (default: all)")
-    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--steps", type=positive, default=250)
     parser.add_argument("--context", type=positive, default=1024, help="tokens in a row")
     parser.add_argument("--batch", type=positive, default=2, help="rows in a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -260,6 +260,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("loss.png", "results.json", "sample.txt"):  # an earlier run's would not belong to this one's model
+        (options.out / name).unlink(missing_ok=True)
 
     speeches = load_speeches()[-(options.speeches or 0) :]
     held_out = max(1, len(speeches) // 30)
