@@ -25,6 +25,7 @@ from pynlp.ops.positions import relative_position_buckets
 from pynlp.reference.attention import rotate
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+PEERS = {"SDPA": "sdpa", "eager": "eager", "Flex": "flex"}
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products that each needs
 
 
@@ -243,7 +244,7 @@ def run_case(case: Case, flex: Callable | None) -> dict:
         "ms": f"{times['ours'] * 1e3:.2f}" if times else "wrong",
         "GFLOP/s": f"{rate / 1e9:.0f}" if times else "-",
         "of peak": f"{share:.0%}" if times else "-",
-        **{f"x {n}": f"{speedup[k]:.1f}" if k in speedup else "-" for n, k in (("SDPA", "sdpa"), ("eager", "eager"), ("Flex", "flex"))},
+        **{f"x {label}": f"{speedup[n]:.1f}" if n in speedup else "-" for label, n in PEERS.items()},
         "asked": ", ".join(asked),
         "met": "yes" if times and ratio >= case.ratio and share >= case.share else "NO",
     }  # fmt: skip
