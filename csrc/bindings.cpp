@@ -139,11 +139,12 @@ bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack
   return true;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-    MaybeTensor key_lengths, MaybeTensor alibi_slopes, MaybeTensor relative_bias, MaybeTensor relative_buckets,
-    MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor rotary_positions, int64_t rotary_offset,
-    bool rotary_interleaved) {
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
+                                             int64_t window_right, double softcap, MaybeTensor key_lengths,
+                                             MaybeTensor alibi_slopes, MaybeTensor relative_bias,
+                                             MaybeTensor relative_buckets, MaybeTensor rotary_cos,
+                                             MaybeTensor rotary_sin, MaybeTensor rotary_positions,
+                                             int64_t rotary_offset, bool rotary_interleaved) {
   pynlp::AttentionForward problem{};
   fill(problem, q, k, v,
        {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
@@ -160,8 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, MaybeTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double softmax_scale,
     int64_t window_left, int64_t window_right, double softcap, MaybeTensor key_lengths, MaybeTensor alibi_slopes,
     MaybeTensor relative_bias, MaybeTensor relative_buckets, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
-    MaybeTensor rotary_positions, int64_t rotary_offset, bool rotary_interleaved, bool needs_slopes,
-    bool needs_table) {
+    MaybeTensor rotary_positions, int64_t rotary_offset, bool rotary_interleaved, bool needs_slopes, bool needs_table) {
   pynlp::AttentionBackward problem{};
   fill(problem, q, k, v,
        {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
@@ -192,12 +192,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
-    TORCH_BOX(&attention_backward)(stack, inputs, outputs);
+    TORCH_BOX (&attention_backward)(stack, inputs, outputs);
 }
 
 void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
-    TORCH_BOX(&attention_forward)(stack, inputs, outputs);
+    TORCH_BOX (&attention_forward)(stack, inputs, outputs);
 }
 
 }  // namespace

@@ -42,8 +42,8 @@ struct AttentionForward : AttentionInputs {
 
 struct AttentionBackward : AttentionInputs {
   View grad_out, out;
-  const float* lse;       // (batch, heads, seqlen_q)
-  const float* grad_lse;  // (batch, heads, seqlen_q) or null
+  const float* lse;                // (batch, heads, seqlen_q)
+  const float* grad_lse;           // (batch, heads, seqlen_q) or null
   void *grad_q, *grad_k, *grad_v;  // contiguous, in the inputs' dtype
   float* grad_slopes;              // as alibi_slopes, or null if not needed
   float* grad_table;               // (num_buckets, heads), or null if not needed

@@ -1,13 +1,13 @@
 // Backward: gradients of q, k, v and of what the biases are made of, from q, k, v, out, lse (FlashAttention-2).
 //
-// A task is a block of keys of one key/value head. It walks over the tiles of queries that see the block, for each query
-// head of the group, and keeps grad_k and grad_v to itself:
+// A task is a block of keys of one key/value head. It walks over the tiles of queries that see the block, for each
+// query head of the group, and keeps grad_k and grad_v to itself:
 //
 //   P = exp(S - lse)   dV += P^T dO   dS = P * (dO V^T - delta)   dK += dS^T Q   dQ += dS K,   delta = rowsum(dO * out)
 //
-// grad_q of a tile is summed over the key blocks, by different tasks, always in rising order: each tile has a ticket that
-// says whose turn it is. So five products suffice, without atomics, and the bits do not depend on the threads. A task
-// waits only for lower tasks, which run or have run. The sums are kept in fp32 for the few heads in flight.
+// grad_q of a tile is summed over the key blocks, by different tasks, always in rising order: each tile has a ticket
+// that says whose turn it is. So five products suffice, without atomics, and the bits do not depend on the threads. A
+// task waits only for lower tasks, which run or have run. The sums are kept in fp32 for the few heads in flight.
 #pragma once
 
 #include "../parallel.h"
@@ -27,13 +27,19 @@ struct Buffer {
   void* data;
 };
 
+// A longer block packs the queries less often; what a task keeps must fit in the second-level cache. By the shape
+// alone: the order of the sums hangs on it.
+inline int64_t keys_of_block(const AttentionBackward& in) {
+  if (in.head_dim > 128) return 64;
+  return in.seqlen_k < 1024 ? 128 : 256;
+}
+
 template <class E>
 class Backward {
  public:
   explicit Backward(const AttentionBackward& in)
       : in_(in),
-        // A longer block packs the queries less often.
-        block_keys_(in.head_dim > 128 ? 64 : in.seqlen_k < 1024 ? 128 : 256),
+        block_keys_(keys_of_block(in)),
         words_(row_words<E>(in.head_dim)),
         columns_(round_up(in.head_dim, LANES)),
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
@@ -53,11 +59,11 @@ class Backward {
   }
 
   void run() {
-    run_tasks(in_.batch * in_.heads * tiles_, [](void* self, int64_t task) {
-      static_cast<Backward*>(self)->prepare(task);
-    }, this);
-    run_tasks(kv_heads_ * blocks_, [](void* self, int64_t task) { static_cast<Backward*>(self)->run_task(task); },
-              this);
+    run_tasks(
+        in_.batch * in_.heads * tiles_, [](void* self, int64_t task) { static_cast<Backward*>(self)->prepare(task); },
+        this);
+    run_tasks(
+        kv_heads_ * blocks_, [](void* self, int64_t task) { static_cast<Backward*>(self)->run_task(task); }, this);
     if (biases_) sum_partials();
   }
 
@@ -101,12 +107,12 @@ class Backward {
 
   // One tile of queries against one block of keys.
   struct Tile {
-    int64_t head;           // of the queries
-    int64_t query, last;    // queries query .. last - 1
-    int64_t key;            // first key of the block
-    int64_t first, end;     // rows of the block that some query sees; first is even
-    bool masked;            // some query does not see some of them
-    int64_t line;           // index in the bias line of (first query, first key of the block)
+    int64_t head;         // of the queries
+    int64_t query, last;  // queries query .. last - 1
+    int64_t key;          // first key of the block
+    int64_t first, end;   // rows of the block that some query sees; first is even
+    bool masked;          // some query does not see some of them
+    int64_t line;         // index in the bias line of (first query, first key of the block)
     int64_t rows() const { return end - first; }
   };
 
@@ -128,7 +134,8 @@ class Backward {
     }
     if (turns(tile).empty()) {
       memset(a, 0, sizeof a);
-      for (int64_t i = first; i < last; ++i) write_row(in_.dtype, a, in_.head_dim, in_.grad_q, row_of_query(batch, i, head));
+      for (int64_t i = first; i < last; ++i)
+        write_row(in_.dtype, a, in_.head_dim, in_.grad_q, row_of_query(batch, i, head));
     }
   }
 
@@ -227,8 +234,9 @@ class Backward {
     }
   }
 
-  // Lists the keys of the block that are not finite and zeroes them in a copy. Only where a tile is masked: there a weight
-  // of 0 would turn them into NaN for queries that do not see them. add_spoiled_keys adds them for those that do.
+  // Lists the keys of the block that are not finite and zeroes them in a copy. Only where a tile is masked: there a
+  // weight of 0 would turn them into NaN for queries that do not see them. add_spoiled_keys adds them for those that
+  // do.
   int64_t clean(const Scratch& s, const Rows& k, int64_t start, int64_t end) const {
     int64_t count = 0;
     for (int64_t j = start; j < end; ++j)
@@ -290,7 +298,8 @@ class Backward {
     if (spoiled_count) add_spoiled_queries(s, visible, q, grad_out, tile, spoiled, spoiled_count);
   }
 
-  // Rows of a tile of queries, transposed, and as the right-hand side of a sum over them; there without the spoiled ones.
+  // Rows of a tile of queries, transposed, and as the right-hand side of a sum over them; there without the spoiled
+  // ones.
   void pack_both(const Rows& from, const Tile& tile, const int32_t* spoiled, int64_t count, int32_t* rows,
                  int32_t* transposed, int32_t* right) const {
     if (E::PAIR == 1) rows = right;

@@ -206,9 +206,9 @@ void pair_rows(const int32_t* rows, int64_t head_dim, int64_t count, int32_t* to
 }
 
 // The bias of each distance query - key, times log2(e), for distances first .. first + count - 1.
-inline void bias_line(const AttentionInputs& in, int64_t batch, int64_t head, int64_t first, int64_t count, float* line) {
-  const float slope =
-      in.alibi_slopes ? in.alibi_slopes[batch * in.alibi_batch_stride + head] * LOG2_E : 0.0f;
+inline void bias_line(const AttentionInputs& in, int64_t batch, int64_t head, int64_t first, int64_t count,
+                      float* line) {
+  const float slope = in.alibi_slopes ? in.alibi_slopes[batch * in.alibi_batch_stride + head] * LOG2_E : 0.0f;
   const int64_t farthest = in.max_distance;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t distance = first + i;

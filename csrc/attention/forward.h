@@ -32,9 +32,10 @@ class Forward {
 
   void run() const {
     const int64_t blocks = (in_.seqlen_q + block_queries_ - 1) / block_queries_;
-    run_tasks(blocks * in_.batch * in_.heads, [](void* self, int64_t task) {
-      static_cast<const Forward*>(self)->run_task(task);
-    }, const_cast<Forward*>(this));
+    run_tasks(
+        blocks * in_.batch * in_.heads,
+        [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
+        const_cast<Forward*>(this));
   }
 
  private:
@@ -91,8 +92,7 @@ class Forward {
     // Line entry 0 is the distance of the first query to the key after the last one.
     const int64_t line_first = first + visible.offset - keys.last - 1;
     const bool biased = in_.alibi_slopes || in_.relative_bias;
-    if (biased && !keys.empty())
-      bias_line(in_, batch, head, line_first, padded + keys.last - keys.first + 3, s.line);
+    if (biased && !keys.empty()) bias_line(in_, batch, head, line_first, padded + keys.last - keys.first + 3, s.line);
 
     for (int64_t start = keys.first / block_keys_ * block_keys_; start < keys.last; start += block_keys_) {
       const Range some{larger(start, keys.first & ~1), smaller(start + block_keys_, keys.last)};
@@ -109,8 +109,7 @@ class Forward {
         if (spoiled) add_spoiled(s, visible, v, tile, i, i - first, spoiled);
       }
     }
-    for (int64_t i = first; i < last; i += QUERIES)
-      finish(s, batch, head, i, smaller(i + QUERIES, last), i - first);
+    for (int64_t i = first; i < last; i += QUERIES) finish(s, batch, head, i, smaller(i + QUERIES, last), i - first);
   }
 
   // Of the block of keys that starts at `start`, the part that goes with queries slot .. slot + QUERIES of `queries`:
@@ -145,11 +144,11 @@ class Forward {
   }
 
   // One tile: scores, softmax and the weighted sum of the values. `slot` is the tile's first query in the scratch.
-  void attend(const Scratch& s, const Visibility& visible, Range tile, int64_t block_first, int64_t query,
-              int64_t slot, bool masked, const float* line) const {
+  void attend(const Scratch& s, const Visibility& visible, Range tile, int64_t block_first, int64_t query, int64_t slot,
+              bool masked, const float* line) const {
     const int64_t rows = tile.last - tile.first, skipped = tile.first - block_first;
-    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, s.keys + skipped * words_,
-                               words_, 1, s.queries + slot * words_, QUERIES, s.scores, QUERIES);
+    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, s.keys + skipped * words_, words_,
+                               1, s.queries + slot * words_, QUERIES, s.scores, QUERIES);
     float scale = in_.softmax_scale * LOG2_E;
     if (in_.softcap > 0) {
       cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);
@@ -259,8 +258,8 @@ class Forward {
   }
 
   // What pack_block left out, for the queries that see it.
-  void add_spoiled(const Scratch& s, const Visibility& visible, const Rows& v, Range tile, int64_t query,
-                   int64_t slot, int64_t count) const {
+  void add_spoiled(const Scratch& s, const Visibility& visible, const Rows& v, Range tile, int64_t query, int64_t slot,
+                   int64_t count) const {
     float values[256];
     for (int64_t n = 0; n < count; ++n) {
       const int64_t key = s.spoiled[n], row = key - tile.first;

@@ -1,8 +1,9 @@
 // The probes for AVX2 and FMA.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
 
 #include "table.h"
 #pragma GCC target("avx2,fma")

@@ -1,8 +1,9 @@
 // The probes for AVX-512.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
 
 #include "table.h"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")

@@ -81,8 +81,7 @@ void read_bytes(const char* from, int64_t bytes) {
     for (int64_t line = 0; line < BLOCK; line += 64) __builtin_prefetch(block + AHEAD + line);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < BLOCK; i += STREAMS * WIDTH) {
-      for (int s = 0; s < STREAMS; ++s)
-        sums[s] ^= load(reinterpret_cast<const int32_t*>(block + i + s * WIDTH));
+      for (int s = 0; s < STREAMS; ++s) sums[s] ^= load(reinterpret_cast<const int32_t*>(block + i + s * WIDTH));
     }
   }
   for (int s = 0; s < STREAMS; ++s) sink = static_cast<float>(sums[s][0]);

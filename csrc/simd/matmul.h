@@ -42,8 +42,9 @@ struct Bf16 {
 #endif
 
 template <class E, Into INTO, int ROWS, int VECTORS>
-__attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int32_t* a, int64_t a_row, int64_t a_depth, const int32_t* b,
-                        int64_t b_depth, float* c, int64_t c_row, const float* lane_scale) {
+__attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int32_t* a, int64_t a_row, int64_t a_depth,
+                                                       const int32_t* b, int64_t b_depth, float* c, int64_t c_row,
+                                                       const float* lane_scale) {
   Float sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -78,8 +79,9 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
 
 // The last rows, fewer than a full tile.
 template <class E, Into INTO, int VECTORS, int ROWS = TILE_ROWS - 1>
-__attribute__((always_inline)) inline void matmul_rest(int64_t rows, int64_t depth, const int32_t* a, int64_t a_row, int64_t a_depth,
-                        const int32_t* b, int64_t b_depth, float* c, int64_t c_row, const float* lane_scale) {
+__attribute__((always_inline)) inline void matmul_rest(int64_t rows, int64_t depth, const int32_t* a, int64_t a_row,
+                                                       int64_t a_depth, const int32_t* b, int64_t b_depth, float* c,
+                                                       int64_t c_row, const float* lane_scale) {
   if (rows == ROWS) {
     matmul_tile<E, INTO, ROWS, VECTORS>(depth, a, a_row, a_depth, b, b_depth, c, c_row, lane_scale);
   } else if constexpr (ROWS > 1) {
@@ -88,8 +90,9 @@ __attribute__((always_inline)) inline void matmul_rest(int64_t rows, int64_t dep
 }
 
 template <class E, Into INTO, int VECTORS>
-__attribute__((always_inline)) inline void matmul_columns(int64_t rows, int64_t depth, const int32_t* a, int64_t a_row, int64_t a_depth,
-                           const int32_t* b, int64_t b_depth, float* c, int64_t c_row, const float* lane_scale) {
+__attribute__((always_inline)) inline void matmul_columns(int64_t rows, int64_t depth, const int32_t* a, int64_t a_row,
+                                                          int64_t a_depth, const int32_t* b, int64_t b_depth, float* c,
+                                                          int64_t c_row, const float* lane_scale) {
   int64_t r = 0;
   for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
     matmul_tile<E, INTO, TILE_ROWS, VECTORS>(depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row,

@@ -71,7 +71,8 @@ inline void transpose_steps(Int (&rows)[LANES]) {
 }
 
 // to[c][r] = from[r][c] for `rows` x `columns` words, both multiples of LANES.
-inline void transpose(const int32_t* from, int64_t from_row, int32_t* to, int64_t to_row, int64_t rows, int64_t columns) {
+inline void transpose(const int32_t* from, int64_t from_row, int32_t* to, int64_t to_row, int64_t rows,
+                      int64_t columns) {
   for (int64_t r = 0; r < rows; r += LANES) {
     for (int64_t c = 0; c < columns; c += LANES) {
       Int block[LANES];
