@@ -17,6 +17,7 @@ namespace pynlp {
 namespace {
 
 constexpr int64_t TILE_QUERIES = 4 * LANES;
+constexpr int64_t PART_KEYS = 64;  // keys of a block at once: their scores and weights stay in the first-level cache
 constexpr int64_t PITCH = TILE_QUERIES + LANES;  // of a row of a tile: zeros between rows, for the sums along diagonals
 
 struct Buffer {
@@ -78,6 +79,7 @@ class Backward {
     Scratch(const Backward& b, Arena& arena) {
       const int64_t row = larger(b.words_, b.columns_), keys_size = b.block_keys_ * row;
       const int64_t queries_size = TILE_QUERIES * row, tile = b.block_keys_ * PITCH;
+      const int64_t part = PART_KEYS * PITCH;
       keys = arena.take<int32_t>(keys_size);
       values = arena.take<int32_t>(keys_size);
       clean_keys = arena.take<int32_t>(keys_size);
@@ -87,17 +89,17 @@ class Backward {
       queries_right = arena.take<int32_t>(queries_size);
       grads = arena.take<int32_t>(queries_size);
       grads_right = arena.take<int32_t>(queries_size);
-      scores = arena.take<float>(tile);
-      grad_scores = arena.take<float>(LANES + tile) + LANES;
-      cap_slopes = arena.take<float>(b.in_.softcap > 0 ? tile : 0);
+      scores = arena.take<float>(part);
+      grad_scores = arena.take<float>(LANES + (E::PAIR == 1 ? tile : part)) + LANES;
+      cap_slopes = arena.take<float>(b.in_.softcap > 0 ? part : 0);
       grad_k = arena.take<float>(b.block_keys_ * b.columns_);
       grad_v = arena.take<float>(b.block_keys_ * b.columns_);
       const bool biased = b.in_.alibi_slopes || b.in_.relative_bias;
       const int64_t longest = b.tiles_ * TILE_QUERIES + b.block_keys_ + 2 * LANES;
       line = arena.take<float>(biased ? longest : 0);
       grad_line = arena.take<float>(LANES + (b.biases_ ? longest : 0)) + LANES;
-      weights = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
-      grad_weights = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
+      weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
+      grad_weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
       grad_weights_right = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
       lse = arena.take<float>(TILE_QUERIES);
       delta = arena.take<float>(TILE_QUERIES);
@@ -105,15 +107,16 @@ class Backward {
     }
   };
 
-  // One tile of queries against one block of keys.
+  // One tile of queries against some keys of a block.
   struct Tile {
     int64_t head;         // of the queries
     int64_t query, last;  // queries query .. last - 1
     int64_t key;          // first key of the block
-    int64_t first, end;   // rows of the block that some query sees; first is even
-    bool masked;          // some query does not see some of them
+    int64_t first, end;   // keys of the block, those that some query sees; first is even
+    Range full;           // keys of the block that every query sees
     int64_t line;         // index in the bias line of (first query, first key of the block)
     int64_t rows() const { return end - first; }
+    bool masked() const { return first < full.first || end > full.last; }
   };
 
   // delta of one tile of queries; zeros for queries that see no key and so never get a turn.
@@ -157,7 +160,8 @@ class Backward {
     pack_rows<E>(v, start, seen_end, padded, s.values);
     memset(s.grad_k, 0, block_keys_ * columns_ * sizeof(float));
     memset(s.grad_v, 0, block_keys_ * columns_ * sizeof(float));
-    memset(s.grad_scores - LANES, 0, (LANES + block_keys_ * PITCH) * sizeof(float));
+    const int64_t kept_keys = E::PAIR == 1 ? block_keys_ : PART_KEYS;
+    memset(s.grad_scores - LANES, 0, (LANES + kept_keys * PITCH) * sizeof(float));
 
     // Tiles in which at least one query sees a key of the block, by the window alone.
     const int64_t first_query = larger(0, start - visible.offset - visible.right);
@@ -188,7 +192,7 @@ class Backward {
         const Range seen = visible.of_any(tile.query, tile.last), full = visible.of_all(tile.query, tile.last);
         tile.first = larger(start, seen.first & ~1) - start;
         tile.end = smaller(seen_end, seen.last) - start;
-        tile.masked = start + tile.first < full.first || start + tile.end > full.last;
+        tile.full = {full.first - start, full.last - start};
         tile.line = tile.query + visible.offset - start - line_first;
         if (tile.rows() > 0) differentiate(s, visible, q, grad_out, tile, batch, biased);
 
@@ -249,10 +253,10 @@ class Backward {
   // P and dS of a tile, and what they add to grad_v and grad_k.
   void differentiate(const Scratch& s, const Visibility& visible, const Rows& q, const Rows& grad_out, const Tile& tile,
                      int64_t batch, bool biased) {
-    const int64_t queries = tile.last - tile.query, depth = (in_.head_dim + E::PAIR - 1) / E::PAIR;
+    const int64_t queries = tile.last - tile.query;
     int32_t spoiled[TILE_QUERIES];
     int64_t spoiled_count = 0;
-    if (tile.masked)
+    if (tile.masked())
       for (int64_t i = tile.query; i < tile.last; ++i)
         if (!q.finite(i) || !grad_out.finite(i)) spoiled[spoiled_count++] = static_cast<int32_t>(i - tile.query);
 
@@ -266,36 +270,56 @@ class Backward {
       s.lse[i] = lse == -__builtin_inff() ? __builtin_inff() : lse * LOG2_E;
       s.delta[i] = i < queries ? delta_.floats()[row + i] : 0.0f;
     }
-    float* scores = s.scores + tile.first * PITCH;
-    float* grad_scores = s.grad_scores + tile.first * PITCH;
-    for (int64_t i = tile.last; i < smaller(tile.last + TILE_QUERIES, in_.seqlen_q); ++i) q.prefetch(i);
-    matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.keys + tile.first * words_, words_, 1, s.queries,
-                               TILE_QUERIES, scores, PITCH);
-    for (int64_t i = tile.last; i < smaller(tile.last + TILE_QUERIES, in_.seqlen_q); ++i) grad_out.prefetch(i);
-    matmul<E, Into::overwrite>(tile.rows(), TILE_QUERIES, depth, s.values + tile.first * words_, words_, 1, s.grads,
+    for (Tile part = tile; part.first < tile.end; part.first += PART_KEYS) {
+      part.end = smaller(part.first + PART_KEYS, tile.end);
+      differentiate_part(s, visible, q, grad_out, part, biased);
+      if (spoiled_count) add_spoiled_queries(s, visible, q, grad_out, part, spoiled, spoiled_count);
+    }
+  }
+
+  // Where dO V^T and then dS of a part are: fp32 keeps those of the whole block, for grad_q.
+  static float* grad_scores_of(const Scratch& s, const Tile& part) {
+    return s.grad_scores + (E::PAIR == 1 ? part.first * PITCH : 0);
+  }
+
+  void differentiate_part(const Scratch& s, const Visibility& visible, const Rows& q, const Rows& grad_out,
+                          const Tile& part, bool biased) {
+    const int64_t queries = part.last - part.query, depth = (in_.head_dim + E::PAIR - 1) / E::PAIR;
+    float* grad_scores = grad_scores_of(s, part);
+    prefetch_next(q, part);
+    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth, s.keys + part.first * words_, words_, 1, s.queries,
+                               TILE_QUERIES, s.scores, PITCH);
+    prefetch_next(grad_out, part);
+    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth, s.values + part.first * words_, words_, 1, s.grads,
                                TILE_QUERIES, grad_scores, PITCH);
     float scale = in_.softmax_scale * LOG2_E;
     if (in_.softcap > 0) {
-      cap(scores, tile.rows(), s.cap_slopes);
+      cap(s.scores, part.rows(), s.cap_slopes);
       scale = 1;
     }
-    if (tile.masked)
-      weigh<true>(s, visible, tile, scale, biased);
+    if (part.masked())
+      weigh<true>(s, visible, part, scale, biased);
     else
-      weigh<false>(s, visible, tile, scale, biased);
+      weigh<false>(s, visible, part, scale, biased);
     if (biases_) {
-      sum_diagonals(s, tile);
-      if (E::PAIR == 1 && in_.softcap > 0) multiply(grad_scores, s.cap_slopes, tile.rows());
+      sum_diagonals(s, part);
+      if (E::PAIR == 1 && in_.softcap > 0) multiply(grad_scores, s.cap_slopes, part.rows());
     }
 
-    const void* p = E::PAIR == 1 ? static_cast<void*>(scores) : s.weights;
+    const void* p = E::PAIR == 1 ? static_cast<void*>(s.scores) : s.weights;
     const void* ds = E::PAIR == 1 ? static_cast<void*>(grad_scores) : s.grad_weights;
-    const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES / 2, out = tile.first * columns_;
-    const int64_t inner = E::PAIR == 1 ? queries : (queries + 1) / 2;
-    matmul<E, Into::add>(tile.rows(), columns_, inner, p, pitch, 1, s.grads_right, columns_, s.grad_v + out, columns_);
-    matmul<E, Into::add>(tile.rows(), columns_, inner, ds, pitch, 1, s.queries_right, columns_, s.grad_k + out,
+    const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES / 2, out = part.first * columns_;
+    const int64_t inner = (queries + E::PAIR - 1) / E::PAIR;
+    matmul<E, Into::add>(part.rows(), columns_, inner, p, pitch, 1, s.grads_right, columns_, s.grad_v + out, columns_);
+    matmul<E, Into::add>(part.rows(), columns_, inner, ds, pitch, 1, s.queries_right, columns_, s.grad_k + out,
                          columns_);
-    if (spoiled_count) add_spoiled_queries(s, visible, q, grad_out, tile, spoiled, spoiled_count);
+  }
+
+  // Rows of the next tile of queries: the share that goes with this part of the block.
+  void prefetch_next(const Rows& rows, const Tile& part) const {
+    const int64_t share = (TILE_QUERIES * PART_KEYS + block_keys_ - 1) / block_keys_;
+    const int64_t first = part.last + part.first / PART_KEYS * share;
+    for (int64_t i = first; i < smaller(first + share, in_.seqlen_q); ++i) rows.prefetch(i);
   }
 
   // Rows of a tile of queries, transposed, and as the right-hand side of a sum over them; there without the spoiled
@@ -325,31 +349,33 @@ class Backward {
   template <bool MASKED>
   void weigh(const Scratch& s, const Visibility& visible, const Tile& tile, float scale, bool biased) const {
     const Float factor = broadcast(scale);
-    const int64_t rows = tile.rows(), tile_at = tile.first * PITCH;
+    const int64_t rows = tile.rows();
+    float* grad_scores = grad_scores_of(s, tile);
+    [[maybe_unused]] int32_t* right = s.grad_weights_right + tile.first / 2 * TILE_QUERIES;
     for (int64_t c = 0; c < TILE_QUERIES; c += LANES) {
       const Float lse = load(s.lse + c), delta = load(s.delta + c);
       const LaneLimits limits(visible, tile.query + c, tile.key + tile.first);
       const float* line = s.line + tile.line - tile.first + c;
       const auto one = [&](int64_t r, Float* p, Float* ds) __attribute__((always_inline)) {
         const int64_t at = r * PITCH + c;
-        Float x = load(s.scores + tile_at + at) * factor;
+        Float x = load(s.scores + at) * factor;
         if (biased) x += load(line - r);
         *p = exp2_of<E::EXP2_DEGREE>(x - lse);
-        *ds = *p * (load(s.grad_scores + tile_at + at) - delta);
+        *ds = *p * (load(grad_scores + at) - delta);
         if constexpr (MASKED) {
           const Int seen = limits.see(static_cast<int32_t>(r));
           *p = seen ? *p : Float{};
           *ds = seen ? *ds : Float{};
         }
-        if (biases_) store(s.grad_scores + tile_at + at, *ds);  // the biases' gradient is that before the softcap
+        if (biases_) store(grad_scores + at, *ds);  // the biases' gradient is that before the softcap
         if (in_.softcap > 0 && !(E::PAIR == 1 && biases_)) *ds *= load(s.cap_slopes + at);
       };
       for (int64_t r = 0; r < rows; r += E::PAIR) {
         Float p, ds;
         one(r, &p, &ds);
         if constexpr (E::PAIR == 1) {
-          store(s.scores + tile_at + r * PITCH + c, p);
-          store(s.grad_scores + tile_at + r * PITCH + c, ds);
+          store(s.scores + r * PITCH + c, p);
+          store(grad_scores + r * PITCH + c, ds);
         } else {
 #if PYNLP_BF16
           Float p_odd = Float{}, ds_odd = Float{};
@@ -360,7 +386,7 @@ class Backward {
             store_bf16(s.weights + ((r + 1) * TILE_QUERIES + c) / 2, p_odd);
             store_bf16(s.grad_weights + ((r + 1) * TILE_QUERIES + c) / 2, ds_odd);
           }
-          store(s.grad_weights_right + r / 2 * TILE_QUERIES + c, bf16_pairs(ds, ds_odd));
+          store(right + r / 2 * TILE_QUERIES + c, bf16_pairs(ds, ds_odd));
 #endif
         }
       }
@@ -370,7 +396,7 @@ class Backward {
   // grad_line[query - key] += the sum of that diagonal of dS. Along a chunk of diagonals one row's values lie one place
   // further than the row's before; the zeros between rows stand for what lies outside of the tile.
   void sum_diagonals(const Scratch& s, const Tile& tile) const {
-    const float* ds = s.grad_scores + tile.first * PITCH;
+    const float* ds = grad_scores_of(s, tile);
     float* line = s.grad_line + tile.line - tile.first;
     const int64_t rows = tile.rows();
     for (int64_t c = -round_up(rows - 1, LANES); c < TILE_QUERIES; c += LANES) {
@@ -390,7 +416,8 @@ class Backward {
   }
 
   void add_grad_q(const Scratch& s, const Tile& tile, const int32_t* keys_right, float* sum, bool first) const {
-    const void* ds = E::PAIR == 1 ? static_cast<void*>(s.grad_scores + tile.first * PITCH) : s.grad_weights_right;
+    const void* ds = grad_scores_of(s, tile);
+    if (E::PAIR == 2) ds = s.grad_weights_right + tile.first / 2 * TILE_QUERIES;
     const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES, depth = (tile.rows() + E::PAIR - 1) / E::PAIR;
     const int32_t* keys = keys_right + tile.first / E::PAIR * columns_;
     const int64_t queries = tile.last - tile.query;
@@ -400,14 +427,15 @@ class Backward {
       matmul<E, Into::add>(queries, columns_, depth, ds, 1, pitch, keys, columns_, sum, columns_);
   }
 
-  // P and dS of row r of the tile and query i, as the products read them.
-  static float weight(const Scratch& s, const Tile& tile, int64_t r, int64_t i) {
-    if (E::PAIR == 1) return s.scores[(tile.first + r) * PITCH + i];
+  // P of row r of a part and query i, and dS of key r of the block, as the products read them.
+  static float weight(const Scratch& s, int64_t r, int64_t i) {
+    if (E::PAIR == 1) return s.scores[r * PITCH + i];
     return bf16_to_float(reinterpret_cast<const uint16_t*>(s.weights)[r * TILE_QUERIES + i]);
   }
-  static float grad_weight(const Scratch& s, const Tile& tile, int64_t r, int64_t i) {
-    if (E::PAIR == 1) return s.grad_scores[(tile.first + r) * PITCH + i];
-    return bf16_to_float(reinterpret_cast<const uint16_t*>(s.grad_weights)[r * TILE_QUERIES + i]);
+  static float grad_weight(const Scratch& s, int64_t key, int64_t i) {
+    if (E::PAIR == 1) return s.grad_scores[key * PITCH + i];
+    const uint32_t pair = s.grad_weights_right[key / 2 * TILE_QUERIES + i];
+    return bf16_to_float(static_cast<uint16_t>(key % 2 ? pair >> 16 : pair));
   }
 
   void add_spoiled_queries(const Scratch& s, const Visibility& visible, const Rows& q, const Rows& grad_out,
@@ -421,8 +449,8 @@ class Backward {
         if (!visible.sees(tile.query + i, tile.key + tile.first + r)) continue;
         const int64_t row = (tile.first + r) * columns_;
         for (int64_t d = 0; d < in_.head_dim; ++d) {
-          s.grad_v[row + d] += weight(s, tile, r, i) * grad[d];
-          s.grad_k[row + d] += grad_weight(s, tile, r, i) * query[d];
+          s.grad_v[row + d] += weight(s, r, i) * grad[d];
+          s.grad_k[row + d] += grad_weight(s, tile.first + r, i) * query[d];
         }
       }
     }
@@ -432,12 +460,12 @@ class Backward {
                         int64_t count) const {
     float key[256];
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t r = s.spoiled_keys[n] - tile.key - tile.first;
-      if (r < 0 || r >= tile.rows()) continue;
+      const int64_t place = s.spoiled_keys[n] - tile.key;
+      if (place < tile.first || place >= tile.end) continue;
       k.read(s.spoiled_keys[n], key);
       for (int64_t i = 0; i < tile.last - tile.query; ++i) {
         if (!visible.sees(tile.query + i, s.spoiled_keys[n])) continue;
-        for (int64_t d = 0; d < in_.head_dim; ++d) sum[i * columns_ + d] += grad_weight(s, tile, r, i) * key[d];
+        for (int64_t d = 0; d < in_.head_dim; ++d) sum[i * columns_ + d] += grad_weight(s, place, i) * key[d];
       }
     }
   }
