@@ -123,7 +123,7 @@ struct Rows {
   void read(int64_t row, float* to) const {
     const int64_t element = origin + row * stride;
     if (dtype == Dtype::float32)
-      memcpy(to, static_cast<const float*>(data) + element, 4 * head_dim);
+      copy_row(to, static_cast<const float*>(data) + element, 4 * head_dim);
     else if (dtype == Dtype::bfloat16)
       bf16_to_float(static_cast<const uint16_t*>(data) + element, head_dim, to);
     else
@@ -136,6 +136,15 @@ struct Rows {
     const int64_t size = dtype == Dtype::float32 ? 4 : 2;
     const char* start = static_cast<const char*>(data) + (origin + row * stride) * size;
     for (int64_t byte = 0; byte < head_dim * size; byte += 64) __builtin_prefetch(start + byte, 0, 2);
+  }
+
+  // Whether rows can be read where they are, as words of PAIR values.
+  bool in_place(int pair) const {
+    return !cos && dtype == (pair == 1 ? Dtype::float32 : Dtype::bfloat16) && head_dim % pair == 0 &&
+           stride % pair == 0 && origin % pair == 0;
+  }
+  const int32_t* words(int64_t row, int pair) const {
+    return static_cast<const int32_t*>(data) + (origin + row * stride) / pair;
   }
 
   bool finite(int64_t row) const {
@@ -155,7 +164,7 @@ struct Rows {
 
 inline void write_row(Dtype dtype, const float* from, int64_t count, void* data, int64_t element) {
   if (dtype == Dtype::float32)
-    memcpy(static_cast<float*>(data) + element, from, 4 * count);
+    copy_row(static_cast<float*>(data) + element, from, 4 * count);
   else if (dtype == Dtype::bfloat16)
     float_to_bf16(from, count, static_cast<uint16_t*>(data) + element);
   else
@@ -176,7 +185,7 @@ void pack_rows(const Rows& rows, int64_t first, int64_t last, int64_t padded, in
     if constexpr (E::PAIR == 1) {
       float* values = reinterpret_cast<float*>(to);
       rows.read(row, values);
-      memset(values + head_dim, 0, 4 * (words - head_dim));
+      if (words > head_dim) memset(values + head_dim, 0, 4 * (words - head_dim));
     } else {
       uint16_t* values = reinterpret_cast<uint16_t*>(to);
       if (rows.cos) {
@@ -184,9 +193,9 @@ void pack_rows(const Rows& rows, int64_t first, int64_t last, int64_t padded, in
         rows.read(row, turned);
         float_to_bf16(turned, head_dim, values);
       } else {
-        memcpy(values, static_cast<const uint16_t*>(rows.data) + rows.origin + row * rows.stride, 2 * head_dim);
+        copy_row(values, static_cast<const uint16_t*>(rows.data) + rows.origin + row * rows.stride, 2 * head_dim);
       }
-      memset(values + head_dim, 0, 2 * (2 * words - head_dim));
+      if (2 * words > head_dim) memset(values + head_dim, 0, 2 * (2 * words - head_dim));
     }
   }
   memset(to, 0, 4 * words * (padded - (last - first)));

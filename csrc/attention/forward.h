@@ -105,7 +105,7 @@ class Forward {
         if (tile.empty()) continue;
         const bool masked = tile.first < all.first || tile.last > all.last;
         const float* line = biased ? s.line + (i + visible.offset - tile.first - line_first) : nullptr;
-        attend(s, visible, tile, some.first, i, i - first, masked, line);
+        attend(s, visible, k, tile, some.first, i, i - first, masked, line);
         if (spoiled) add_spoiled(s, visible, v, tile, i, i - first, spoiled);
       }
     }
@@ -127,7 +127,7 @@ class Forward {
   int64_t pack_block(const Scratch& s, const Visibility& visible, const Rows& k, const Rows& v, Range block,
                      Range queries) const {
     const int64_t count = block.last - block.first, padded = round_up(count, 2);
-    pack_rows<E>(k, block.first, block.last, padded, s.keys);
+    if (!k.in_place(E::PAIR)) pack_rows<E>(k, block.first, block.last, padded, s.keys);
     int32_t* rows = E::PAIR == 1 ? s.values : s.rows;
     pack_rows<E>(v, block.first, block.last, padded, rows);
     int64_t spoiled = 0;
@@ -144,11 +144,15 @@ class Forward {
   }
 
   // One tile: scores, softmax and the weighted sum of the values. `slot` is the tile's first query in the scratch.
-  void attend(const Scratch& s, const Visibility& visible, Range tile, int64_t block_first, int64_t query, int64_t slot,
-              bool masked, const float* line) const {
+  void attend(const Scratch& s, const Visibility& visible, const Rows& k, Range tile, int64_t block_first,
+              int64_t query, int64_t slot, bool masked, const float* line) const {
     const int64_t rows = tile.last - tile.first, skipped = tile.first - block_first;
-    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, s.keys + skipped * words_, words_,
-                               1, s.queries + slot * words_, QUERIES, s.scores, QUERIES);
+    // Keys are read where they are, unless they must be turned or widened first.
+    const bool in_place = k.in_place(E::PAIR);
+    const int32_t* keys = in_place ? k.words(tile.first, E::PAIR) : s.keys + skipped * words_;
+    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, keys,
+                               in_place ? k.stride / E::PAIR : words_, 1, s.queries + slot * words_, QUERIES, s.scores,
+                               QUERIES);
     float scale = in_.softmax_scale * LOG2_E;
     if (in_.softcap > 0) {
       cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);

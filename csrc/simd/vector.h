@@ -44,11 +44,14 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Lane numbers 0, 1, 2, ...
-inline Int lane_numbers() {
-  Int x;
-  for (int i = 0; i < LANES; ++i) x[i] = i;
-  return x;
+// memcpy for rows: of a size unknown to the compiler that one is a call, as long as the copy of a short row.
+inline void copy_row(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t STEP = 4 * LANES;
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  int64_t i = 0;
+  for (; i + STEP <= bytes; i += STEP) memcpy(target + i, source + i, STEP);
+  if (i < bytes) memcpy(target + i, source + i, bytes - i);
 }
 
 // Transposes LANES x LANES words: at each step, rows `step` apart swap the halves of their 2 * step wide groups.
