@@ -23,7 +23,8 @@ STATISTICS_BLOCK = 32
 class Config(NamedTuple):
     """How a kernel is launched: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA.
 
-    The forward kernel's masked blocks are masked_n keys wide, by default block_n.
+    Masked blocks have `masked` columns (keys; in the kernel of k and v queries) instead: they need more registers.
+    Without `hoist` the loops compute their constants anew, for the same reason.
     """
 
     block_m: int
@@ -31,7 +32,8 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    masked_n: int = 0
+    masked: int = 0
+    hoist: bool = True
 
 
 def chip_of(x: Tensor) -> str:
@@ -45,24 +47,81 @@ def chip_of(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def forward_config(chip: str, head_dim: int, item_size: int, biased: bool, rotary: bool) -> Config:
+class Work(NamedTuple):
+    """What a tile is chosen by."""
+
+    chip: str
+    block_d: int  # head size, rounded up to a power of two
+    item_size: int  # bytes of an element
+    extras: int  # how many of ALiBi, table and softcap act on the scores
+    rotary: bool
+
+
+def forward_config(work: Work) -> Config:
+    chip, block_d, item_size, extras, rotary = work
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
-    return Config(128, 128, 8, 2, True)
+    if item_size == 4:
+        return Config(64, 32, 4, 1, False, 16, False)
+    if chip == "gfx942":
+        return Config(128, 64, 4, 2, False, 32) if block_d <= 128 else Config(64, 32, 4, 2, False, 16)
+    if chip == "sm_80":
+        if block_d <= 64:
+            plain = extras <= 1 and not rotary
+            return Config(128, 128, 8, 2, False, 64) if plain else Config(128, 64, 8, 2, False, 32, False)
+        if block_d <= 128:
+            if extras <= 1 and not rotary:
+                return Config(128, 64, 8, 2, False, 32, extras == 0)
+            return Config(64, 64, 8, 2, False, 32, False)
+        return Config(64, 64, 8, 2, False, 32) if extras == 0 and not rotary else Config(64, 32, 8, 1, False, 16, False)
+    if block_d <= 128:
+        if extras <= 1 and not (extras and rotary):
+            return Config(128, 128, 8, 2, True, 64)
+        return Config(128, 64, 8, 2, True, 32, False)
+    if rotary:
+        return Config(128, 32, 8, 2, True, 32, False)
+    return Config(128, 64, 8, 2, True, 32, extras <= 1)
 
 
-def queries_config(chip: str, head_dim: int, item_size: int, biased: bool, rotary: bool, table_gradient: bool) -> Config:
+def queries_config(work: Work, table_gradient: bool) -> Config:
     """The backward kernel of q and of the biases; the table's gradient needs a square tile."""
+    chip, block_d, item_size, extras, rotary = work
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
-    return Config(128, 128, 8, 2, True)
+    if item_size == 4:
+        return Config(32, 32, 4, 1, False, 0 if table_gradient else 16, False)
+    if table_gradient:
+        side = 64 if block_d <= 128 and chip != "gfx942" else 32
+        return Config(side, side, 8 if side == 64 else 4, 1, chip in ("sm_90", "sm_100"), 0, False)
+    if chip == "gfx942":
+        return Config(128, 64, 4, 1, False, 32) if block_d <= 64 else Config(64 if block_d <= 128 else 32, 32, 4, 1)
+    if chip == "sm_80":
+        if block_d <= 64:
+            return Config(128, 64, 8, 2, False, 32, extras == 0)
+        return Config(64, 64, 8, 2, False, 32, False) if block_d <= 128 else Config(64, 32, 8, 1, False, 16, False)
+    if block_d <= 64:
+        return Config(128, 128, 8, 2, True, 64) if extras <= 1 else Config(128, 64, 8, 2, True, 32, False)
+    if block_d <= 128:
+        return Config(128, 64, 8, 2, True, 32, extras == 0)
+    return Config(128, 32, 8, 2, True, 32, False)
 
 
-def keys_config(chip: str, head_dim: int, item_size: int, biased: bool, rotary: bool) -> Config:
+def keys_config(work: Work) -> Config:
     """The backward kernel of k and v."""
+    chip, block_d, item_size, extras, rotary = work
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
-    return Config(64, 128, 8, 2, True)
+    if item_size == 4:
+        return Config(32, 32, 4, 1, False, 16, False)
+    if chip == "gfx942":
+        return Config(32, 128 if block_d <= 64 else 64 if block_d <= 128 else 32, 4, 1)
+    if chip == "sm_80":
+        if block_d <= 64:
+            return Config(64, 128, 8, 2, False, 32) if extras == 0 else Config(64, 64, 8, 2, False, 32, False)
+        return Config(64, 64, 8, 2, False, 32) if block_d <= 128 else Config(32, 64, 8, 1, False, 16, False)
+    if block_d <= 128:
+        return Config(64, 128, 8, 2, True, 32, extras == 0)
+    return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" else Config(32, 64, 8, 2, True, 16, False)
 
 
 def attention_forward(
@@ -94,8 +153,7 @@ def attention_forward(
         q, k, v, softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias,
         relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
     )  # fmt: skip
-    biased = alibi_slopes is not None or relative_bias is not None
-    config = forward_config(chip_of(q), head_dim, q.element_size(), biased, rotary_cos is not None)
+    config = forward_config(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos))
     descriptors = _descriptors(config, config.block_n, k, v)
     line, radius = _bias_line(relative_bias, relative_buckets, config)
     grid = (triton.cdiv(seqlen_q, config.block_m) * batch * heads,)
@@ -106,8 +164,8 @@ def attention_forward(
         seqlen_q, seqlen_k, heads, heads // kv_heads, options.pop("left"), options.pop("right"), radius, rotary_offset,
         options.pop("scale"), float(softcap),
         **options, LONG=_long(config, q, k, v), DESCRIPTOR=descriptors[0] is not None,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED_N=config.masked_n or config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED_N=config.masked or config.block_n,
+        HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -152,7 +210,7 @@ def attention_backward(
     options.pop("POSITIVE_SCALE")
     left, right, scale = options.pop("left"), options.pop("right"), options.pop("scale")
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], _batch_stride(alibi_slopes))
-    features = (head_dim, q.element_size(), alibi_slopes is not None or relative_bias is not None, rotary_cos is not None)
+    work = _work(q, softcap, alibi_slopes, relative_bias, rotary_cos)
 
     padded_q = triton.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS
     pivot = torch.empty((batch, heads, padded_q), dtype=torch.float32, device=q.device)
@@ -165,7 +223,7 @@ def attention_backward(
         LONG=_long(rows, out, grad_out), BLOCK_M=rows.block_m, num_warps=rows.num_warps,
     )  # fmt: skip
 
-    config = keys_config(chip_of(q), *features)
+    config = keys_config(work)
     descriptors = _descriptors(config, config.block_m, q, grad_out)
     line, radius = _bias_line(relative_bias, relative_buckets, config)
     attention_backward_keys_kernel[(triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads,)](
@@ -174,10 +232,11 @@ def attention_backward(
         seqlen_q, seqlen_k, padded_q, heads, heads // kv_heads, left, right, radius, rotary_offset,
         scale, float(softcap), softmax_scale,
         **options, LONG=_long(config, q, k, v, grad_out), DESCRIPTOR=descriptors[0] is not None,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED_M=config.masked or config.block_m,
+        HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
-    config = queries_config(chip_of(q), *features, needs_table)
+    config = queries_config(work, needs_table)
     descriptors = _descriptors(config, config.block_n, k, v)
     line, radius = _bias_line(relative_bias, relative_buckets, config)
     blocks = triton.cdiv(seqlen_q, config.block_m)
@@ -200,7 +259,8 @@ def attention_backward(
         scale, float(softcap), softmax_scale,
         **options, NEEDS_SLOPES=needs_slopes, NEEDS_TABLE=needs_table,
         LONG=_long(config, q, k, v, grad_out), DESCRIPTOR=descriptors[0] is not None,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED_N=config.masked or config.block_n,
+        HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
     grad_slopes = grad_table = nothing
@@ -262,8 +322,20 @@ def _options(
         HAS_TABLE=relative_bias is not None,
         HAS_LENGTHS=key_lengths is not None,
         POSITIVE_SCALE=softmax_scale > 0,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else None,
+        PRECISION=_precision(q),
     )
+
+
+def _work(q: Tensor, softcap: float, slopes: Tensor | None, table: Tensor | None, cos: Tensor | None) -> Work:
+    extras = (softcap > 0) + (slopes is not None) + (table is not None)
+    return Work(chip_of(q), _block(q.shape[3]), q.element_size(), extras, cos is not None)
+
+
+def _precision(q: Tensor) -> str | None:
+    """How fp32 is multiplied: as exactly as without tensor cores."""
+    if q.dtype != torch.float32:
+        return None
+    return "ieee" if chip_of(q) == "gfx942" else "tf32x3"
 
 
 def _block(size: int) -> int:

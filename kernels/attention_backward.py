@@ -86,7 +86,7 @@ def _visit_keys(
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_TABLE: tl.constexpr, NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
-    LONG: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LONG: tl.constexpr, DESCRIPTOR: tl.constexpr, HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FAR: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """grad_q += ds k over some blocks of keys, and what ds adds to the gradients of the biases; as in the forward pass."""
@@ -100,7 +100,7 @@ def _visit_keys(
     b_upper = limit - 1 + tl.zeros_like(o_m)  # (BLOCK_M,)
     if HAS_RIGHT:
         b_upper = tl.minimum(first + o_m + right, b_upper)
-    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
+    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED or not HOIST):
         i_n = i_block
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
@@ -146,7 +146,7 @@ def _visit_keys(
                 b_sum = tl.sum(b_ds, 1)  # (BLOCK_M,)
                 b_left += tl.where(side < 0, b_sum, 0.0)
                 b_right += tl.where(side < 0, 0.0, b_sum)
-            else:
+            elif MASKED:
                 base = i_n - first
                 far_left = base + BLOCK_N - 1 <= -radius
                 far_right = base - (BLOCK_M - 1) >= radius
@@ -156,6 +156,8 @@ def _visit_keys(
                     b_right += tl.where(far_left, 0.0, b_sum)
                 else:
                     _diagonal_sums(b_ds, p_near + (base - near_base) * 2, BLOCK_N)
+            else:
+                _diagonal_sums(b_ds, p_near + (i_n - first - near_base) * 2, BLOCK_N)
 
         if HAS_SOFTCAP:
             b_ds = b_ds * (1.0 - b_tanh * b_tanh)
@@ -180,7 +182,7 @@ def attention_backward_queries_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr, PRECISION: tl.constexpr, LONG: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
 ):  # fmt: skip
     """grad_q = scale sum_j ds_j k_j, ds = p (grad_out . v - delta), and partial sums of ds for the bias gradients.
 
@@ -203,7 +205,7 @@ def attention_backward_queries_kernel(
     first = i_m + shift
     last = tl.minimum(i_m + BLOCK_M, seqlen_q) - 1 + shift
     start, full_start, full_end, end = block_ranges(
-        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N, BLOCK_N
+        first, last, limit, left, right, HAS_LEFT, HAS_RIGHT, True, BLOCK_N, MASKED_N
     )
 
     p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
@@ -240,7 +242,7 @@ def attention_backward_queries_kernel(
     b_left = tl.zeros([BLOCK_M], tl.float32)
     b_right = tl.zeros([BLOCK_M], tl.float32)
 
-    MASKED_DESCRIPTOR: tl.constexpr = DESCRIPTOR and not HAS_LENGTHS
+    MASKED_DESCRIPTOR: tl.constexpr = DESCRIPTOR and not HAS_LENGTHS and MASKED_N == BLOCK_N
     masked_end = end - (full_end - full_start)
     b_grad_q, b_slope, b_left, b_right = _visit_keys(
         b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta,
@@ -249,11 +251,11 @@ def attention_backward_queries_kernel(
         p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
         first, left, right, scale, softcap,
         HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, BLOCK_N,
+        HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, BLOCK_M, MASKED_N,
         True, False, False,
     )  # fmt: skip
     if has_nonfinite_heads(b_grad_q, HALF, BLOCK_REST):
-        NARROW_N: tl.constexpr = 32 if BLOCK_D < 128 else 16
+        NARROW_N: tl.constexpr = min(MASKED_N, 32 if BLOCK_D < 128 else 16)  # spares registers
         b_grad_q, _, _, _ = _visit_keys(
             zero_heads(BLOCK_M, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST), b_slope, b_left, b_right,
             b_q, b_grad, b_pivot, b_delta, start, full_start, full_end - full_start, masked_end, 0.0, 0.0,
@@ -261,7 +263,7 @@ def attention_backward_queries_kernel(
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, False, False, PRECISION, LONG, False, BLOCK_M, NARROW_N,
+            HAS_SLOPES, HAS_TABLE, False, False, PRECISION, LONG, False, HOIST, BLOCK_M, NARROW_N,
             True, False, True,
         )  # fmt: skip
 
@@ -283,7 +285,7 @@ def attention_backward_queries_kernel(
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N,
+            HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N,
             False, True, False,
         )  # fmt: skip
     if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
@@ -294,7 +296,7 @@ def attention_backward_queries_kernel(
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N,
+            HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N,
             False, False, False,
         )  # fmt: skip
 
@@ -318,32 +320,39 @@ def attention_backward_queries_kernel(
 
 @triton.jit
 def _visit_queries(
-    b_grad_k, b_grad_v, b_k, b_v, start, split, gap, end, side, constant,
-    p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, stride_qs, stride_gs, seqlen_q,
-    p_line, radius, slope, p_cos, p_sin, p_positions, i_position,
-    i_n, first, left, right, scale, softcap,
+    b_grad_k, b_grad_v, b_k, b_v, start, split, gap, end, side,
+    p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
+    stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
+    p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position,
+    first, left, right, scale, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr, LONG: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FAR: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """grad_v += p^T grad_out and grad_k += ds^T q over some blocks of queries of one head.
+    """grad_v += p^T grad_out and grad_k += ds^T q over some blocks of queries of the heads i_h .. i_h + group.
 
-    Tiles stand on end, keys in rows, so that their products need no transposition. `first` is the query at which the
+    One loop runs through the heads and their blocks, so that the accumulators stay where they are. Tiles stand on end, keys in rows, so that their products need no transposition. `first` is the query at which the
     block's first key stands; queries after the last one are zeros and have p = 0, so that they need no mask.
     """
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_distance = o_n[:, None] - o_m[None, :]  # (BLOCK_N, BLOCK_M): key - query
     ACCURATE: tl.constexpr = b_k[0].dtype == tl.float32
-    b_row = side * -slope * o_n  # (BLOCK_N,)
     b_place = (first + o_n).to(tl.float32)  # (BLOCK_N,)
     b_lower = first + o_n - right  # (BLOCK_N,): the first query that sees the key
     b_upper = first + o_n + left
-    for i_block in tl.range(start, end, BLOCK_M, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
+    i_block = start
+    for _ in tl.range(
+        0, group * tl.cdiv(end - start, BLOCK_M), num_stages=1 if CAREFUL else None, disable_licm=MASKED or not HOIST
+    ):
         i_m = i_block
+        p_head = p_q + i_h.to(tl.int64) * stride_qh
+        slope = 0.0
+        if HAS_SLOPES:
+            slope = tl.load(p_slopes + i_h) * LOG2E
         if MASKED:
             i_m += tl.where(i_block >= split, gap, 0)
             m_pair = tl.full([BLOCK_N, BLOCK_M], True, tl.int1)
@@ -352,20 +361,25 @@ def _visit_queries(
             if HAS_LEFT:
                 m_pair = m_pair & (o_m[None, :] <= (b_upper - i_m)[:, None])
         b_q = load_heads(
-            p_q, descriptor_q, i_b, i_h, i_m, stride_qs, seqlen_q, p_cos, p_sin, p_positions, i_m + i_position,
+            p_head, descriptor_q, i_b, i_h, i_m, stride_qs, seqlen_q, p_cos, p_sin, p_positions, i_m + i_position,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_M, True, LONG,
         )  # fmt: skip
         b_s = heads_product(b_k, b_q, HALF, BLOCK_REST, PRECISION)  # (BLOCK_N, BLOCK_M)
-        b_pivot = tl.load(p_pivot + i_m + o_m)  # (BLOCK_M,)
+        i_row = i_h.to(tl.int64) * padded_q + i_m
+        b_pivot = tl.load(p_pivot + i_row + o_m)  # (BLOCK_M,)
         if FAR:
             b_x, b_tanh = capped_scores(b_s, scale, softcap, HAS_SOFTCAP, ACCURATE)
-            b_pivot -= constant
+            if HAS_TABLE:
+                b_pivot -= tl.load(p_line + i_h * line + side.to(tl.int32) * radius)
             if HAS_SLOPES:
-                b_x += b_row[:, None]
+                b_x += (side * -slope * o_n)[:, None]
                 b_pivot += side * slope * ((first - i_m).to(tl.float32) - o_m.to(tl.float32))
         else:
+            p_head_line = p_line
+            if HAS_TABLE:
+                p_head_line += i_h * line
             b_x, b_tanh = biased_scores(
-                b_s, scale, softcap, p_line, first - i_m, o_distance, radius, slope,
+                b_s, scale, softcap, p_head_line, first - i_m, o_distance, radius, slope,
                 b_place[:, None], (i_m + o_m).to(tl.float32)[None, :],
                 HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, ACCURATE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -375,13 +389,15 @@ def _visit_queries(
         if DESCRIPTOR:
             b_grad = tl.reshape(descriptor_g.load([i_b, i_h, i_m, 0]), [BLOCK_M, BLOCK_D])
         else:
-            b_grad = load_columns(p_grad_out, i_m, stride_gs, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M, True, LONG)
+            b_grad = load_columns(
+                p_grad_out + i_h.to(tl.int64) * stride_gh, i_m, stride_gs, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M, True, LONG
+            )  # fmt: skip
         b_grad_p = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         if CAREFUL:
             b_grad_v += spoil(m_pair & nonfinite_rows(b_grad)[None, :])[:, None]
             b_grad = finite_or_zero(b_grad)
         b_grad_v = tl.dot(b_p.to(b_grad.dtype), b_grad, b_grad_v, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)
-        b_delta = tl.load(p_delta + i_m + o_m)  # (BLOCK_M,)
+        b_delta = tl.load(p_delta + i_row + o_m)  # (BLOCK_M,)
         b_ds = b_p * (b_grad_p - b_delta[None, :])
         if HAS_SOFTCAP:
             b_ds = b_ds * (1.0 - b_tanh * b_tanh)
@@ -392,6 +408,9 @@ def _visit_queries(
             b_grad_k = add_rows(b_grad_k, b_spoil, HALF, BLOCK_REST)
             b_q = finite_or_zero_heads(b_q, HALF, BLOCK_REST)
         b_grad_k = add_product(b_grad_k, b_ds, b_q, HALF, BLOCK_REST, PRECISION)  # (BLOCK_N, BLOCK_D)
+        i_block += BLOCK_M
+        i_h += tl.where(i_block >= end, 1, 0)
+        i_block = tl.where(i_block >= end, start, i_block)
     return b_grad_k, b_grad_v
 
 
@@ -406,7 +425,8 @@ def attention_backward_keys_kernel(
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    LONG: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LONG: tl.constexpr, DESCRIPTOR: tl.constexpr, HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED_M: tl.constexpr,
 ):  # fmt: skip
     """grad_v = sum_i p_i grad_out_i and grad_k = scale sum_i ds_i q_i over the queries of all heads of a group."""
     kv_heads = heads // group
@@ -425,7 +445,7 @@ def attention_backward_keys_kernel(
     queries = tl.where(i_n < limit, seqlen_q, 0)
     # Seen from a key the window's sides change places.
     start, full_start, full_end, end = block_ranges(
-        first, last, queries, right, left, HAS_RIGHT, HAS_LEFT, False, BLOCK_M, BLOCK_M
+        first, last, queries, right, left, HAS_RIGHT, HAS_LEFT, False, BLOCK_M, MASKED_M
     )
 
     p_k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kh
@@ -445,6 +465,13 @@ def attention_backward_keys_kernel(
     b_grad_k = zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST)
     b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
+    p_q += i_b.to(tl.int64) * stride_qb
+    p_grad_out += i_b.to(tl.int64) * stride_gb
+    p_pivot += (i_b * heads).to(tl.int64) * padded_q
+    p_delta += (i_b * heads).to(tl.int64) * padded_q
+    if HAS_SLOPES:
+        p_slopes += i_b * stride_slopes
+    i_h = i_g * group
     REACH: tl.constexpr = BLOCK_M + BLOCK_N
     line = 2 * (radius + REACH) + 1
     HAS_BIAS: tl.constexpr = HAS_SLOPES or HAS_TABLE
@@ -452,86 +479,54 @@ def attention_backward_keys_kernel(
         p_line += radius + REACH
 
     if HAS_LEFT or HAS_RIGHT:
+        MASKED_DESCRIPTOR: tl.constexpr = DESCRIPTOR and MASKED_M == BLOCK_M
         masked_end = end - (full_end - full_start)
-        for i_member in tl.range(0, group):
-            i_h = i_g * group + i_member
-            slope = 0.0
-            if HAS_SLOPES:
-                slope = tl.load(p_slopes + i_b * stride_slopes + i_h) * LOG2E
-            i_row = (i_b * heads + i_h).to(tl.int64) * padded_q
-            b_grad_k, b_grad_v = _visit_queries(
-                b_grad_k, b_grad_v, b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0, 0.0,
-                p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh,
-                p_grad_out + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh,
-                p_pivot + i_row, p_delta + i_row, descriptor_q, descriptor_g, i_b, i_h, stride_qs, stride_gs, seqlen_q,
-                p_line + i_h * line if HAS_TABLE else p_line, radius, slope, p_cos, p_sin, p_positions, i_position,
-                i_n, first, left, right, scale, softcap,
-                HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-                HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, True, False, False,
-            )  # fmt: skip
+        b_grad_k, b_grad_v = _visit_queries(
+            b_grad_k, b_grad_v, b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0,
+            p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
+            stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
+            p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, MASKED_M, BLOCK_N, True, False, False,
+        )  # fmt: skip
         if has_nonfinite_heads(b_grad_k, HALF, BLOCK_REST) | has_nonfinite(b_grad_v):
-            NARROW_M: tl.constexpr = 32 if BLOCK_D < 128 else 16
-            b_grad_k = zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST)
-            b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            for i_member in tl.range(0, group):
-                i_h = i_g * group + i_member
-                slope = 0.0
-                if HAS_SLOPES:
-                    slope = tl.load(p_slopes + i_b * stride_slopes + i_h) * LOG2E
-                i_row = (i_b * heads + i_h).to(tl.int64) * padded_q
-                b_grad_k, b_grad_v = _visit_queries(
-                    b_grad_k, b_grad_v, b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0, 0.0,
-                    p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh,
-                    p_grad_out + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh,
-                    p_pivot + i_row, p_delta + i_row, descriptor_q, descriptor_g, i_b, i_h, stride_qs, stride_gs, seqlen_q,
-                    p_line + i_h * line if HAS_TABLE else p_line, radius, slope, p_cos, p_sin, p_positions, i_position,
-                    i_n, first, left, right, scale, softcap,
-                    HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-                    HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, False, NARROW_M, BLOCK_N, True, False, True,
-                )  # fmt: skip
+            NARROW_M: tl.constexpr = min(MASKED_M, 32 if BLOCK_D < 128 else 16)
+            b_grad_k, b_grad_v = _visit_queries(
+                zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST), tl.zeros([BLOCK_N, BLOCK_D], tl.float32), b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0,
+                p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
+                stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
+                p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
+                HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+                HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, False, HOIST, NARROW_M, BLOCK_N, True, False, True,
+            )  # fmt: skip
 
     near_start = full_end
-    near_end = full_end
+    near_end = full_start
     if HAS_BIAS:
         near_start, near_end = near_range(first, last, full_start, full_end, radius, BLOCK_M)
     # Queries before the keys have these on their right: only where a window lets them see ahead.
     SIDES: tl.constexpr = 2 if HAS_BIAS and not CAUSAL else 1
-    for i_member in tl.range(0, group):
-        i_h = i_g * group + i_member
-        slope = 0.0
-        if HAS_SLOPES:
-            slope = tl.load(p_slopes + i_b * stride_slopes + i_h) * LOG2E
-        i_row = (i_b * heads + i_h).to(tl.int64) * padded_q
-        for i_side in tl.range(0, SIDES):
-            far_start = tl.where(i_side == 0, near_end, full_start)
-            far_end = tl.where(i_side == 0, full_end, near_start)
-            if not HAS_BIAS:
-                far_start = full_start
-            side = tl.where(i_side == 0, -1.0, 1.0)
-            constant = 0.0
-            if HAS_TABLE:
-                constant = tl.load(p_line + i_h * line + tl.where(i_side == 0, -radius, radius))
-            b_grad_k, b_grad_v = _visit_queries(
-                b_grad_k, b_grad_v, b_k, b_v, far_start, far_end, 0, far_end, side, constant,
-                p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh,
-                p_grad_out + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh,
-                p_pivot + i_row, p_delta + i_row, descriptor_q, descriptor_g, i_b, i_h, stride_qs, stride_gs, seqlen_q,
-                p_line + i_h * line if HAS_TABLE else p_line, radius, slope, p_cos, p_sin, p_positions, i_position,
-                i_n, first, left, right, scale, softcap,
-                HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-                HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, False, True, False,
-            )  # fmt: skip
-        if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
-            b_grad_k, b_grad_v = _visit_queries(
-                b_grad_k, b_grad_v, b_k, b_v, near_start, near_end, 0, near_end, 0.0, 0.0,
-                p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh,
-                p_grad_out + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh,
-                p_pivot + i_row, p_delta + i_row, descriptor_q, descriptor_g, i_b, i_h, stride_qs, stride_gs, seqlen_q,
-                p_line + i_h * line if HAS_TABLE else p_line, radius, slope, p_cos, p_sin, p_positions, i_position,
-                i_n, first, left, right, scale, softcap,
-                HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-                HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, False, False, False,
-            )  # fmt: skip
+    for i_side in tl.range(0, SIDES):
+        far_start = tl.where(i_side == 0, near_end, full_start)
+        far_end = tl.where(i_side == 0, full_end, near_start)
+        side = tl.where(i_side == 0, -1.0, 1.0)
+        b_grad_k, b_grad_v = _visit_queries(
+            b_grad_k, b_grad_v, b_k, b_v, far_start, far_end, 0, far_end, side,
+            p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
+            stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
+            p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True, False,
+        )  # fmt: skip
+    if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
+        b_grad_k, b_grad_v = _visit_queries(
+            b_grad_k, b_grad_v, b_k, b_v, near_start, near_end, 0, near_end, 0.0,
+            p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
+            stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
+            p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, False, False,
+        )  # fmt: skip
 
     # Keys beyond key_lengths got a product with zeros: nothing, or NaN.
     m_n = (i_n + tl.arange(0, BLOCK_N) < limit)[:, None]

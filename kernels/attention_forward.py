@@ -30,7 +30,7 @@ def _visit_blocks(
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_TABLE: tl.constexpr, POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, LONG: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FAR: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The softmax over some blocks of keys: start .. split, then those from split + gap to end + gap.
@@ -50,7 +50,7 @@ def _visit_blocks(
     b_upper = limit - 1 + tl.zeros_like(o_m)  # (BLOCK_M,)
     if HAS_RIGHT:
         b_upper = tl.minimum(first + o_m + right, b_upper)
-    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED):
+    for i_block in tl.range(start, end, BLOCK_N, num_stages=1 if CAREFUL else None, disable_licm=MASKED or not HOIST):
         i_n = i_block
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
@@ -117,7 +117,7 @@ def attention_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, LONG: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
+    HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, a block of queries each.
 
@@ -179,7 +179,7 @@ def attention_forward_kernel(
         p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
         p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
         HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, BLOCK_M, MASKED_N, True, False, False,
+        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, BLOCK_M, MASKED_N, True, False, False,
     )  # fmt: skip
     if has_nonfinite(b_acc):
         NARROW_N: tl.constexpr = min(MASKED_N, 32 if BLOCK_D < 128 else 16)  # spares registers
@@ -190,7 +190,7 @@ def attention_forward_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, False, BLOCK_M, NARROW_N, True, False, True,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, False, HOIST, BLOCK_M, NARROW_N, True, False, True,
         )  # fmt: skip
 
     HAS_BIAS: tl.constexpr = HAS_SLOPES or HAS_TABLE
@@ -210,7 +210,7 @@ def attention_forward_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, False, True, False,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True, False,
         )  # fmt: skip
     if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
         b_m, b_l, b_acc = _visit_blocks(
@@ -218,7 +218,7 @@ def attention_forward_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, BLOCK_M, BLOCK_N, False, False, False,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, False, False,
         )  # fmt: skip
 
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)  # rows that saw nothing: out 0, lse -inf

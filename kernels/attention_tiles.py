@@ -90,10 +90,16 @@ def load_angles(
     if HAS_POSITIONS:
         o_r = tl.arange(0, ROWS)
         o_c = tl.arange(0, BLOCK_HALF)
-        m_r = o_r < limit - i_r
-        b_position = tl.load(p_positions + i_position + o_r, mask=m_r, other=0)  # (ROWS,)
+        if BOUND:
+            b_position = tl.load(p_positions + i_position + o_r, mask=o_r < limit - i_r, other=0)  # (ROWS,)
+        else:
+            b_position = tl.load(p_positions + i_position + o_r)
         p_tile = p_table + b_position.to(tl.int64)[:, None] * HALF + o_c[None, :]
-        b_angles = tl.load(p_tile, mask=m_r[:, None] & (o_c < HALF)[None, :], other=0.0)
+        # Rows beyond the limit turn zeros by the angle of position 0.
+        if BLOCK_HALF != HALF:
+            b_angles = tl.load(p_tile, mask=(o_c < HALF)[None, :], other=0.0)
+        else:
+            b_angles = tl.load(p_tile)
     else:
         end = limit - i_r + i_position
         b_angles = load_columns(p_table, i_position, HALF, end, HALF, BLOCK_HALF, ROWS, BOUND, False)

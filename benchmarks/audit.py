@@ -1,0 +1,315 @@
+"""Compiles every kernel for GPUs that are not here and judges the machine code: `python -m benchmarks.audit [--full]`.
+
+The launchers themselves are called on tensors without data, so what is compiled is what they would launch. A kernel fails
+on spills, on shared or tensor memory beyond the chip's, on a product that misses the chip's tensor cores, on narrow loads
+or masks in the loop over unmasked blocks, and on more instructions a score than the bars below allow.
+
+n/s = non-tensor instructions of the loop a score and thread. The bounds are the tensor cores' share of the loop's cycles if
+nothing overlaps and if everything does: they rank variants, they are not measurements.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import sass
+from pynlp.kernels import attention
+
+CHIPS = tuple(sass.CHIPS)
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": "v_mfma"}
+# Products in Triton's GPU dialect that reach the tensor cores of the chip.
+TENSOR_CORE_OP = {
+    "sm_80": r"tt\.dot .*-> tensor<\S+ #mma\d*>",
+    "sm_90": r"ttng\.warp_group_dot ",
+    "sm_100": r"ttng\.tc_gen5_mma ",
+    "gfx942": r"tt\.dot .*-> tensor<\S+ #mma\d*>",
+}
+ANY_PRODUCT = r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) "
+
+FEATURES = {
+    "full": dict(window=(-1, -1)),
+    "causal": dict(),
+    "causal, ALiBi": dict(slopes=True),
+    "causal, T5": dict(table=True),
+    "causal, RoPE": dict(rotary=1.0),
+    "window, lengths": dict(window=(512, 64), lengths=True),
+    "ALiBi": dict(window=(-1, -1), slopes=True),
+    "T5": dict(window=(-1, -1), table=True),
+    "causal, softcap": dict(softcap=30.0),
+    "causal, GPT-NeoX RoPE 1/4": dict(rotary=0.25),
+    "causal, interleaved RoPE, ids": dict(rotary=1.0, interleaved=True, ids=True),
+    "causal, lengths, unaligned": dict(lengths=True, unaligned=True),
+    "window, ALiBi, T5": dict(window=(512, 64), slopes=True, table=True),
+    "window, all": dict(
+        window=(512, 64), lengths=True, slopes=True, table=True, rotary=1.0, softcap=30.0, interleaved=True, ids=True
+    ),
+}
+# n/s of the loop without mask, bf16, causal, forward: (chips, features, head size) -> bar.
+HOPPER, AMPERE = ("sm_90", "sm_100"), ("sm_80",)
+BARS = {
+    (HOPPER, "causal", 64): 7.2,
+    (HOPPER, "causal", 128): 7.8,
+    (HOPPER, "causal, ALiBi", 64): 8.2,
+    (HOPPER, "causal, ALiBi", 128): 8.8,
+    (HOPPER, "causal, T5", 64): 10.5,
+    (HOPPER, "causal, T5", 128): 11.0,
+    (AMPERE, "causal", 64): 8.2,
+    (AMPERE, "causal", 128): 12.0,
+}
+PRODUCTS = {
+    "attention_forward_kernel": 2,
+    "attention_backward_queries_kernel": 3,
+    "attention_backward_keys_kernel": 4,
+}
+# What the hot loops may read in pieces: T5's line, position ids, a row's statistics.
+NARROW_LOADS = ("p_line + base", "p_positions", "p_pivot", "p_delta")
+SOURCES = {path.name: path.read_text().splitlines() for path in Path(attention.__file__).parent.glob("attention*.py")}
+
+
+@dataclass
+class Row:
+    """One kernel of one configuration."""
+
+    chip: str
+    kernel: str
+    head_dim: int
+    dtype: str
+    features: str
+    tile: str
+    code: sass.MachineCode
+    occupancy: int
+    loops: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # kind -> n/s, bounds
+    failures: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        loops = {kind: self.loops.get(kind) for kind in ("unmasked", "near")}
+        density = " / ".join(f"{loop[0]:.1f}" for loop in loops.values() if loop) or "-"
+        hot = loops["unmasked"] or loops["near"]
+        bound = f"{hot[1]:.0%} - {hot[2]:.0%}" if hot else "-"
+        cells = [
+            self.chip, self.kernel, self.head_dim, self.dtype, self.features, self.tile, self.code.registers,
+            self.code.stack, self.code.shared // 1024, self.occupancy, density, bound, "; ".join(self.failures) or "ok",
+        ]  # fmt: skip
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEADER = (
+    "| chip | kernel | D | dtype | features | tile, warps, stages | registers | stack B | shared KB | warps an SM | "
+    "n/s unmasked / near | tensor share, none - full overlap | verdict |\n" + "|---" * 13 + "|"
+)
+
+
+def attention_launches(chip: str, head_dim: int, dtype: torch.dtype, backward: bool, **features) -> list:
+    """What the attention launchers start for these features: (kernel name, arguments, compiled kernel)."""
+    batch, seqlen, heads = 4, 4096, 16
+
+    def tensor(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    row = head_dim + (1 if features.get("unaligned") else 0)
+    q, k = (tensor(batch, seqlen, h, row, dtype=dtype)[..., :head_dim] for h in (heads, heads // 2))
+    half = max(1, int(head_dim * features.get("rotary", 0)) // 2)
+    cos = tensor(2 * seqlen, half) if features.get("rotary") else None
+    options = (
+        head_dim**-0.5, *features.get("window", (-1, 0)), features.get("softcap", 0.0),
+        tensor(batch, dtype=torch.int32) if features.get("lengths") else None,
+        tensor(heads) if features.get("slopes") else None,
+        tensor(32, heads) if features.get("table") else None,
+        tensor(257, dtype=torch.int32) if features.get("table") else None,
+        cos, cos, tensor(batch, seqlen, dtype=torch.int32) if features.get("ids") else None, 0,
+        features.get("interleaved", False),
+    )  # fmt: skip
+    chip_of = attention.chip_of
+    attention.chip_of = lambda _: chip
+    try:
+        with sass.compiled_launches(chip) as launches:
+            if backward:
+                needs = (options[5] is not None, options[6] is not None)
+                out, lse = tensor(*q.shape, dtype=dtype), tensor(batch, heads, seqlen)
+                attention.attention_backward(out, lse, q, k, k, out, lse, *options, *needs)
+            else:
+                attention.attention_forward(q, k, k, *options)
+    finally:
+        attention.chip_of = chip_of
+    return launches
+
+
+def kind_of(loop: sass.Loop) -> str:
+    """Which of a kernel's loops this is, by the source lines its instructions come from."""
+    lines = {SOURCES[name][number - 1] for name, number in loop.lines if name in SOURCES}
+    text = "\n".join(lines)
+    if "* 0.0 == 0.0" in text or "spoil(" in text or '"nan"' in text:
+        return "careful"
+    if "m_pair" in text:
+        return "masked"
+    return "near" if "tl.abs(b_key" in text or "p_line + base" in text else "unmasked"
+
+
+def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: torch.dtype, features: str) -> Row:
+    limits, code = sass.CHIPS[chip], sass.machine_code(kernel)
+    warps, width = arguments["num_warps"], limits.target.warp_size
+    tensor_memory = getattr(kernel.metadata, "tmem_size", 0) or 0
+    tile = [arguments.get(key, "-") for key in ("BLOCK_M", "BLOCK_N")]
+    row = Row(
+        chip, name.removeprefix("attention_").removesuffix("_kernel"), head_dim, str(dtype).removeprefix("torch."),
+        features, f"{tile[0]} x {tile[1]}, {warps}, {kernel.metadata.num_stages}", code,
+        occupancy(limits, code, warps, tensor_memory),
+    )  # fmt: skip
+    fail = row.failures.append
+    if code.stack:
+        fail(f"{code.stack} bytes of stack")
+    if code.shared > limits.shared_memory:
+        fail(f"{code.shared} bytes of shared memory")
+    if tensor_memory > 512:
+        fail(f"{tensor_memory} columns of tensor memory")
+    if name not in PRODUCTS:
+        return row
+
+    products = len(re.findall(ANY_PRODUCT, kernel.asm["ttgir"]))
+    missed = products - len(re.findall(TENSOR_CORE_OP[chip], kernel.asm["ttgir"]))
+    if missed or not products:
+        fail(f"{missed} of {products} products miss {TENSOR_CORE[chip]}")
+    scores = tile[0] * tile[1] / (warps * width)
+    for loop in code.loops(TENSOR_CORE[chip]):
+        kind = kind_of(loop)
+        if kind not in ("unmasked", "near"):
+            continue
+        total = sum(i.opcode not in ("NOP", "s_nop") for i in loop.instructions)
+        density = (total - loop.count(TENSOR_CORE[chip])) / scores
+        flop = PRODUCTS[name] * 2 * tile[0] * tile[1] * arguments["BLOCK_D"] * (1 if dtype.itemsize == 2 else 6)
+        row.loops[kind] = (density, *bounds(limits, loop, flop, total, warps))
+        for problem in narrow_loads(loop, arguments) + masks(chip, loop, scores):
+            fail(f"{kind} loop: {problem}")
+    if "unmasked" not in row.loops:
+        fail("no loop without masks")
+    if dtype == torch.bfloat16 and name == "attention_forward_kernel":
+        for (chips, which, size), bar in BARS.items():
+            if chip in chips and which == features and size == head_dim:
+                worst = max(density for density, *_ in row.loops.values())
+                if worst > bar:
+                    fail(f"{worst:.2f} n/s, bar {bar}")
+    return row
+
+
+def occupancy(limits: sass.Chip, code: sass.MachineCode, warps: int, tensor_memory: int) -> int:
+    """Warps an SM (AMD: a CU) holds at once."""
+    if limits.target.backend == "hip":
+        waves = min(8, 512 // max(1, code.registers)) * 4  # four SIMDs of 512 registers a lane
+        return min(waves, limits.shared_memory // max(1, code.shared) * warps)
+    blocks = min(
+        limits.registers // (max(1, (code.registers + 7) // 8 * 8) * 32 * warps),
+        limits.shared_memory // max(1, code.shared),
+        limits.warps // warps,
+        512 // tensor_memory if tensor_memory else limits.warps,
+    )
+    return blocks * warps
+
+
+def bounds(limits: sass.Chip, loop: sass.Loop, flop: float, instructions: int, warps: int) -> tuple[float, float]:
+    """The tensor cores' share of an iteration's cycles, if nothing overlaps and if everything does."""
+    lanes = limits.target.warp_size * warps
+    cycles = [
+        flop / limits.tensor_flop,
+        instructions * warps / limits.issue,
+        loop.count(r"MUFU|v_(exp|rcp|log)") * lanes / limits.special,
+        shared_memory_bytes(loop) * lanes / 128,
+    ]
+    return cycles[0] / sum(cycles), cycles[0] / max(cycles)
+
+
+def shared_memory_bytes(loop: sass.Loop) -> int:
+    """Bytes a thread moves between registers and shared memory in an iteration."""
+    total = 0
+    for instruction in loop.instructions:
+        if re.match(r"LDS|STS|ds_read|ds_write", instruction.opcode) and not instruction.opcode.startswith("LDSM"):
+            width = re.search(r"\.(64|128)|_b(32|64|128)", instruction.opcode)
+            total += int(next(group for group in width.groups() if group)) // 8 if width else 4
+        elif instruction.opcode.startswith(("LDSM", "STSM")):
+            total += 16 if instruction.opcode.endswith((".4", "x4")) or ".4" in instruction.opcode else 8
+    return total
+
+
+def source_of(instruction: sass.Instruction) -> str:
+    """The Python line an instruction comes from."""
+    name, number = instruction.line or ("", 0)
+    return SOURCES[name][number - 1] if name in SOURCES else ""
+
+
+def narrow_loads(loop: sass.Loop, arguments: dict) -> list[str]:
+    """Global loads of less than 16 bytes a thread, where the tensors' alignment allows 16."""
+    strides = [value for key, value in arguments.items() if re.fullmatch(r"stride_[qkvg]s", key)]
+    if any(stride % 8 for stride in strides) or arguments["HEAD_DIM"] % 8:
+        return []
+    narrow = []
+    for instruction in loop.instructions:
+        if not re.match(r"LDG(?!DEPBAR)|(buffer|global|flat)_load", instruction.opcode) or re.search("128|x4", instruction.opcode):
+            continue
+        source = source_of(instruction)
+        if not any(allowed in source for allowed in NARROW_LOADS):
+            narrow.append(f"{instruction.opcode} of {source.strip()[:40]}")
+    return [f"{len(narrow)} narrow loads ({narrow[0]})"] if narrow else []
+
+
+def masks(chip: str, loop: sass.Loop, scores: float) -> list[str]:
+    """Selections and comparisons: a mask would take one of each a score."""
+    if chip == "gfx942":
+        return []  # exp2 itself compares and selects there
+    count = 0
+    for instruction in loop.instructions:
+        source = source_of(instruction)
+        # Splitting fp32 into TF32 and summing diagonals select for their own reasons.
+        exempt = any(text in source for text in ("tl.dot(", "tl.gather(", "m_upper"))
+        count += bool(re.match(r"FSEL|SEL|ISETP", instruction.opcode)) and not exempt
+    return [f"{count} selections and comparisons"] if count > scores / 2 + 16 else []
+
+
+def cases(full: bool):
+    """(chip, head size, dtype, backward, name of the features)."""
+    for chip in CHIPS:
+        for head_dim in (64, 128, 256) if not full else (16, 32, 64, 80, 128, 256):
+            for dtype in (torch.bfloat16, torch.float32):
+                for name in FEATURES:
+                    quick = name in ("causal", "window, all") and (dtype == torch.bfloat16 or name == "causal")
+                    bar = dtype == torch.bfloat16 and any(chip in c and n == name and d == head_dim for c, n, d in BARS)
+                    for backward in (False, True):
+                        if full or (quick and (dtype == torch.bfloat16 or head_dim == 64)) or (bar and not backward):
+                            yield chip, head_dim, dtype, backward, name
+
+
+def audit(chip: str, head_dim: int, dtype: torch.dtype, backward: bool, features: str) -> list[Row]:
+    launches = attention_launches(chip, head_dim, dtype, backward, **FEATURES[features])
+    return [judge(chip, *launch, head_dim, dtype, features) for launch in launches]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every head size, dtype and combination of features")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="only this chip")
+    parser.add_argument("--only", default="", help="only features whose name contains this")
+    parser.add_argument("--head-dim", type=int, action="append")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"))
+    options = parser.parse_args()
+    print(HEADER, flush=True)
+    failed = total = 0
+    for case in cases(options.full):
+        chip, head_dim, dtype, _, features = case
+        if options.chip and chip not in options.chip or options.only not in features:
+            continue
+        if options.head_dim and head_dim not in options.head_dim:
+            continue
+        if options.dtype and str(dtype) != f"torch.{options.dtype}":
+            continue
+        for row in audit(*case):
+            total += 1
+            failed += bool(row.failures)
+            print(row.markdown(), flush=True)
+    print(f"\n{total} kernels, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
