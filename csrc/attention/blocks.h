@@ -147,6 +147,8 @@ struct Rows {
     return static_cast<const int32_t*>(data) + (origin + row * stride) / pair;
   }
 
+  const uint16_t* halves(int64_t row) const { return static_cast<const uint16_t*>(data) + origin + row * stride; }
+
   bool finite(int64_t row) const {
     const int64_t element = origin + row * stride;
     uint32_t bad = 0;
@@ -193,7 +195,7 @@ void pack_rows(const Rows& rows, int64_t first, int64_t last, int64_t padded, in
         rows.read(row, turned);
         float_to_bf16(turned, head_dim, values);
       } else {
-        copy_row(values, static_cast<const uint16_t*>(rows.data) + rows.origin + row * rows.stride, 2 * head_dim);
+        copy_row(values, rows.halves(row), 2 * head_dim);
       }
       if (2 * words > head_dim) memset(values + head_dim, 0, 2 * (2 * words - head_dim));
     }
@@ -201,16 +203,20 @@ void pack_rows(const Rows& rows, int64_t first, int64_t last, int64_t padded, in
   memset(to, 0, 4 * words * (padded - (last - first)));
 }
 
-// Packed rows as the right-hand side of a sum over rows: fp32 as they are; bf16 as pairs of rows, each value of the
-// even row beside that of the odd one. `count` is even; a result row holds round_up(head_dim, LANES) words.
+// Two rows of bf16 as words: each value of the even row beside that of the odd one, then zeros up to `columns`.
+inline void pair_row(const uint16_t* even, const uint16_t* odd, int64_t count, int64_t columns, int32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+  if (columns > count) memset(to + count, 0, 4 * (columns - count));
+}
+
+// Packed rows as the right-hand side of a sum over rows: fp32 as they are, bf16 as pairs of rows. `count` is even; a
+// result row holds round_up(head_dim, LANES) words.
 template <class E>
 void pair_rows(const int32_t* rows, int64_t head_dim, int64_t count, int32_t* to) {
   const int64_t words = row_words<E>(head_dim), columns = round_up(head_dim, LANES);
   for (int64_t pair = 0; pair < count / 2; ++pair) {
     const uint16_t* even = reinterpret_cast<const uint16_t*>(rows + 2 * pair * words);
-    const uint16_t* odd = even + 2 * words;
-    int32_t* words_to = to + pair * columns;
-    for (int64_t i = 0; i < columns; ++i) words_to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+    pair_row(even, even + 2 * words, head_dim, columns, to + pair * columns);
   }
 }
 

@@ -126,20 +126,28 @@ class Forward {
   // into NaN for queries that do not see it: such rows are packed as zeros and listed. Returns how many.
   int64_t pack_block(const Scratch& s, const Visibility& visible, const Rows& k, const Rows& v, Range block,
                      Range queries) const {
-    const int64_t count = block.last - block.first, padded = round_up(count, 2);
+    const int64_t padded = round_up(block.last - block.first, 2);
     if (!k.in_place(E::PAIR)) pack_rows<E>(k, block.first, block.last, padded, s.keys);
-    int32_t* rows = E::PAIR == 1 ? s.values : s.rows;
-    pack_rows<E>(v, block.first, block.last, padded, rows);
     int64_t spoiled = 0;
     const Range all = visible.of_all(queries.first, queries.last);
-    if (block.first < all.first || block.last > all.last) {
-      for (int64_t j = block.first; j < block.last; ++j) {
-        if (v.finite(j)) continue;
-        memset(rows + (j - block.first) * words_, 0, words_ * 4);
-        s.spoiled[spoiled++] = static_cast<int32_t>(j);
+    if (block.first < all.first || block.last > all.last)
+      for (int64_t j = block.first; j < block.last; ++j)
+        if (!v.finite(j)) s.spoiled[spoiled++] = static_cast<int32_t>(j);
+    if constexpr (E::PAIR == 1) {
+      pack_rows<E>(v, block.first, block.last, padded, s.values);
+      for (int64_t n = 0; n < spoiled; ++n) memset(s.values + (s.spoiled[n] - block.first) * words_, 0, words_ * 4);
+    } else {
+      static const uint16_t zeros[256] = {};
+      const int32_t* next = s.spoiled;
+      const auto row = [&](int64_t j) {
+        const bool skip = j >= block.last || (next < s.spoiled + spoiled && *next == j && next++);
+        return skip ? zeros : v.halves(j);
+      };
+      for (int64_t j = block.first; j < block.last; j += 2) {
+        const uint16_t* even = row(j);
+        pair_row(even, row(j + 1), in_.head_dim, columns_, s.values + (j - block.first) / 2 * columns_);
       }
     }
-    if (E::PAIR == 2) pair_rows<E>(rows, in_.head_dim, padded, s.values);
     return spoiled;
   }
 

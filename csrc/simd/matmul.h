@@ -34,7 +34,7 @@ struct Fp32 {
 #if PYNLP_BF16
 struct Bf16 {
   static constexpr int PAIR = 2;
-  static constexpr int EXP2_DEGREE = 4;
+  static constexpr int EXP2_DEGREE = 3;
   static Float multiply_add(Float sum, Int a, Int b) {
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -77,6 +77,12 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
   }
 }
 
+// Brings the rows of the next tile to the first-level cache: a tile is too short for its first loads to be hidden.
+inline void prefetch_rows(const int32_t* a, int64_t a_row, int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(a + r * a_row + k);
+}
+
 // The last rows, fewer than a full tile.
 template <class E, Into INTO, int VECTORS, int ROWS = TILE_ROWS - 1>
 __attribute__((always_inline)) inline void matmul_rest(int64_t rows, int64_t depth, const int32_t* a, int64_t a_row,
@@ -94,9 +100,12 @@ __attribute__((always_inline)) inline void matmul_columns(int64_t rows, int64_t 
                                                           int64_t a_depth, const int32_t* b, int64_t b_depth, float* c,
                                                           int64_t c_row, const float* lane_scale) {
   int64_t r = 0;
-  for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
+    if (a_depth == 1)
+      prefetch_rows(a + (r + TILE_ROWS) * a_row, a_row, smaller(rows - r - TILE_ROWS, TILE_ROWS), depth);
     matmul_tile<E, INTO, TILE_ROWS, VECTORS>(depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row,
                                              lane_scale);
+  }
   if (r < rows)
     matmul_rest<E, INTO, VECTORS>(rows - r, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row,
                                   lane_scale);
