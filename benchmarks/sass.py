@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not here, through the launchers that start them, and reads the machine code."""
+"""Compiles Triton kernels for GPUs that are not here, through their launchers, and reads the machine code."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Chip:
-    """What the audit knows about a chip: limits a launch must keep, and rates that bound a loop (a clock and SM or CU)."""
+    """Limits a launch on a chip must keep, and rates that bound a loop (a clock and SM or CU)."""
 
     target: GPUTarget
     shared_memory: int  # bytes a block may use
@@ -176,7 +176,8 @@ def _nvidia(kernel) -> MachineCode:
 
 def _amd(kernel) -> MachineCode:
     listing = kernel.asm["amdgcn"]
-    number = {key: int(re.search(rf"\.{key}:\s+(\d+)", listing)[1]) for key in ("vgpr_count", "private_segment_fixed_size")}
+    keys = ("vgpr_count", "private_segment_fixed_size")
+    number = {key: int(re.search(rf"\.{key}:\s+(\d+)", listing)[1]) for key in keys}
     files = dict(re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"', listing))
     instructions, labels, line = [], {}, None
     for address, text in enumerate(listing.splitlines()):

@@ -59,28 +59,32 @@ class Work(NamedTuple):
 
 def forward_config(work: Work) -> Config:
     chip, block_d, item_size, extras, rotary = work
+    heavy = extras > 1 or (extras == 1 and rotary)
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
     if item_size == 4:
-        return Config(64, 32, 4, 1, False, 16, False)
+        if precision(work) == "ieee" and chip != "gfx942":
+            return Config(16, 16, 8, 1, False, 16, False)
+        if block_d <= 64 or chip in ("sm_80", "gfx942"):
+            return Config(64 if block_d <= 64 else 32, 32, 4, 1, False, 16, False)
+        return Config(128, 32, 8, 1, False, 16, False)
     if chip == "gfx942":
-        return Config(128, 64, 4, 2, False, 32) if block_d <= 128 else Config(64, 32, 4, 2, False, 16)
+        return Config(128, 64, 4, 1 if rotary else 2, False, 32) if block_d <= 128 else Config(64, 32, 4, 1, False, 16)
     if chip == "sm_80":
-        if block_d <= 64:
-            plain = extras <= 1 and not rotary
-            return Config(128, 128, 8, 2, False, 64) if plain else Config(128, 64, 8, 2, False, 32, False)
+        if block_d <= 64 and not heavy:
+            return Config(128, 64, 8, 2, False, 32, False) if rotary else Config(128, 128, 8, 2, False, 64)
+        if block_d <= 128 and not heavy and not rotary:
+            return Config(128, 64, 8, 2, False, 32, extras == 0)
         if block_d <= 128:
-            if extras <= 1 and not rotary:
-                return Config(128, 64, 8, 2, False, 32, extras == 0)
-            return Config(64, 64, 8, 2, False, 32, False)
-        return Config(64, 64, 8, 2, False, 32) if extras == 0 and not rotary else Config(64, 32, 8, 1, False, 16, False)
+            return Config(64, 32, 8, 1, False, 16, False)
+        return Config(32, 32, 8, 1, False, 16, False) if extras or rotary else Config(64, 32, 8, 2, False, 16)
     if block_d <= 128:
-        if extras <= 1 and not (extras and rotary):
-            return Config(128, 128, 8, 2, True, 64)
-        return Config(128, 64, 8, 2, True, 32, False)
+        if heavy:
+            return Config(128, 32 if chip == "sm_100" and block_d > 64 else 64, 8, 2, True, 32, False)
+        return Config(128, 128, 8, 2, True, 64)
     if rotary:
         return Config(128, 32, 8, 2, True, 32, False)
-    return Config(128, 64, 8, 2, True, 32, extras <= 1)
+    return Config(128, 64, 8, 2, True, 32, not heavy)
 
 
 def queries_config(work: Work, table_gradient: bool) -> Config:
@@ -89,39 +93,64 @@ def queries_config(work: Work, table_gradient: bool) -> Config:
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
     if item_size == 4:
-        return Config(32, 32, 4, 1, False, 0 if table_gradient else 16, False)
+        if precision(work) == "ieee" and chip != "gfx942":
+            return Config(16, 16, 8, 1, False, 16, False)
+        if table_gradient or block_d > 64:
+            return Config(32, 32, 4, 1, False, 0, False)
+        return Config(64, 32, 4, 1, False, 16, False)
     if table_gradient:
-        side = 64 if block_d <= 128 and chip != "gfx942" else 32
-        return Config(side, side, 8 if side == 64 else 4, 1, chip in ("sm_90", "sm_100"), 0, False)
+        small = block_d > 128 or chip == "gfx942" or (chip == "sm_80" and rotary)
+        side = 32 if small else 64
+        return Config(side, side, 4 if chip == "gfx942" else 8, 1, chip in ("sm_90", "sm_100"), 0, False)
     if chip == "gfx942":
         return Config(128, 64, 4, 1, False, 32) if block_d <= 64 else Config(64 if block_d <= 128 else 32, 32, 4, 1)
     if chip == "sm_80":
+        if rotary:
+            return Config(32, 32, 8, 1, False, 16, False)
         if block_d <= 64:
             return Config(128, 64, 8, 2, False, 32, extras == 0)
         return Config(64, 64, 8, 2, False, 32, False) if block_d <= 128 else Config(64, 32, 8, 1, False, 16, False)
     if block_d <= 64:
-        return Config(128, 128, 8, 2, True, 64) if extras <= 1 else Config(128, 64, 8, 2, True, 32, False)
+        plain = extras <= 1 and not rotary
+        return Config(128, 128, 8, 2, True, 64) if plain else Config(128, 64, 8, 2, True, 32, False)
     if block_d <= 128:
-        return Config(128, 64, 8, 2, True, 32, extras == 0)
+        return Config(128, 64, 8, 2, True, 32, extras == 0 and not rotary)
     return Config(128, 32, 8, 2, True, 32, False)
 
 
 def keys_config(work: Work) -> Config:
     """The backward kernel of k and v."""
     chip, block_d, item_size, extras, rotary = work
+    plain = extras == 0 and not rotary
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
     if item_size == 4:
-        return Config(32, 32, 4, 1, False, 16, False)
+        if precision(work) == "ieee" and chip != "gfx942":
+            return Config(16, 16, 8, 1, False, 16, False)
+        return Config(32, 64, 8, 1, False, 16, False) if block_d <= 64 else Config(16, 32, 4, 1, False, 16, False)
     if chip == "gfx942":
         return Config(32, 128 if block_d <= 64 else 64 if block_d <= 128 else 32, 4, 1)
     if chip == "sm_80":
+        if rotary or (extras and block_d > 64):
+            return Config(32, 32, 8, 1, False, 16, False)
         if block_d <= 64:
-            return Config(64, 128, 8, 2, False, 32) if extras == 0 else Config(64, 64, 8, 2, False, 32, False)
-        return Config(64, 64, 8, 2, False, 32) if block_d <= 128 else Config(32, 64, 8, 1, False, 16, False)
-    if block_d <= 128:
-        return Config(64, 128, 8, 2, True, 32, extras == 0)
-    return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" else Config(32, 64, 8, 2, True, 16, False)
+            return Config(64, 128, 8, 2, False, 32) if plain else Config(64, 64, 8, 2, False, 32, False)
+        return Config(64, 64, 8, 2, False, 32) if block_d <= 128 else Config(32, 32, 4, 1, False, 16, False)
+    if block_d > 128:
+        return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" and plain else Config(32, 64, 8, 1, True, 16, False)
+    if chip == "sm_90" and not plain:
+        return Config(32, 128, 8, 1, True, 16, False)
+    if chip == "sm_90" and block_d > 64:
+        return Config(64, 128, 8, 2, True, 16, False)
+    return Config(64, 128, 8, 2, True, 32, plain)
+
+
+def precision(work: Work) -> str | None:
+    """How fp32 is multiplied: as exactly as without tensor cores, on them where its three TF32 parts find room."""
+    if work.item_size != 4:
+        return None
+    roomy = work.block_d <= 64 or (work.block_d <= 128 and work.chip != "sm_100")
+    return "tf32x3" if roomy and work.chip != "gfx942" else "ieee"
 
 
 def attention_forward(
@@ -322,20 +351,13 @@ def _options(
         HAS_TABLE=relative_bias is not None,
         HAS_LENGTHS=key_lengths is not None,
         POSITIVE_SCALE=softmax_scale > 0,
-        PRECISION=_precision(q),
+        PRECISION=precision(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos)),
     )
 
 
 def _work(q: Tensor, softcap: float, slopes: Tensor | None, table: Tensor | None, cos: Tensor | None) -> Work:
     extras = (softcap > 0) + (slopes is not None) + (table is not None)
     return Work(chip_of(q), _block(q.shape[3]), q.element_size(), extras, cos is not None)
-
-
-def _precision(q: Tensor) -> str | None:
-    """How fp32 is multiplied: as exactly as without tensor cores."""
-    if q.dtype != torch.float32:
-        return None
-    return "ieee" if chip_of(q) == "gfx942" else "tf32x3"
 
 
 def _block(size: int) -> int:

@@ -1,7 +1,7 @@
-"""Fused attention, backward: FlashAttention-2 (Dao, arXiv 2307.08691) without atomics, so every run gives the same bits.
+"""Fused attention, backward: FlashAttention-2 (Dao, arXiv 2307.08691) without atomics: the same bits every run.
 
-Three kernels: the row statistics; the gradient of q and of the biases, a block of queries each; the gradients of k and v,
-a block of keys each, which adds up the query heads of its group itself.
+Three kernels: the row statistics; the gradient of q and of the biases, a block of queries each; the gradients of k and
+v, a block of keys each, which adds up the query heads of its group itself.
 """
 
 import triton
@@ -35,7 +35,8 @@ from .attention_tiles import (
 def attention_statistics_kernel(
     p_out, p_grad_out, p_lse, p_grad_lse, p_pivot, p_delta,
     stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, seqlen_q, padded_q, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, LONG: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """pivot = lse in log2 units, delta = sum_d out grad_out - grad_lse, for padded_q rows of each head.
 
@@ -89,7 +90,7 @@ def _visit_keys(
     LONG: tl.constexpr, DESCRIPTOR: tl.constexpr, HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FAR: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """grad_q += ds k over some blocks of keys, and what ds adds to the gradients of the biases; as in the forward pass."""
+    """grad_q += ds k over some blocks of keys, and what ds adds to the gradients of the biases."""
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_distance = o_n[None, :] - o_m[:, None]  # (BLOCK_M, BLOCK_N)
@@ -109,7 +110,8 @@ def _visit_keys(
                 m_pair = m_pair & (o_n[None, :] >= (b_lower - i_n)[:, None])
         b_k = load_heads(
             p_k, descriptor_k, i_b, i_g, i_n, stride_ks, limit, p_cos, p_sin, p_positions, i_n + rotary_offset,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_N, MASKED, LONG,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_N, MASKED,
+            LONG,
         )  # fmt: skip
         b_s = heads_product(b_q, b_k, HALF, BLOCK_REST, PRECISION)  # (BLOCK_M, BLOCK_N)
         if FAR:
@@ -262,7 +264,8 @@ def attention_backward_queries_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
             HAS_SLOPES, HAS_TABLE, False, False, PRECISION, LONG, False, HOIST, BLOCK_M, NARROW_N,
             True, False, True,
         )  # fmt: skip
@@ -284,7 +287,8 @@ def attention_backward_queries_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
             HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N,
             False, True, False,
         )  # fmt: skip
@@ -295,7 +299,8 @@ def attention_backward_queries_kernel(
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, p_near, near_base, radius, slope, p_cos, p_sin, p_positions, rotary_offset,
             first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
             HAS_SLOPES, HAS_TABLE, NEEDS_SLOPES, NEEDS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N,
             False, False, False,
         )  # fmt: skip
@@ -334,7 +339,8 @@ def _visit_queries(
 ):  # fmt: skip
     """grad_v += p^T grad_out and grad_k += ds^T q over some blocks of queries of the heads i_h .. i_h + group.
 
-    One loop runs through the heads and their blocks, so that the accumulators stay where they are. Tiles stand on end, keys in rows, so that their products need no transposition. `first` is the query at which the
+    One loop runs through the heads and their blocks, so that the accumulators stay where they are. Tiles stand on
+    end, keys in rows, so that their products need no transposition. `first` is the query at which the
     block's first key stands; queries after the last one are zeros and have p = 0, so that they need no mask.
     """
     o_m = tl.arange(0, BLOCK_M)
@@ -362,7 +368,8 @@ def _visit_queries(
                 m_pair = m_pair & (o_m[None, :] <= (b_upper - i_m)[:, None])
         b_q = load_heads(
             p_head, descriptor_q, i_b, i_h, i_m, stride_qs, seqlen_q, p_cos, p_sin, p_positions, i_m + i_position,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_M, True, LONG,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_M, True,
+            LONG,
         )  # fmt: skip
         b_s = heads_product(b_k, b_q, HALF, BLOCK_REST, PRECISION)  # (BLOCK_N, BLOCK_M)
         i_row = i_h.to(tl.int64) * padded_q + i_m
@@ -390,7 +397,8 @@ def _visit_queries(
             b_grad = tl.reshape(descriptor_g.load([i_b, i_h, i_m, 0]), [BLOCK_M, BLOCK_D])
         else:
             b_grad = load_columns(
-                p_grad_out + i_h.to(tl.int64) * stride_gh, i_m, stride_gs, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M, True, LONG
+                p_grad_out + i_h.to(tl.int64) * stride_gh, i_m, stride_gs, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M,
+                True, LONG
             )  # fmt: skip
         b_grad_p = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         if CAREFUL:
@@ -487,15 +495,18 @@ def attention_backward_keys_kernel(
             stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
             p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, MASKED_M, BLOCK_N, True, False, False,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, MASKED_M, BLOCK_N, True,
+            False, False,
         )  # fmt: skip
         if has_nonfinite_heads(b_grad_k, HALF, BLOCK_REST) | has_nonfinite(b_grad_v):
             NARROW_M: tl.constexpr = min(MASKED_M, 32 if BLOCK_D < 128 else 16)
             b_grad_k, b_grad_v = _visit_queries(
-                zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST), tl.zeros([BLOCK_N, BLOCK_D], tl.float32), b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0,
+                zero_heads(BLOCK_N, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST), tl.zeros([BLOCK_N, BLOCK_D], tl.float32),
+                b_k, b_v, start, full_start, full_end - full_start, masked_end, 0.0,
                 p_q, p_grad_out, p_pivot, p_delta, descriptor_q, descriptor_g, i_b, i_h, group,
                 stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
-                p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
+                p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale,
+                softcap,
                 HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
                 HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, False, HOIST, NARROW_M, BLOCK_N, True, False, True,
             )  # fmt: skip
@@ -516,7 +527,8 @@ def attention_backward_keys_kernel(
             stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
             p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True, False,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True,
+            False,
         )  # fmt: skip
     if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
         b_grad_k, b_grad_v = _visit_queries(
@@ -525,7 +537,8 @@ def attention_backward_keys_kernel(
             stride_qs, stride_qh, stride_gs, stride_gh, padded_q, seqlen_q,
             p_slopes, p_line, line, radius, p_cos, p_sin, p_positions, i_position, first, left, right, scale, softcap,
             HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, False, False,
+            HAS_SOFTCAP, HAS_SLOPES, HAS_TABLE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, False,
+            False,
         )  # fmt: skip
 
     # Keys beyond key_lengths got a product with zeros: nothing, or NaN.
@@ -546,7 +559,8 @@ def attention_backward_keys_kernel(
         HEAD_DIM, BLOCK_D, 1, BLOCK_N,
     )  # fmt: skip
     store_heads(
-        p_grad_k + o_block, i_n, kv_heads * HEAD_DIM, seqlen_k, b_grad_k, p_cos, p_sin, p_positions, i_n + rotary_offset,
+        p_grad_k + o_block, i_n, kv_heads * HEAD_DIM, seqlen_k, b_grad_k, p_cos, p_sin, p_positions,
+        i_n + rotary_offset,
         HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, BLOCK_N,
     )  # fmt: skip
 

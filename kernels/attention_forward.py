@@ -63,7 +63,8 @@ def _visit_blocks(
             b_acc += spoil(m_pair & nonfinite_rows(b_v)[None, :])[:, None]
         b_k = load_heads(
             p_k, descriptor_k, i_b, i_g, i_n, stride_ks, limit, p_cos, p_sin, p_positions, i_n + rotary_offset,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_N, MASKED, LONG,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, DESCRIPTOR, BLOCK_N, MASKED,
+            LONG,
         )  # fmt: skip
         b_s = heads_product(b_q, b_k, HALF, BLOCK_REST, PRECISION)  # (BLOCK_M, BLOCK_N)
         b_shift = constant  # what every score of a row still lacks
@@ -119,12 +120,12 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr, LONG: tl.constexpr, DESCRIPTOR: tl.constexpr,
     HOIST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, a block of queries each.
+    """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, by blocks of queries.
 
     Scores live in log2 units, in which exp2(s * scale - max) is one instruction. The blocks that need a mask (window
     edges, ragged tail) come first, so that a value that is not finite can be caught before the long loop: only the rows
     that see its key may become NaN. Then come the blocks without mask, a far and a near part if there is a bias.
-    Source: Dao, arXiv 2307.08691; Press et al., arXiv 2108.12409; Raffel et al., arXiv 1910.10683; Su et al., 2104.09864.
+    Source: Dao, arXiv 2307.08691; biases: Press et al., 2108.12409, and Raffel et al., 1910.10683.
     """
     blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
     i_m = (blocks_m - 1 - tl.program_id(0) % blocks_m) * BLOCK_M  # causal: the longest rows start first
@@ -179,7 +180,8 @@ def attention_forward_kernel(
         p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
         p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
         HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, BLOCK_M, MASKED_N, True, False, False,
+        HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, MASKED_DESCRIPTOR, HOIST, BLOCK_M, MASKED_N, True,
+        False, False,
     )  # fmt: skip
     if has_nonfinite(b_acc):
         NARROW_N: tl.constexpr = min(MASKED_N, 32 if BLOCK_D < 128 else 16)  # spares registers
@@ -189,7 +191,8 @@ def attention_forward_kernel(
             start, split, full_end - full_start, masked_end, 0.0, 0.0,
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
             HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, False, HOIST, BLOCK_M, NARROW_N, True, False, True,
         )  # fmt: skip
 
@@ -209,16 +212,20 @@ def attention_forward_kernel(
             b_m, b_l, b_acc, b_q, far_start, far_end, 0, far_end, side, constant,
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True, False,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, True,
+            False,
         )  # fmt: skip
     if HAS_TABLE or (HAS_SLOPES and not CAUSAL):
         b_m, b_l, b_acc = _visit_blocks(
             b_m, b_l, b_acc, b_q, near_start, near_end, 0, near_end, 0.0, 0.0,
             p_k, p_v, descriptor_k, descriptor_v, i_b, i_g, stride_ks, stride_vs, limit,
             p_line, radius, slope, p_cos, p_sin, p_positions, rotary_offset, first, left, right, scale, softcap,
-            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False, False, False,
+            HEAD_DIM, BLOCK_D, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_POSITIONS, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP,
+            HAS_SLOPES, HAS_TABLE, POSITIVE_SCALE, PRECISION, LONG, DESCRIPTOR, HOIST, BLOCK_M, BLOCK_N, False,
+            False, False,
         )  # fmt: skip
 
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)  # rows that saw nothing: out 0, lse -inf

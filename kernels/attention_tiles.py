@@ -1,8 +1,8 @@
 """What the attention kernels share: block ranges, loads and stores of (rotated) heads, scores, biases.
 
-Vocabulary: i_* program and block indices, o_* offsets inside a block, m_* masks, p_* pointers, b_* block values. A head is
-held as a tuple of channel pieces that products are summed over: the whole head, or with rotary embeddings the first and
-second channels of the turned pairs and, if only a part is turned, the rest.
+Vocabulary: i_* program and block indices, o_* offsets inside a block, m_* masks, p_* pointers, b_* block values.
+A head is held as a tuple of channel pieces that products are summed over: the whole head, or with rotary embeddings the
+first and second channels of the turned pairs and, if only a part is turned, the rest.
 """
 
 import triton
@@ -60,7 +60,7 @@ def load_columns(
 ):  # fmt: skip
     """Rows i_r .. i_r + ROWS and the first COLUMNS channels, zeros beyond them; BOUND: rows from `limit` on are zeros.
 
-    A scalar base moves with the block and the offsets inside it stay constant, so that a loop carries no pointer tensor.
+    A scalar base moves with the block, the offsets inside it stay constant: a loop carries no tensor of pointers.
     """
     o_r = tl.arange(0, ROWS)
     o_c = tl.arange(0, BLOCK_C)
@@ -110,7 +110,8 @@ def load_angles(
 def load_heads(
     p_x, descriptor, i_b, i_h, i_r, stride, limit,
     p_cos, p_sin, p_positions, i_position,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr, DESCRIPTOR: tl.constexpr, ROWS: tl.constexpr,
     BOUND: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +180,8 @@ def store_columns(
 def store_heads(
     p_x, i_r, stride, limit, b_x,
     p_cos, p_sin, p_positions, i_position,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_POSITIONS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a head, turned back: a rotation's gradient is the rotation by the angle with its sign changed."""
@@ -241,7 +243,7 @@ def tanh(x, ACCURATE: tl.constexpr):
 
 @triton.jit
 def capped_scores(b_s, scale, softcap, HAS_SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr):
-    """Scores in log2 units before the biases, and with a softcap tanh(q.k scale / softcap), which its gradient needs."""
+    """Scores in log2 units before the biases, and with a softcap its tanh, which the gradient needs."""
     if HAS_SOFTCAP:
         b_tanh = tanh(b_s * scale, ACCURATE)  # the launcher's scale is softmax_scale / softcap
         b_x = b_tanh * (softcap * LOG2E)
