@@ -115,6 +115,7 @@ class Backward {
     int64_t first, end;   // keys of the block, those that some query sees; first is even
     Range full;           // keys of the block that every query sees
     int64_t line;         // index in the bias line of (first query, first key of the block)
+    float* grad_q;        // the sum so far, rows of columns_
     int64_t rows() const { return end - first; }
     bool masked() const { return first < full.first || end > full.last; }
   };
@@ -194,21 +195,21 @@ class Backward {
         tile.end = smaller(seen_end, seen.last) - start;
         tile.full = {full.first - start, full.last - start};
         tile.line = tile.query + visible.offset - start - line_first;
+        const int64_t place = (slot * group_ + member) * tiles_ + t;
+        tile.grad_q = grad_q_.floats() + place * TILE_QUERIES * columns_;
         if (tile.rows() > 0) differentiate(s, visible, q, grad_out, tile, batch, biased);
 
         // grad_q: this task's turn comes after that of the blocks before.
         const Range turn = turns(t);
-        const int64_t place = (slot * group_ + member) * tiles_ + t;
         int32_t* ticket = static_cast<int32_t*>(tickets_.data) + place;
-        float* sum = grad_q_.floats() + place * TILE_QUERIES * columns_;
         const int32_t mine = static_cast<int32_t>(round * (turn.last - turn.first) + block - turn.first);
         wait_for(ticket, mine);
-        if (block == turn.first && tile.rows() <= 0) memset(sum, 0, TILE_QUERIES * columns_ * sizeof(float));
+        if (block == turn.first && tile.rows() <= 0) memset(tile.grad_q, 0, TILE_QUERIES * columns_ * sizeof(float));
         if (tile.rows() > 0) {
-          add_grad_q(s, tile, keys_right, sum, block == turn.first);
-          if (spoiled) add_spoiled_keys(s, visible, k, tile, sum, spoiled);
+          add_grad_q(s, tile, keys_right, block == turn.first);
+          if (spoiled) add_spoiled_keys(s, visible, k, tile, spoiled);
         }
-        if (block + 1 == turn.last) write_grad_q(q, tile, batch, sum);
+        if (block + 1 == turn.last) write_grad_q(q, tile, batch);
         __atomic_store_n(ticket, mine + 1, __ATOMIC_RELEASE);
       }
       if (biases_) sum_line(s, (kv * blocks_ + block) * group_ + member, any ? line_count : 0, line_first);
@@ -306,6 +307,7 @@ class Backward {
       if (E::PAIR == 1 && in_.softcap > 0) multiply(grad_scores, s.cap_slopes, part.rows());
     }
 
+    prefetch_grad_q(part);
     const void* p = E::PAIR == 1 ? static_cast<void*>(s.scores) : s.weights;
     const void* ds = E::PAIR == 1 ? static_cast<void*>(grad_scores) : s.grad_weights;
     const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES / 2, out = part.first * columns_;
@@ -315,12 +317,16 @@ class Backward {
                          columns_);
   }
 
-  // Rows of the next tile of queries: the share that goes with this part of the block.
+  // Rows of the next tile of queries, and the sums of this one: the share that goes with this part of the block.
   void prefetch_next(const Rows& rows, const Tile& part) const {
-    const int64_t share = (TILE_QUERIES * PART_KEYS + block_keys_ - 1) / block_keys_;
-    const int64_t first = part.last + part.first / PART_KEYS * share;
-    for (int64_t i = first; i < smaller(first + share, in_.seqlen_q); ++i) rows.prefetch(i);
+    const int64_t first = part.last + part.first / PART_KEYS * share();
+    for (int64_t i = first; i < smaller(first + share(), in_.seqlen_q); ++i) rows.prefetch(i);
   }
+  void prefetch_grad_q(const Tile& part) const {
+    const float* first = part.grad_q + part.first / PART_KEYS * share() * columns_;
+    for (int64_t i = 0; i < share() * columns_; i += 16) __builtin_prefetch(first + i, 0, 2);
+  }
+  int64_t share() const { return (TILE_QUERIES * PART_KEYS + block_keys_ - 1) / block_keys_; }
 
   // Rows of a tile of queries, transposed, and as the right-hand side of a sum over them; there without the spoiled
   // ones.
@@ -415,16 +421,16 @@ class Backward {
       for (int64_t i = r * PITCH; i < r * PITCH + TILE_QUERIES; i += LANES) store(x + i, load(x + i) * load(y + i));
   }
 
-  void add_grad_q(const Scratch& s, const Tile& tile, const int32_t* keys_right, float* sum, bool first) const {
+  void add_grad_q(const Scratch& s, const Tile& tile, const int32_t* keys_right, bool first) const {
     const void* ds = grad_scores_of(s, tile);
     if (E::PAIR == 2) ds = s.grad_weights_right + tile.first / 2 * TILE_QUERIES;
     const int64_t pitch = E::PAIR == 1 ? PITCH : TILE_QUERIES, depth = (tile.rows() + E::PAIR - 1) / E::PAIR;
     const int32_t* keys = keys_right + tile.first / E::PAIR * columns_;
     const int64_t queries = tile.last - tile.query;
     if (first)
-      matmul<E, Into::overwrite>(queries, columns_, depth, ds, 1, pitch, keys, columns_, sum, columns_);
+      matmul<E, Into::overwrite>(queries, columns_, depth, ds, 1, pitch, keys, columns_, tile.grad_q, columns_);
     else
-      matmul<E, Into::add>(queries, columns_, depth, ds, 1, pitch, keys, columns_, sum, columns_);
+      matmul<E, Into::add>(queries, columns_, depth, ds, 1, pitch, keys, columns_, tile.grad_q, columns_);
   }
 
   // P of row r of a part and query i, and dS of key r of the block, as the products read them.
@@ -456,7 +462,7 @@ class Backward {
     }
   }
 
-  void add_spoiled_keys(const Scratch& s, const Visibility& visible, const Rows& k, const Tile& tile, float* sum,
+  void add_spoiled_keys(const Scratch& s, const Visibility& visible, const Rows& k, const Tile& tile,
                         int64_t count) const {
     float key[256];
     for (int64_t n = 0; n < count; ++n) {
@@ -465,7 +471,7 @@ class Backward {
       k.read(s.spoiled_keys[n], key);
       for (int64_t i = 0; i < tile.last - tile.query; ++i) {
         if (!visible.sees(tile.query + i, s.spoiled_keys[n])) continue;
-        for (int64_t d = 0; d < in_.head_dim; ++d) sum[i * columns_ + d] += grad_weight(s, place, i) * key[d];
+        for (int64_t d = 0; d < in_.head_dim; ++d) tile.grad_q[i * columns_ + d] += grad_weight(s, place, i) * key[d];
       }
     }
   }
@@ -474,9 +480,9 @@ class Backward {
     return ((batch * in_.seqlen_q + query) * in_.heads + head) * in_.head_dim;
   }
 
-  void write_grad_q(const Rows& q, const Tile& tile, int64_t batch, float* sum) const {
+  void write_grad_q(const Rows& q, const Tile& tile, int64_t batch) const {
     for (int64_t i = tile.query; i < tile.last; ++i) {
-      float* row = sum + (i - tile.query) * columns_;
+      float* row = tile.grad_q + (i - tile.query) * columns_;
       for (int64_t d = 0; d < in_.head_dim; ++d) row[d] *= in_.softmax_scale;
       q.turn(row, i, -1.0f);
       write_row(in_.dtype, row, in_.head_dim, in_.grad_q, row_of_query(batch, i, tile.head));

@@ -79,6 +79,7 @@ class Forward {
     const Range keys = visible.of_any(first, last);
     for (int64_t i = first; i < last; i += QUERIES) {
       prefetch_share(k, v, keys.first, keys, i - first, last - first);
+      for (int64_t next = i + QUERIES; next < smaller(i + 2 * QUERIES, last); ++next) q.prefetch(next);
       pack_rows<E>(q, i, smaller(i + QUERIES, last), QUERIES, s.rows);
       transpose(s.rows, words_, s.queries + (i - first) * words_, QUERIES, QUERIES, words_);
     }

@@ -49,7 +49,10 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = Float{};
+    for (int v = 0; v < VECTORS; ++v) {
+      sum[r][v] = Float{};
+      if constexpr (INTO != Into::overwrite) __builtin_prefetch(c + r * c_row + v * LANES);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     Int lanes[VECTORS];
