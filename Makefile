@@ -26,8 +26,8 @@ install: build/.extension
 
 # pip leaves the extension to build_ext, which compiles only what changed.
 .venv/.installed: pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "The pinned tools need Python 3.11 or newer (pynlp itself 3.10): make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "The venv module of $(PYTHON) is missing: $(APT)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
