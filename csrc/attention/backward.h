@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../parallel.h"
-#include "blocks.h"
+#include "bias_gradients.h"
 
 namespace pynlp {
 namespace {
@@ -19,14 +19,6 @@ namespace {
 constexpr int64_t TILE_QUERIES = 4 * LANES;
 constexpr int64_t PART_KEYS = 64;  // keys of a block at once: their scores and weights stay in the first-level cache
 constexpr int64_t PITCH = TILE_QUERIES + LANES;  // of a row of a tile: zeros between rows, for the sums along diagonals
-
-struct Buffer {
-  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  float* floats() const { return static_cast<float*>(data); }
-  void* data;
-};
 
 // A longer block packs the queries less often; what a task keeps must fit in the second-level cache. By the shape
 // alone: the order of the sums hangs on it.
@@ -48,11 +40,10 @@ class Backward {
         blocks_((in.seqlen_k + block_keys_ - 1) / block_keys_),
         tiles_((in.seqlen_q + TILE_QUERIES - 1) / TILE_QUERIES),
         in_flight_(larger(1, smaller(kv_heads_, thread_count()))),
-        biases_(in.grad_slopes || in.grad_table),
+        biases_(in, blocks_),
         delta_(in.batch * in.heads * in.seqlen_q * sizeof(float)),
         grad_q_(in_flight_ * group_ * tiles_ * TILE_QUERIES * columns_ * sizeof(float)),
-        tickets_(in_flight_ * group_ * tiles_ * sizeof(int32_t)),
-        partials_(biases_ ? kv_heads_ * blocks_ * group_ * (in.num_buckets + 1) * sizeof(double) : 0) {
+        tickets_(in_flight_ * group_ * tiles_ * sizeof(int32_t)) {
     memset(tickets_.data, 0, in_flight_ * group_ * tiles_ * sizeof(int32_t));
     Arena sizes{nullptr};
     Scratch(*this, sizes);
@@ -65,7 +56,7 @@ class Backward {
         this);
     run_tasks(
         kv_heads_ * blocks_, [](void* self, int64_t task) { static_cast<Backward*>(self)->run_task(task); }, this);
-    if (biases_) sum_partials();
+    if (biases_.needed()) biases_.write();
   }
 
  private:
@@ -97,7 +88,7 @@ class Backward {
       const bool biased = b.in_.alibi_slopes || b.in_.relative_bias;
       const int64_t longest = b.tiles_ * TILE_QUERIES + b.block_keys_ + 2 * LANES;
       line = arena.take<float>(biased ? longest : 0);
-      grad_line = arena.take<float>(LANES + (b.biases_ ? longest : 0)) + LANES;
+      grad_line = arena.take<float>(LANES + (b.biases_.needed() ? longest : 0)) + LANES;
       weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
       grad_weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
       grad_weights_right = arena.take<int32_t>(E::PAIR == 2 ? tile : 0);
@@ -181,7 +172,7 @@ class Backward {
     for (int64_t member = 0; member < group_; ++member) {
       const int64_t head = kv_head * group_ + member;
       if (biased && any) bias_line(in_, batch, head, line_first, line_count, s.line);
-      if (biases_ && any) memset(s.grad_line - LANES, 0, (line_count + 2 * LANES) * sizeof(float));
+      if (biases_.needed() && any) memset(s.grad_line - LANES, 0, (line_count + 2 * LANES) * sizeof(float));
       const Rows q = Rows(in_, in_.q, batch, head).rotated(in_, batch, visible.offset);
       const Rows grad_out(in_, in_.grad_out, batch, head);
       for (int64_t t = first_tile; t <= last_tile; ++t) {
@@ -212,7 +203,7 @@ class Backward {
         if (block + 1 == turn.last) write_grad_q(q, tile, batch);
         __atomic_store_n(ticket, mine + 1, __ATOMIC_RELEASE);
       }
-      if (biases_) sum_line(s, (kv * blocks_ + block) * group_ + member, any ? line_count : 0, line_first);
+      if (biases_.needed()) biases_.add_line(kv, block, member, s.grad_line, any ? line_count : 0, line_first);
     }
     write_grad_k_and_v(s, k, batch, kv_head, start, block_end);
   }
@@ -302,8 +293,8 @@ class Backward {
       weigh<true>(s, visible, part, scale, biased);
     else
       weigh<false>(s, visible, part, scale, biased);
-    if (biases_) {
-      sum_diagonals(s, part);
+    if (biases_.needed()) {
+      sum_diagonals(grad_scores, part.rows(), TILE_QUERIES, PITCH, s.grad_line + part.line - part.first);
       if (E::PAIR == 1 && in_.softcap > 0) multiply(grad_scores, s.cap_slopes, part.rows());
     }
 
@@ -356,6 +347,7 @@ class Backward {
   void weigh(const Scratch& s, const Visibility& visible, const Tile& tile, float scale, bool biased) const {
     const Float factor = broadcast(scale);
     const int64_t rows = tile.rows();
+    const bool sums_biases = biases_.needed();
     float* grad_scores = grad_scores_of(s, tile);
     [[maybe_unused]] int32_t* right = s.grad_weights_right + tile.first / 2 * TILE_QUERIES;
     for (int64_t c = 0; c < TILE_QUERIES; c += LANES) {
@@ -373,8 +365,8 @@ class Backward {
           *p = seen ? *p : Float{};
           *ds = seen ? *ds : Float{};
         }
-        if (biases_) store(grad_scores + at, *ds);  // the biases' gradient is that before the softcap
-        if (in_.softcap > 0 && !(E::PAIR == 1 && biases_)) *ds *= load(s.cap_slopes + at);
+        if (sums_biases) store(grad_scores + at, *ds);  // the biases' gradient is that before the softcap
+        if (in_.softcap > 0 && !(E::PAIR == 1 && sums_biases)) *ds *= load(s.cap_slopes + at);
       };
       for (int64_t r = 0; r < rows; r += E::PAIR) {
         Float p, ds;
@@ -396,23 +388,6 @@ class Backward {
 #endif
         }
       }
-    }
-  }
-
-  // grad_line[query - key] += the sum of that diagonal of dS. Along a chunk of diagonals one row's values lie one place
-  // further than the row's before; the zeros between rows stand for what lies outside of the tile.
-  void sum_diagonals(const Scratch& s, const Tile& tile) const {
-    const float* ds = grad_scores_of(s, tile);
-    float* line = s.grad_line + tile.line - tile.first;
-    const int64_t rows = tile.rows();
-    for (int64_t c = -round_up(rows - 1, LANES); c < TILE_QUERIES; c += LANES) {
-      Float sums[4] = {};
-      int64_t r = larger(0, -c - (LANES - 1));
-      const int64_t end = smaller(rows, TILE_QUERIES - c);
-      for (; r + 4 <= end; r += 4)
-        for (int64_t n = 0; n < 4; ++n) sums[n] += load(ds + (r + n) * (PITCH + 1) + c);
-      for (; r < end; ++r) sums[0] += load(ds + r * (PITCH + 1) + c);
-      store(line + c, load(line + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
   }
 
@@ -501,52 +476,11 @@ class Backward {
     }
   }
 
-  // One task's share of the biases' gradients: a sum a bucket, then that of the slope.
-  void sum_line(const Scratch& s, int64_t place, int64_t count, int64_t first) const {
-    double* sums = static_cast<double*>(partials_.data) + place * (in_.num_buckets + 1);
-    for (int64_t n = 0; n <= in_.num_buckets; ++n) sums[n] = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t distance = first + i;
-      const double value = s.grad_line[i];
-      if (in_.grad_slopes) sums[in_.num_buckets] -= static_cast<double>(distance < 0 ? -distance : distance) * value;
-      if (in_.grad_table) {
-        const int64_t clamped = larger(-in_.max_distance, smaller(in_.max_distance, -distance)) + in_.max_distance;
-        sums[in_.relative_buckets[clamped]] += value;
-      }
-    }
-  }
-
-  // In a fixed order, so that the threads do not matter.
-  void sum_partials() const {
-    const double* partials = static_cast<const double*>(partials_.data);
-    const int64_t width = in_.num_buckets + 1;
-    const auto sum = [&](int64_t batch, int64_t head, int64_t entry) {
-      const int64_t kv = batch * in_.kv_heads + head / group_, member = head % group_;
-      double total = 0;
-      for (int64_t block = 0; block < blocks_; ++block)
-        total += partials[((kv * blocks_ + block) * group_ + member) * width + entry];
-      return total;
-    };
-    for (int64_t head = 0; head < in_.heads; ++head) {
-      double slope = 0;
-      for (int64_t batch = 0; in_.grad_slopes && batch < in_.batch; ++batch) {
-        slope = sum(batch, head, in_.num_buckets) + (in_.alibi_batch_stride ? 0 : slope);
-        if (in_.alibi_batch_stride) in_.grad_slopes[batch * in_.heads + head] = static_cast<float>(slope);
-      }
-      if (in_.grad_slopes && !in_.alibi_batch_stride) in_.grad_slopes[head] = static_cast<float>(slope);
-      for (int64_t bucket = 0; in_.grad_table && bucket < in_.num_buckets; ++bucket) {
-        double total = 0;
-        for (int64_t batch = 0; batch < in_.batch; ++batch) total += sum(batch, head, bucket);
-        in_.grad_table[bucket * in_.heads + head] = static_cast<float>(total);
-      }
-    }
-  }
-
   const AttentionBackward& in_;
   int64_t block_keys_, words_, columns_, group_, kv_heads_, blocks_, tiles_, in_flight_;
-  bool biases_;
+  BiasGradients biases_;
   size_t scratch_bytes_;
-  Buffer delta_, grad_q_, tickets_, partials_;
+  Buffer delta_, grad_q_, tickets_;
 };
 
 }  // namespace

@@ -24,6 +24,15 @@ struct Arena {
   }
 };
 
+// Memory that all tasks share.
+struct Buffer {
+  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  float* floats() const { return static_cast<float*>(data); }
+  void* data;
+};
+
 // Keys or queries first .. last - 1.
 struct Range {
   int64_t first, last;
