@@ -182,7 +182,7 @@ def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: t
         density = (total - loop.count(TENSOR_CORE[chip])) / scores
         flop = PRODUCTS[name] * 2 * tile[0] * tile[1] * arguments["BLOCK_D"] * (1 if dtype.itemsize == 2 else 6)
         row.loops[kind] = (density, *bounds(limits, loop, flop, total, warps))
-        for problem in narrow_loads(loop, arguments) + masks(chip, loop, scores):
+        for problem in narrow_loads(loop, arguments, warps * width, dtype.itemsize) + masks(chip, loop, scores):
             fail(f"{kind} loop: {problem}")
     if "unmasked" not in row.loops:
         fail("no loop without masks")
@@ -239,10 +239,13 @@ def source_of(instruction: sass.Instruction) -> str:
     return SOURCES[name][number - 1] if name in SOURCES else ""
 
 
-def narrow_loads(loop: sass.Loop, arguments: dict) -> list[str]:
-    """Global loads of less than 16 bytes a thread, where the tensors' alignment allows 16."""
-    strides = [value for key, value in arguments.items() if re.fullmatch(r"stride_[qkvg]s", key)]
-    if any(stride % 8 for stride in strides) or arguments["HEAD_DIM"] % 8:
+def narrow_loads(loop: sass.Loop, arguments: dict, threads: int, item_size: int) -> list[str]:
+    """Global loads of less than 16 bytes a thread, where the tensors' alignment and the tile's size allow 16."""
+    aligned = 16 // item_size
+    strides = [value for key, value in arguments.items() if re.fullmatch(r"stride_[qkvg][bsh]", key)]
+    piece = arguments["BLOCK_HALF"] if arguments["HALF"] else arguments["BLOCK_D"]
+    smallest = min(arguments["BLOCK_M"], arguments["BLOCK_N"]) * piece * item_size // threads
+    if any(stride % aligned for stride in strides) or arguments["HEAD_DIM"] % aligned or smallest < 16:
         return []
     narrow = []
     for instruction in loop.instructions:

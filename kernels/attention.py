@@ -55,10 +55,11 @@ class Work(NamedTuple):
     item_size: int  # bytes of an element
     extras: int  # how many of ALiBi, table and softcap act on the scores
     rotary: bool
+    two_sided: bool  # a bias on keys to the left and to the right
 
 
 def forward_config(work: Work) -> Config:
-    chip, block_d, item_size, extras, rotary = work
+    chip, block_d, item_size, extras, rotary, two_sided = work
     heavy = extras > 1 or (extras == 1 and rotary)
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
@@ -71,25 +72,25 @@ def forward_config(work: Work) -> Config:
     if chip == "gfx942":
         return Config(128, 64, 4, 1 if rotary else 2, False, 32) if block_d <= 128 else Config(64, 32, 4, 1, False, 16)
     if chip == "sm_80":
-        if block_d <= 64 and not heavy:
-            return Config(128, 64, 8, 2, False, 32, False) if rotary else Config(128, 128, 8, 2, False, 64)
-        if block_d <= 128 and not heavy and not rotary:
-            return Config(128, 64, 8, 2, False, 32, extras == 0)
+        if block_d <= 64:
+            return Config(128, 64, 8, 1, False, 32, False) if heavy else Config(128, 128, 8, 2, False, 64)
         if block_d <= 128:
-            return Config(64, 32, 8, 1, False, 16, False)
+            if heavy or two_sided:
+                return Config(64, 64, 8, 1, False, 32, False)
+            return Config(128, 64, 8, 1 if rotary else 2, False, 32, extras == 0 and not rotary)
         return Config(32, 32, 8, 1, False, 16, False) if extras or rotary else Config(64, 32, 8, 2, False, 16)
     if block_d <= 128:
         if heavy:
             return Config(128, 32 if chip == "sm_100" and block_d > 64 else 64, 8, 2, True, 32, False)
         return Config(128, 128, 8, 2, True, 64)
-    if rotary:
-        return Config(128, 32, 8, 2, True, 32, False)
-    return Config(128, 64, 8, 2, True, 32, not heavy)
+    if heavy:
+        return Config(64 if chip == "sm_90" else 128, 32, 8, 1, True, 16, False)
+    return Config(128, 32, 8, 2, True, 32, False) if rotary else Config(128, 64, 8, 2, True, 32)
 
 
 def queries_config(work: Work, table_gradient: bool) -> Config:
     """The backward kernel of q and of the biases; the table's gradient needs a square tile."""
-    chip, block_d, item_size, extras, rotary = work
+    chip, block_d, item_size, extras, rotary, _ = work
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
     if item_size == 4:
@@ -99,20 +100,25 @@ def queries_config(work: Work, table_gradient: bool) -> Config:
             return Config(32, 32, 4, 1, False, 0, False)
         return Config(64, 32, 4, 1, False, 16, False)
     if table_gradient:
-        small = block_d > 128 or chip == "gfx942" or (chip == "sm_80" and rotary)
-        side = 32 if small else 64
-        return Config(side, side, 4 if chip == "gfx942" else 8, 1, chip in ("sm_90", "sm_100"), 0, False)
+        if chip in ("sm_90", "sm_100"):
+            return Config(64, 64, 8, 1, True, 0, False)
+        if chip == "gfx942":
+            return Config(32, 32, 4, 1, False, 0, False)
+        if block_d > 128:
+            return Config(32, 32, 8, 1, False, 0, False)
+        return Config(16, 16, 4, 1, False, 0, False) if rotary else Config(64, 64, 8, 1, False, 0, False)
     if chip == "gfx942":
         return Config(128, 64, 4, 1, False, 32) if block_d <= 64 else Config(64 if block_d <= 128 else 32, 32, 4, 1)
     if chip == "sm_80":
+        if block_d <= 64:
+            plain = extras == 0 and not rotary
+            return Config(128, 64, 8, 2 if plain else 1, False, 32, plain)
         if rotary:
             return Config(32, 32, 8, 1, False, 16, False)
-        if block_d <= 64:
-            return Config(128, 64, 8, 2, False, 32, extras == 0)
         return Config(64, 64, 8, 2, False, 32, False) if block_d <= 128 else Config(64, 32, 8, 1, False, 16, False)
     if block_d <= 64:
         plain = extras <= 1 and not rotary
-        return Config(128, 128, 8, 2, True, 64) if plain else Config(128, 64, 8, 2, True, 32, False)
+        return Config(128, 128, 8, 2, True, 64, False) if plain else Config(128, 64, 8, 2, True, 32, False)
     if block_d <= 128:
         return Config(128, 64, 8, 2, True, 32, extras == 0 and not rotary)
     return Config(128, 32, 8, 2, True, 32, False)
@@ -120,7 +126,7 @@ def queries_config(work: Work, table_gradient: bool) -> Config:
 
 def keys_config(work: Work) -> Config:
     """The backward kernel of k and v."""
-    chip, block_d, item_size, extras, rotary = work
+    chip, block_d, item_size, extras, rotary, two_sided = work
     plain = extras == 0 and not rotary
     if chip == "interpreter":
         return Config(16, 16, 1, 1)
@@ -131,18 +137,20 @@ def keys_config(work: Work) -> Config:
     if chip == "gfx942":
         return Config(32, 128 if block_d <= 64 else 64 if block_d <= 128 else 32, 4, 1)
     if chip == "sm_80":
-        if rotary or (extras and block_d > 64):
-            return Config(32, 32, 8, 1, False, 16, False)
         if block_d <= 64:
-            return Config(64, 128, 8, 2, False, 32) if plain else Config(64, 64, 8, 2, False, 32, False)
-        return Config(64, 64, 8, 2, False, 32) if block_d <= 128 else Config(32, 32, 4, 1, False, 16, False)
+            return Config(64, 128, 8, 2, False, 32) if plain else Config(64, 64, 8, 1, False, 32, False)
+        if block_d <= 128 and not rotary:
+            return Config(64, 64, 8, 2, False, 32) if plain else Config(64, 64, 8, 1, False, 16, False)
+        return Config(32, 32, 4, 1, False, 16, False) if plain else Config(32, 32, 8, 1, False, 16, False)
     if block_d > 128:
-        return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" and plain else Config(32, 64, 8, 1, True, 16, False)
+        if plain:
+            return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" else Config(64, 64, 8, 1, True, 16, False)
+        return Config(32, 64, 8, 1, True, 16, False)
     if chip == "sm_90" and not plain:
         return Config(32, 128, 8, 1, True, 16, False)
     if chip == "sm_90" and block_d > 64:
         return Config(64, 128, 8, 2, True, 16, False)
-    return Config(64, 128, 8, 2, True, 32, plain)
+    return Config(64, 128, 8, 1 if two_sided and not rotary else 2, True, 32, plain)
 
 
 def precision(work: Work) -> str | None:
@@ -182,7 +190,7 @@ def attention_forward(
         q, k, v, softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias,
         relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
     )  # fmt: skip
-    config = forward_config(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos))
+    config = forward_config(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos, window_right))
     descriptors = _descriptors(config, config.block_n, k, v)
     line, radius = _bias_line(relative_bias, relative_buckets, config)
     grid = (triton.cdiv(seqlen_q, config.block_m) * batch * heads,)
@@ -239,7 +247,7 @@ def attention_backward(
     options.pop("POSITIVE_SCALE")
     left, right, scale = options.pop("left"), options.pop("right"), options.pop("scale")
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], _batch_stride(alibi_slopes))
-    work = _work(q, softcap, alibi_slopes, relative_bias, rotary_cos)
+    work = _work(q, softcap, alibi_slopes, relative_bias, rotary_cos, window_right)
 
     padded_q = triton.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS
     pivot = torch.empty((batch, heads, padded_q), dtype=torch.float32, device=q.device)
@@ -351,13 +359,16 @@ def _options(
         HAS_TABLE=relative_bias is not None,
         HAS_LENGTHS=key_lengths is not None,
         POSITIVE_SCALE=softmax_scale > 0,
-        PRECISION=precision(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos)),
+        PRECISION=precision(_work(q, softcap, alibi_slopes, relative_bias, rotary_cos, window_right)),
     )
 
 
-def _work(q: Tensor, softcap: float, slopes: Tensor | None, table: Tensor | None, cos: Tensor | None) -> Work:
+def _work(
+    q: Tensor, softcap: float, slopes: Tensor | None, table: Tensor | None, cos: Tensor | None, window_right: int
+) -> Work:
     extras = (softcap > 0) + (slopes is not None) + (table is not None)
-    return Work(chip_of(q), _block(q.shape[3]), q.element_size(), extras, cos is not None)
+    two_sided = (slopes is not None or table is not None) and window_right != 0
+    return Work(chip_of(q), _block(q.shape[3]), q.element_size(), extras, cos is not None, two_sided)
 
 
 def _block(size: int) -> int:

@@ -134,6 +134,9 @@ def load_heads(
             b_b = load_columns(p_x + HALF, i_r, stride, limit, HALF, BLOCK_HALF, ROWS, BOUND, LONG)
         b_cos = load_angles(p_cos, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
         b_sin = load_angles(p_sin, p_positions, i_position, i_r, limit, HALF, BLOCK_HALF, ROWS, BOUND, HAS_POSITIONS)
+        # A sum of zeros, which costs nothing: without it the compiler turns k in the layout that mma.sync reads, where
+        # every warp holds, and turns, all of it.
+        b_cos -= tl.sum(tl.zeros([ROWS, 1], tl.float32), 1)[:, None]
         dtype = b_a.dtype
         b_a = b_a.to(tl.float32)
         b_b = b_b.to(tl.float32)

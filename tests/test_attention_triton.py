@@ -52,7 +52,8 @@ class GuardedAllocations:
     def _allocate(self, shape, value, dtype, device):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = torch.Size(shape).numel()
-        flat = torch.full((size + 2 * GUARD,), 777.0, dtype=dtype, device=device)
+        # Guards of NaN show a stray read too; their bits are compared.
+        flat = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
         flat[GUARD : GUARD + size] = value
         self.zones.append((flat, size))
         return flat[GUARD : GUARD + size].view(shape)
@@ -71,7 +72,10 @@ class GuardedAllocations:
     def check(self):
         assert self.zones
         for flat, size in self.zones:
-            assert (flat[:GUARD] == 777).all() and (flat[GUARD + size :] == 777).all(), "a write outside an output"
+            bits = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16)
+            clean = torch.full((GUARD,), torch.nan, dtype=flat.dtype, device=flat.device).view(bits.dtype)
+            for guard in (bits[:GUARD], bits[GUARD + size :]):
+                assert torch.equal(guard, clean), "a write outside an output"
 
 
 def tiles(monkeypatch, forward=(16, 32, 16), queries=(16, 16), keys=(16, 32), descriptors=False):
@@ -159,7 +163,7 @@ def oracle(tensors, options):
 
 
 def plain_pytorch(tensors, options):
-    """What PyTorch's own operators give in the inputs' dtype, forward and by autograd: ours is held against its error."""
+    """What PyTorch's own operators and autograd give in the inputs' dtype: their error is the measure."""
     q, k, v, grad_out, grad_lse = tensors
     scale, left, right, softcap, lengths, slopes, bias, buckets, cos, sin, positions, offset, interleaved = options
     dtype = q.dtype
@@ -221,7 +225,7 @@ def check_against_oracle(tensors, options, lengths=None):
     )
     for name, x, e, p in zip(NAMES, ours, exact, theirs, strict=True):
         size = e[e.isfinite()].abs().max().item() if e.isfinite().any() else 0.0
-        allowed = (3 if name.startswith("grad") else 2) * largest_error(p.to(e.device), e) + 1e-6 * size
+        allowed = (3 if name.startswith("grad") else 2) * largest_error(p.to(e.device), e) + 3e-6 * size  # 25 roundings
         error = largest_error(x, e)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
     return ours
