@@ -25,7 +25,7 @@ SMALL = ["--context", "64", "--speeches", "6"]
 def run(*arguments, **options):
     return subprocess.run(
         [sys.executable, LANGUAGE_MODEL, *map(str, arguments)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options,
     )  # fmt: skip
 
 
