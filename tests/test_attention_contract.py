@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from attention_cases import Case, evaluate, fused_attention, make_inputs
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from pynlp import backends
@@ -81,7 +82,7 @@ def test_gradcheck(case):
 def test_compile(backend):
     """One graph for all lengths, and the bits of the eager call."""
     torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compilations = CompileCounterWithBackend(backend)
     compiled = torch.compile(fused_attention, fullgraph=True, dynamic=True, backend=compilations)
     for seqlen_q, seqlen_k in ((9, 13), (12, 31), (20, 20)):
         case = Case(2, seqlen_q, seqlen_k, 4, 2, 8, True, (5, None), 0.3, 2.0, None, "batch", (8, 10), rotary_dim=4)
