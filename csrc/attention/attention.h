@@ -33,6 +33,8 @@ struct AttentionInputs {
   const int32_t* rotary_positions;  // (batch, seqlen_k) or null
   int64_t rotary_offset;
   bool rotary_interleaved;
+
+  bool biased() const { return alibi_slopes || relative_bias; }
 };
 
 struct AttentionForward : AttentionInputs {

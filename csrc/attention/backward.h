@@ -85,9 +85,8 @@ class Backward {
       cap_slopes = arena.take<float>(b.in_.softcap > 0 ? part : 0);
       grad_k = arena.take<float>(b.block_keys_ * b.columns_);
       grad_v = arena.take<float>(b.block_keys_ * b.columns_);
-      const bool biased = b.in_.alibi_slopes || b.in_.relative_bias;
       const int64_t longest = b.tiles_ * TILE_QUERIES + b.block_keys_ + 2 * LANES;
-      line = arena.take<float>(biased ? longest : 0);
+      line = arena.take<float>(b.in_.biased() ? longest : 0);
       grad_line = arena.take<float>(LANES + (b.biases_.needed() ? longest : 0)) + LANES;
       weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
       grad_weights = arena.take<int32_t>(E::PAIR == 2 ? part : 0);
@@ -166,7 +165,7 @@ class Backward {
     if (E::PAIR == 2) pair_rows<E>(clean_keys, in_.head_dim, padded, s.keys_right);
     const int32_t* keys_right = E::PAIR == 2 ? s.keys_right : clean_keys;
 
-    const bool biased = in_.alibi_slopes || in_.relative_bias;
+    const bool biased = in_.biased();
     const int64_t line_first = first_tile * TILE_QUERIES + visible.offset - (start + block_keys_ - 1);
     const int64_t line_count = (last_tile + 1 - first_tile) * TILE_QUERIES + block_keys_;
     for (int64_t member = 0; member < group_; ++member) {

@@ -22,8 +22,7 @@ class Forward {
     // A longer block packs its keys for more queries; a shorter one gives more tasks. The result is the same.
     block_queries_ = in.head_dim > 128 ? 128 : in.head_dim > 64 ? 256 : 512;
     const int64_t heads = in.batch * in.heads;
-    while (block_queries_ > 2 * QUERIES && block_queries_ > 32 &&
-           heads * ((in.seqlen_q + block_queries_ - 1) / block_queries_) < 4 * thread_count())
+    while (block_queries_ > 2 * QUERIES && block_queries_ > 32 && heads * blocks() < 4 * thread_count())
       block_queries_ /= 2;
     Arena sizes{nullptr};
     Scratch(*this, sizes);
@@ -31,14 +30,15 @@ class Forward {
   }
 
   void run() const {
-    const int64_t blocks = (in_.seqlen_q + block_queries_ - 1) / block_queries_;
     run_tasks(
-        blocks * in_.batch * in_.heads,
+        blocks() * in_.batch * in_.heads,
         [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
         const_cast<Forward*>(this));
   }
 
  private:
+  int64_t blocks() const { return (in_.seqlen_q + block_queries_ - 1) / block_queries_; }
+
   struct Scratch {
     int32_t *queries, *rows, *keys, *values;  // packed
     float *scores, *out, *maximum, *sum, *line;
@@ -56,15 +56,13 @@ class Forward {
       maximum = arena.take<float>(f.block_queries_);
       sum = arena.take<float>(f.block_queries_);
       spoiled = arena.take<int32_t>(f.block_keys_);
-      const bool biased = f.in_.alibi_slopes || f.in_.relative_bias;
-      line = arena.take<float>(biased ? f.in_.seqlen_k + f.block_queries_ + 2 * QUERIES : 0);
+      line = arena.take<float>(f.in_.biased() ? f.in_.seqlen_k + f.block_queries_ + 2 * QUERIES : 0);
     }
   };
 
   void run_task(int64_t task) const {
     const int64_t heads = in_.batch * in_.heads;
-    const int64_t blocks = (in_.seqlen_q + block_queries_ - 1) / block_queries_;
-    const int64_t block = blocks - 1 - task / heads;  // under a causal mask the last ones take longest
+    const int64_t block = blocks() - 1 - task / heads;  // under a causal mask the last ones take longest
     const int64_t batch = task % heads / in_.heads, head = task % heads % in_.heads;
     const int64_t kv_head = head / (in_.heads / in_.kv_heads);
     const int64_t first = block * block_queries_, last = smaller(first + block_queries_, in_.seqlen_q);
@@ -92,7 +90,7 @@ class Forward {
 
     // Line entry 0 is the distance of the first query to the key after the last one.
     const int64_t line_first = first + visible.offset - keys.last - 1;
-    const bool biased = in_.alibi_slopes || in_.relative_bias;
+    const bool biased = in_.biased();
     if (biased && !keys.empty()) bias_line(in_, batch, head, line_first, padded + keys.last - keys.first + 3, s.line);
 
     for (int64_t start = keys.first / block_keys_ * block_keys_; start < keys.last; start += block_keys_) {

@@ -7,7 +7,8 @@ namespace pynlp {
 namespace {
 
 // 2^f for 0 <= f <= 1: relative error 1.9e-9 (degree 6) or 1.04e-4 (degree 3: a 19th of what rounding to bf16 loses).
-// Degree 3 is exact at both ends: else the weights next to the largest one would all err to one side, and lse with them.
+// Degree 3 is exact at both ends: else the weights next to the largest one would all err to one side, and lse with
+// them.
 template <int DEGREE>
 inline Float exp2_fraction(Float f) {
   if constexpr (DEGREE == 6) {

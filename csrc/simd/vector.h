@@ -12,7 +12,6 @@ constexpr int LANES = PYNLP_LANES;
 
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 
 inline Float load(const float* p) {
   Float x;
