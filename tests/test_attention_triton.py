@@ -5,15 +5,12 @@ tensor the launcher allocates is poisoned and has guard zones, so that a stray r
 """
 
 import contextlib
-import os
 
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels, Triton's own too, are decorated: before it is imported
 triton = pytest.importorskip("triton")
 
 from pynlp.kernels import attention  # noqa: E402
@@ -23,9 +20,7 @@ from pynlp.reference import attention as reference  # noqa: E402
 if not GPU:
     for function in (attention.attention_forward_kernel, triton.language.sum):
         if type(function).__name__ != "InterpretedFunction":
-            raise RuntimeError(
-                "Triton was imported before this module could choose its interpreter: set TRITON_INTERPRET=1"
-            )
+            raise RuntimeError("Triton was imported before conftest.py chose its interpreter: set TRITON_INTERPRET=1")
 
 # NumPy, which the interpreter computes with, warns of log2(0) and of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
