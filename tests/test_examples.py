@@ -84,7 +84,13 @@ def test_the_pytorch_twin_is_the_same_function(language_model, positions, window
 def test_ctrl_c_saves_the_model(tmp_path):
     command = [sys.executable, LANGUAGE_MODEL, *SMALL, "--steps", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         seen = ""
