@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import triton
 
 from benchmarks import sass
 from pynlp.kernels import attention
@@ -66,7 +67,7 @@ PRODUCTS = {
     "attention_backward_keys_kernel": 4,
 }
 # What the hot loops may read in pieces: T5's line, position ids, slopes, a row's statistics.
-NARROW_LOADS = ("p_line + base", "p_line + i_h", "p_positions", "p_slopes", "p_pivot", "p_delta")
+NARROW_LOADS = ("p_line + base", "p_line + side", "p_positions", "p_slopes", "p_pivot", "p_delta")
 SOURCES = {path.name: path.read_text().splitlines() for path in Path(attention.__file__).parent.glob("attention*.py")}
 
 
@@ -142,7 +143,7 @@ def kind_of(loop: sass.Loop) -> str:
     """Which of a kernel's loops this is, by the source lines its instructions come from."""
     lines = {SOURCES[name][number - 1] for name, number in loop.lines if name in SOURCES}
     text = "\n".join(lines)
-    if "* 0.0 == 0.0" in text or "spoil(" in text or '"nan"' in text:
+    if "* 0.0 == 0.0" in text or '"nan"' in text:
         return "careful"
     if "m_pair" in text:
         return "masked"
@@ -153,7 +154,7 @@ def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: t
     limits, code = sass.CHIPS[chip], sass.machine_code(kernel)
     warps, width = arguments["num_warps"], limits.target.warp_size
     tensor_memory = getattr(kernel.metadata, "tmem_size", 0) or 0
-    tile = [arguments.get(key, "-") for key in ("BLOCK_M", "BLOCK_N")]
+    tile = arguments["TILE"][:2] if "TILE" in arguments else (arguments.get("BLOCK_M", "-"), "-")
     row = Row(
         chip, name.removeprefix("attention_").removesuffix("_kernel"), head_dim, str(dtype).removeprefix("torch."),
         features, f"{tile[0]} x {tile[1]}, {warps}, {kernel.metadata.num_stages}", code,
@@ -174,13 +175,14 @@ def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: t
     if missed or not products:
         fail(f"{missed} of {products} products miss {TENSOR_CORE[chip]}")
     scores = tile[0] * tile[1] / (warps * width)
+    padded = triton.cdiv(head_dim, arguments["F"].BLOCK_D) * arguments["F"].BLOCK_D
     for loop in code.loops(TENSOR_CORE[chip]):
         kind = kind_of(loop)
         if kind not in ("unmasked", "near"):
             continue
         total = sum(i.opcode not in ("NOP", "s_nop") for i in loop.instructions)
         density = (total - loop.count(TENSOR_CORE[chip])) / scores
-        flop = PRODUCTS[name] * 2 * tile[0] * tile[1] * arguments["BLOCK_D"] * (1 if dtype.itemsize == 2 else 6)
+        flop = PRODUCTS[name] * 2 * tile[0] * tile[1] * padded * (1 if dtype.itemsize == 2 else 6)
         row.loops[kind] = (density, *bounds(limits, loop, flop, total, warps))
         for problem in narrow_loads(loop, arguments, warps * width, dtype.itemsize) + masks(chip, loop, scores):
             fail(f"{kind} loop: {problem}")
@@ -243,9 +245,10 @@ def narrow_loads(loop: sass.Loop, arguments: dict, threads: int, item_size: int)
     """Global loads of less than 16 bytes a thread, where the tensors' alignment and the tile's size allow 16."""
     aligned = 16 // item_size
     strides = [value for key, value in arguments.items() if re.fullmatch(r"stride_[qkvg][bsh]", key)]
-    piece = arguments["BLOCK_HALF"] if arguments["HALF"] else arguments["BLOCK_D"]
-    smallest = min(arguments["BLOCK_M"], arguments["BLOCK_N"]) * piece * item_size // threads
-    if any(stride % aligned for stride in strides) or arguments["HEAD_DIM"] % aligned or smallest < 16:
+    features, tile = arguments["F"], arguments["TILE"]
+    piece = min(features.BLOCK_HALF, features.BLOCK_D) if features.HALF else features.BLOCK_D
+    smallest = min(tile.BLOCK_M, tile.BLOCK_N) * piece * item_size // threads
+    if any(stride % aligned for stride in strides) or features.HEAD_DIM % aligned or smallest < 16:
         return []
     narrow = []
     for instruction in loop.instructions:
