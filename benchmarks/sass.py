@@ -13,6 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from pynlp.kernels import choice
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -71,24 +73,62 @@ class _PretendDriver(DriverBase):
 
 @contextmanager
 def compiled_launches(chip: str):
-    """A list that gets (kernel name, launch arguments, compiled kernel) of every launch made inside; nothing is run."""
+    """A list that gets (kernel name, launch arguments, compiled kernel) of every launch made inside; nothing is run.
+
+    Launchers that look whether a kernel fits the device are told whether it fits the chip.
+    """
     launches = []
     run = JITFunction.run
     config = triton.runtime.driver
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        names = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append((self.__name__, names, kernel))
+        if not warmup:
+            names = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            launches.append((self.__name__, names, kernel))
+        return kernel
 
-    previous = config._active
+    previous, fits = config._active, choice.fits
     config.set_active(_PretendDriver(chip))
     JITFunction.run = compile_only
+    choice.fits = lambda kernel: not excesses(chip, kernel)
     try:
         yield launches
     finally:
         JITFunction.run = run
+        choice.fits = fits
         config._active = previous
+
+
+def excesses(chip: str, kernel) -> list[str]:
+    """What a compiled kernel needs that the chip does not have."""
+    _, stack = usage(kernel)
+    shared, tensor_memory = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+    found = [f"{stack} bytes of stack"] if stack else []
+    if shared > CHIPS[chip].shared_memory:
+        found.append(f"{shared} bytes of shared memory")
+    if tensor_memory > 512:
+        found.append(f"{tensor_memory} columns of tensor memory")
+    return found
+
+
+def usage(kernel) -> tuple[int, int]:
+    """Registers, and bytes of spills and local arrays a thread."""
+    if "cubin" not in kernel.asm:
+        keys = ("vgpr_count", "private_segment_fixed_size")
+        registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"])[1]) for key in keys)
+        return registers, stack
+    text = _run_on_cubin(kernel, "cuobjdump", "-res-usage")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _run_on_cubin(kernel, program: str, *flags: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [BINARIES / program, *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @dataclass
@@ -146,17 +186,7 @@ def machine_code(kernel) -> MachineCode:
 
 
 def _nvidia(kernel) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [BINARIES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        listing = subprocess.run(
-            [BINARIES / "nvdisasm", "-g", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    stack = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    listing = _run_on_cubin(kernel, "nvdisasm", "-g", "-c")
     instructions, labels, line, pending = [], {}, None, []
     for text in listing.splitlines():
         if match := re.match(r'\s*//## File "([^"]+)", line (\d+)', text):
@@ -171,13 +201,11 @@ def _nvidia(kernel) -> MachineCode:
     for instruction in instructions:
         if instruction.opcode.startswith("BRA") and (match := re.search(r"(\.L_x_\d+)", instruction.text)):
             instruction.target = labels.get(match[1])
-    return MachineCode(instructions, registers, stack, kernel.metadata.shared)
+    return MachineCode(instructions, *usage(kernel), kernel.metadata.shared)
 
 
 def _amd(kernel) -> MachineCode:
     listing = kernel.asm["amdgcn"]
-    keys = ("vgpr_count", "private_segment_fixed_size")
-    number = {key: int(re.search(rf"\.{key}:\s+(\d+)", listing)[1]) for key in keys}
     files = dict(re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"', listing))
     instructions, labels, line = [], {}, None
     for address, text in enumerate(listing.splitlines()):
@@ -192,4 +220,4 @@ def _amd(kernel) -> MachineCode:
     for instruction in instructions:
         if re.match(r"s_c?branch", instruction.opcode) and (label := labels.get(instruction.text.split()[-1])):
             instruction.target = next(a for a in addresses if a >= label)
-    return MachineCode(instructions, number["vgpr_count"], number["private_segment_fixed_size"], kernel.metadata.shared)
+    return MachineCode(instructions, *usage(kernel), kernel.metadata.shared)

@@ -1,19 +1,21 @@
 """Launchers of the fused attention kernels: as pynlp.reference.attention, on a GPU."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
-from .attention_configs import Config, Work, chip_of, forward_config, keys_config, piece, precision, queries_config
+from .attention_configs import Config, chip_of, configs
 from .attention_forward import attention_forward_kernel
 from .attention_sums import attention_statistics_kernel, attention_table_gradient_kernel
 from .attention_tiles import Features, Tile
-from .autotune import choose
+from .choice import choose
 
 LOG2E = 1.4426950408889634
 STATISTICS_ROWS = 128  # rows of statistics are padded to a multiple of every tile
@@ -47,21 +49,20 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *score_arguments) -> tupl
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    work = _work(q, scores)
     left, right, scale = _numbers(q, k, scores)
 
-    def launch(config: Config) -> None:
+    def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_n, k, v)
         line, radius = _bias_line(scores, config)
-        attention_forward_kernel[(triton.cdiv(seqlen_q, config.block_m) * batch * heads,)](
+        return _start(
+            attention_forward_kernel, triton.cdiv(seqlen_q, config.block_m) * batch * heads, config, compile_only,
             q, k, v, out, lse, *descriptors, *_tables(scores, line),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(scores.alibi_slopes),
             seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, radius, scores.rotary_offset, scale,
-            float(scores.softcap), _features(q, work, scores), _tile(config, config.block_n, descriptors, q, k, v),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            float(scores.softcap), _features(q, scores, config), _tile(config, config.block_n, descriptors, q, k, v),
         )  # fmt: skip
 
-    launch(choose("forward", forward_config(work), (work, seqlen_q, seqlen_k), launch))
+    start(_choose("forward", start, scores, q, k, v))
     return out, lse
 
 
@@ -100,27 +101,28 @@ def attention_backward(
         LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
     )  # fmt: skip
 
-    work = _work(q, scores)
-    features = _features(q, work, scores)
     left, right, scale = _numbers(q, k, scores)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
     strides = (*strides, _batch_stride(scores.alibi_slopes))
     group = heads // kv_heads
 
-    def launch_keys(config: Config) -> None:
+    def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_m, q, grad_out)
         line, radius = _bias_line(scores, config)
-        attention_backward_keys_kernel[(triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads,)](
+        return _start(
+            attention_backward_keys_kernel, triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads, config,
+            compile_only,
             q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(scores, line), *strides,
             seqlen_q, seqlen_k, padded_q, heads, group, left, right, radius, scores.rotary_offset, scale,
             float(scores.softcap), scores.softmax_scale,
-            features, _tile(config, config.block_m, descriptors, q, k, v, grad_out),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            _features(q, scores, config), _tile(config, config.block_m, descriptors, q, k, v, grad_out),
         )  # fmt: skip
 
-    launch_keys(choose("keys", keys_config(work), (work, seqlen_q, seqlen_k), launch_keys))
+    start_keys(_choose("keys", start_keys, scores, q, k, v, grad_out))
+    grad_slopes = grad_table = nothing
 
-    def launch_queries(config: Config) -> tuple[Tensor | None, Tensor | None]:
+    def start_queries(config: Config, compile_only: bool = False) -> CompiledKernel | None:
+        nonlocal grad_slopes, grad_table
         descriptors = _descriptors(config, config.block_n, k, v)
         line, radius = _bias_line(scores, config)
         blocks = triton.cdiv(seqlen_q, config.block_m)
@@ -136,25 +138,25 @@ def attention_backward(
             partial_far = torch.empty((batch, heads, blocks, 2), dtype=torch.float32, device=q.device)
             shape = (batch, heads, blocks, segments, 2, config.block_n)
             partial_near = torch.zeros(shape, dtype=torch.float32, device=q.device)
-        attention_backward_queries_kernel[(blocks * batch * heads,)](
+        compiled = _start(
+            attention_backward_queries_kernel, blocks * batch * heads, config, compile_only,
             q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
             *_tables(scores, line), *strides,
             seqlen_q, seqlen_k, padded_q, heads, group, left, right, radius, near_base, segments, scores.rotary_offset,
             scale, float(scores.softcap), scores.softmax_scale,
-            features, _tile(config, config.block_n, descriptors, q, k, v, grad_out), needs_slopes, needs_table,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            _features(q, scores, config), _tile(config, config.block_n, descriptors, q, k, v, grad_out),
+            needs_slopes, needs_table,
         )  # fmt: skip
-        grad_slopes = grad_table = nothing
+        if compile_only:
+            return compiled
         if needs_slopes:
             grad_slopes = partial_slopes.sum(2)  # (B, H)
             grad_slopes = grad_slopes.sum(0) if scores.alibi_slopes.dim() == 1 else grad_slopes
         if needs_table:
             grad_table = _table_gradient(partial_far, partial_near, near_base, radius, scores)
-        return grad_slopes, grad_table
 
-    config = queries_config(work, needs_table)
-    square = "queries, square" if needs_table else "queries"
-    grad_slopes, grad_table = launch_queries(choose(square, config, (work, seqlen_q, seqlen_k), launch_queries))
+    kind = "table" if needs_table else "queries"
+    start_queries(_choose(kind, start_queries, scores, q, k, v, grad_out, needs_slopes=needs_slopes))
     return grad_q, grad_k, grad_v, grad_slopes, grad_table
 
 
@@ -193,16 +195,15 @@ def _tables(scores: Scores, line: Tensor | None) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _features(q: Tensor, work: Work, scores: Scores) -> Features:
+def _features(q: Tensor, scores: Scores, config: Config) -> Features:
     head_dim = q.shape[3]
     half = 0 if scores.rotary_cos is None else scores.rotary_cos.shape[1]
-    widest = piece(work)
     return Features(
         HEAD_DIM=head_dim,
         HALF=half,
-        BLOCK_HALF=min(_block(half), widest),
-        BLOCK_REST=min(_block(head_dim - 2 * half), widest),
-        BLOCK_D=min(_block(head_dim), widest),
+        BLOCK_HALF=min(_block(half), config.piece),
+        BLOCK_REST=min(_block(head_dim - 2 * half), config.piece),
+        BLOCK_D=min(_block(head_dim), config.piece),
         INTERLEAVED=half > 0 and scores.rotary_interleaved,
         HAS_POSITIONS=scores.rotary_positions is not None,
         HAS_LEFT=scores.window_left >= 0,
@@ -213,7 +214,7 @@ def _features(q: Tensor, work: Work, scores: Scores) -> Features:
         HAS_TABLE=scores.relative_bias is not None,
         HAS_LENGTHS=scores.key_lengths is not None,
         POSITIVE_SCALE=scores.softmax_scale > 0,
-        PRECISION=precision(work),
+        PRECISION=config.precision if q.dtype == torch.float32 else None,
     )
 
 
@@ -229,11 +230,26 @@ def _tile(config: Config, columns: int, descriptors: list, *tensors: Tensor) -> 
     )
 
 
-def _work(q: Tensor, scores: Scores) -> Work:
-    slopes, table = scores.alibi_slopes is not None, scores.relative_bias is not None
-    two_sided = (slopes or table) and scores.window_right != 0
-    extras = (scores.softcap > 0) + slopes + table
-    return Work(chip_of(q), _block(q.shape[3]), q.element_size(), extras, scores.rotary_cos is not None, two_sided)
+def _choose(kernel: str, start: Callable, scores: Scores, *tensors: Tensor, needs_slopes: bool = False) -> Config:
+    q, k = tensors[:2]
+    chip = chip_of(q)
+    candidates = configs(kernel, chip, q.shape[3], q.element_size())
+    aligned = all(_strides_of_tma(x) is not None for x in tensors)
+    long = _long(STATISTICS_ROWS, *tensors)
+    features = _features(q, scores, candidates[0])
+    return choose(
+        kernel, candidates, (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1]),
+        start,
+    )  # fmt: skip
+
+
+def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) -> CompiledKernel | None:
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    if config.registers:
+        options["maxnreg"] = config.registers
+    if compile_only:
+        return kernel.warmup(*arguments, grid=(blocks,), **options)
+    kernel[(blocks,)](*arguments, **options)
 
 
 def _block(size: int) -> int:
@@ -249,19 +265,23 @@ def _long(rows: int, *tensors: Tensor) -> bool:
     return any(rows * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
 
 
+def _strides_of_tma(x: Tensor) -> list[int] | None:
+    """The strides of batch, heads and seqlen if TMA can read x; that of a dimension of size 1 says nothing."""
+    aligned = 16 // x.element_size()
+    strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in (0, 2, 1)]
+    regular = all(stride > 0 and stride % aligned == 0 for stride in strides)
+    return strides if regular and x.data_ptr() % 16 == 0 and x.shape[3] >= aligned else None
+
+
 def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
     """TMA descriptors of tensors seen as (batch, heads, seqlen, head_dim); None where TMA cannot read one of them."""
+    strides = [_strides_of_tma(x) for x in tensors]
+    if not config.descriptors or None in strides or config.piece < tensors[0].shape[3]:
+        return [None] * len(tensors)
     described = []
-    for x in tensors:
-        aligned = 16 // x.element_size()
-        order = (0, 2, 1)
-        # The stride of a dimension of size 1 says nothing.
-        strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in order]
-        regular = all(stride > 0 and stride % aligned == 0 for stride in strides)
-        if not config.descriptors or not regular or x.data_ptr() % 16 or x.shape[3] < aligned:
-            return [None] * len(tensors)
-        shape = [x.shape[i] for i in order]
-        described.append(TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], [1, 1, rows, _block(x.shape[3])]))
+    for x, (batch, head, row) in zip(tensors, strides, strict=True):
+        shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
+        described.append(TensorDescriptor(x, shape, [batch, head, row, 1], [1, 1, rows, _block(x.shape[3])]))
     return described
 
 

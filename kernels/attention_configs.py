@@ -1,4 +1,4 @@
-"""Which tile each kernel of attention gets on each chip; `python -m benchmarks.audit` judges them."""
+"""The tiles of each attention kernel on each chip, best first: a launcher takes the first that fits without a spill."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,10 @@ class Config(NamedTuple):
     """How a kernel is launched: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA.
 
     Masked blocks have `masked` columns (keys; in the kernel of k and v queries) instead: they need more registers.
-    Without `hoist` the loops compute their constants anew, for the same reason.
+    Without `hoist` the loops compute their constants anew, for the same reason. Heads are cut into pieces of `piece`
+    channels. `precision` is how fp32 is multiplied: tf32x3 in three parts on tensor cores, ieee by multiply-adds, which
+    hold whole rows of a piece in registers. With `registers` the compiler of NVIDIA's chips uses up to so many, where
+    it would rather spill a little and run more blocks at once.
     """
 
     block_m: int
@@ -20,6 +23,9 @@ class Config(NamedTuple):
     descriptors: bool = False
     masked: int = 0
     hoist: bool = True
+    precision: str = "tf32x3"
+    piece: int = 256
+    registers: int = 0
 
 
 def chip_of(x: Tensor) -> str:
@@ -33,120 +39,170 @@ def chip_of(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-class Work(NamedTuple):
-    """What a tile is chosen by."""
-
-    chip: str
-    block_d: int  # head size, rounded up to a power of two
-    item_size: int  # bytes of an element
-    extras: int  # how many of ALiBi, table and softcap act on the scores
-    rotary: bool
-    two_sided: bool  # a bias on keys to the left and to the right
-
-
-def forward_config(work: Work) -> Config:
-    chip, block_d, item_size, extras, rotary, two_sided = work
-    heavy = extras > 1 or (extras == 1 and rotary)
+def configs(kernel: str, chip: str, head_dim: int, item_size: int) -> list[Config]:
+    """Of the kernel forward, keys, queries or table (queries with the gradient of T5's table, in square tiles)."""
     if chip == "interpreter":
-        return Config(16, 16, 1, 1)
-    if item_size == 4:
-        if precision(work) == "ieee" and chip != "gfx942":
-            return Config(16, 16, 8, 1, False, 16, False)
-        if block_d <= 64 or chip in ("sm_80", "gfx942"):
-            return Config(64 if block_d <= 64 else 32, 32, 4, 1, False, 16, False)
-        return Config(128, 32, 8, 1, False, 16, False)
-    if chip == "gfx942":
-        return Config(128, 64, 4, 1 if rotary else 2, False, 32) if block_d <= 128 else Config(64, 32, 4, 1, False, 16)
-    if chip == "sm_80":
-        if block_d <= 64:
-            return Config(128, 64, 8, 1, False, 32, False) if heavy else Config(128, 128, 8, 2, False, 64)
-        if block_d <= 128:
-            if heavy or two_sided:
-                return Config(64, 64, 8, 1, False, 32, False)
-            return Config(128, 64, 8, 1 if rotary else 2, False, 32, extras == 0 and not rotary)
-        return Config(32, 32, 8, 1, False, 16, False) if extras or rotary else Config(64, 32, 8, 2, False, 16)
-    if block_d <= 128:
-        if heavy:
-            return Config(128, 32 if chip == "sm_100" and block_d > 64 else 64, 8, 2, True, 32, False)
-        return Config(128, 128, 8, 2, True, 64)
-    if heavy:
-        return Config(64 if chip == "sm_90" else 128, 32, 8, 1, True, 16, False)
-    return Config(128, 32, 8, 2, True, 32, False) if rotary else Config(128, 64, 8, 2, True, 32)
+        return [Config(16, 16, 1, 1, precision="ieee")]
+    tables = FP32 if item_size == 4 else HALF
+    sizes = tables[kernel][chip]
+    return sizes[min(size for size in sizes if size >= head_dim)]
 
 
-def queries_config(work: Work, table_gradient: bool) -> Config:
-    """The backward kernel of q and of the biases; the table's gradient needs a square tile."""
-    chip, block_d, item_size, extras, rotary, _ = work
-    if chip == "interpreter":
-        return Config(16, 16, 1, 1)
-    if item_size == 4:
-        if precision(work) == "ieee" and chip != "gfx942":
-            return Config(16, 16, 8, 1, False, 16, False)
-        if table_gradient or block_d > 64:
-            return Config(32, 32, 4, 1, False, 0, False)
-        return Config(64, 32, 4, 1, False, 16, False)
-    if table_gradient:
-        if chip in ("sm_90", "sm_100"):
-            return Config(64, 64, 8, 1, True, 0, False)
-        if chip == "gfx942":
-            return Config(32, 32, 4, 1, False, 0, False)
-        if block_d > 128:
-            return Config(32, 32, 8, 1, False, 0, False)
-        return Config(16, 16, 4, 1, False, 0, False) if rotary else Config(64, 64, 8, 1, False, 0, False)
-    if chip == "gfx942":
-        return Config(128, 64, 4, 1, False, 32) if block_d <= 64 else Config(64 if block_d <= 128 else 32, 32, 4, 1)
-    if chip == "sm_80":
-        if block_d <= 64:
-            plain = extras == 0 and not rotary
-            return Config(128, 64, 8, 2 if plain else 1, False, 32, plain)
-        if rotary:
-            return Config(32, 32, 8, 1, False, 16, False)
-        return Config(64, 64, 8, 2, False, 32, False) if block_d <= 128 else Config(64, 32, 8, 1, False, 16, False)
-    if block_d <= 64:
-        plain = extras <= 1 and not rotary
-        return Config(128, 128, 8, 2, True, 64, False) if plain else Config(128, 64, 8, 2, True, 32, False)
-    if block_d <= 128:
-        return Config(128, 64, 8, 2, True, 32, extras == 0 and not rotary)
-    return Config(128, 32, 8, 2, True, 32, False)
+def _small(block_m: int, block_n: int, warps: int = 8, masked: int = 16, piece: int = 256) -> Config:
+    return Config(block_m, block_n, warps, 1, False, masked, False, piece=piece)
 
 
-def keys_config(work: Work) -> Config:
-    """The backward kernel of k and v."""
-    chip, block_d, item_size, extras, rotary, two_sided = work
-    plain = extras == 0 and not rotary
-    if chip == "interpreter":
-        return Config(16, 16, 1, 1)
-    if item_size == 4:
-        if precision(work) == "ieee" and chip != "gfx942":
-            return Config(16, 16, 8, 1, False, 16, False)
-        return Config(32, 64, 8, 1, False, 16, False) if block_d <= 64 else Config(16, 32, 4, 1, False, 16, False)
-    if chip == "gfx942":
-        return Config(32, 128 if block_d <= 64 else 64 if block_d <= 128 else 32, 4, 1)
-    if chip == "sm_80":
-        if block_d <= 64:
-            return Config(64, 128, 8, 2, False, 32) if plain else Config(64, 64, 8, 1, False, 32, False)
-        if block_d <= 128 and not rotary:
-            return Config(64, 64, 8, 2, False, 32) if plain else Config(64, 64, 8, 1, False, 16, False)
-        return Config(32, 32, 4, 1, False, 16, False) if plain else Config(32, 32, 8, 1, False, 16, False)
-    if block_d > 128:
-        if plain:
-            return Config(64, 64, 8, 1, True, 32) if chip == "sm_100" else Config(64, 64, 8, 1, True, 16, False)
-        return Config(32, 64, 8, 1, True, 16, False)
-    if chip == "sm_90" and not plain:
-        return Config(32, 128, 8, 1, True, 16, False)
-    if chip == "sm_90" and block_d > 64:
-        return Config(64, 128, 8, 2, True, 16, False)
-    return Config(64, 128, 8, 1 if two_sided and not rotary else 2, True, 32, plain)
+def _multiply_adds(block_m: int, block_n: int, masked: int = 16, piece: int = 16) -> Config:
+    return Config(block_m, block_n, 8, 1, False, masked, False, "ieee", piece, 255)
 
 
-def precision(work: Work) -> str | None:
-    """How fp32 is multiplied: as exactly as without tensor cores, on them where its three TF32 parts find room."""
-    if work.item_size != 4:
-        return None
-    roomy = work.block_d <= 64 or (work.block_d <= 128 and work.chip != "sm_100")
-    return "tf32x3" if roomy and work.chip != "gfx942" else "ieee"
+def _mfma(block_m: int, block_n: int, warps: int = 4, masked: int = 16, piece: int = 256) -> Config:
+    return Config(block_m, block_n, warps, 1, False, masked, False, "ieee", piece)
 
 
-def piece(work: Work) -> int:
-    """Channels of a piece of a head at most: products of fp32 hold whole rows of a piece in registers."""
-    return 256 if work.item_size != 4 else 64
+_SQUARE = [_small(32, 32, masked=0), _small(16, 16, 4, masked=0)]
+_HOPPER_FORWARD = [
+    Config(128, 128, 8, 2, True, 64),
+    Config(128, 64, 8, 2, True, 32, False),
+    Config(128, 32, 8, 2, True, 32, False),
+    Config(128, 32, 8, 1, True, 16, False),
+    _small(64, 32),
+]
+# bf16 and fp16: kernel -> chip -> head size up to -> tiles.
+HALF = {
+    "forward": {
+        "sm_80": {
+            64: [
+                Config(128, 128, 8, 2, False, 64),
+                Config(128, 64, 8, 2, False, 32, False),
+                Config(128, 64, 8, 1, False, 32, False),
+                _small(64, 32),
+            ],
+            128: [
+                Config(128, 64, 8, 2, False, 32),
+                Config(128, 64, 8, 1, False, 32, False),
+                Config(64, 64, 8, 1, False, 32, False),
+                _small(64, 32),
+            ],
+            256: [
+                Config(64, 32, 8, 2, False, 16),
+                _small(32, 32)._replace(registers=255),
+                _small(16, 32, 4),
+            ],
+        },
+        "sm_90": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[2:]]},
+        "sm_100": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[2:]]},
+        "gfx942": {
+            128: [Config(128, 64, 4, 2, False, 32), Config(128, 64, 4, 1, False, 32), _small(64, 32, 4)],
+            256: [_small(64, 32, 4), _small(32, 32, 4)],
+        },
+    },
+    "queries": {
+        "sm_80": {
+            64: [
+                Config(128, 64, 8, 2, False, 32),
+                Config(128, 64, 8, 1, False, 32, False),
+                _small(128, 64),
+                _small(64, 32),
+            ],
+            128: [Config(64, 64, 8, 2, False, 32, False), _small(64, 32), _small(32, 32), _small(16, 16, 4)],
+            256: [_small(64, 32), _small(32, 32), _small(16, 16, 4)],
+        },
+        "sm_90": {
+            64: [Config(128, 128, 8, 2, True, 64, False), Config(128, 64, 8, 2, True, 32, False), _small(64, 32)],
+            128: [
+                Config(128, 64, 8, 2, True, 32),
+                Config(128, 64, 8, 2, True, 32, False),
+                _small(64, 32),
+                _small(32, 32),
+            ],
+            256: [Config(128, 32, 8, 2, True, 32, False), _small(64, 32), _small(32, 32), _small(16, 16, 4)],
+        },
+        "gfx942": {
+            64: [Config(128, 64, 4, 1, False, 32), _small(64, 32, 4)],
+            128: [Config(64, 32, 4, 1), _small(32, 32, 4)],
+            256: [Config(32, 32, 4, 1), _small(16, 16, 4)],
+        },
+    },
+    "table": {
+        "sm_80": {128: [_small(64, 64, masked=0), *_SQUARE], 256: _SQUARE},
+        "sm_90": {256: [Config(64, 64, 8, 1, True, 0, False), *_SQUARE]},
+        "gfx942": {256: [_small(32, 32, 4, masked=0), _small(16, 16, 4, masked=0)]},
+    },
+    "keys": {
+        "sm_80": {
+            64: [
+                Config(64, 128, 8, 2, False, 32),
+                Config(64, 64, 8, 1, False, 32, False),
+                _small(32, 64, piece=64),
+                _small(32, 64, piece=32),
+                _small(32, 64, 4),
+            ],
+            128: [Config(64, 64, 8, 2, False, 32), _small(64, 64), _small(32, 32), _small(32, 16)],
+            256: [_small(32, 32, 4), _small(32, 16)],
+        },
+        "sm_90": {
+            64: [Config(64, 128, 8, 2, True, 32), Config(32, 128, 8, 1, True, 16, False), _small(32, 64)],
+            128: [
+                Config(64, 128, 8, 2, True, 16, False),
+                Config(32, 128, 8, 1, True, 16, False),
+                _small(32, 64),
+                _small(32, 16),
+            ],
+            256: [Config(64, 64, 8, 1, True, 16, False), _small(32, 64, piece=64), _small(32, 16)],
+        },
+        "sm_100": {
+            128: [
+                Config(64, 128, 8, 2, True, 32),
+                Config(64, 128, 8, 2, True, 32, False),
+                Config(64, 128, 8, 1, True, 32, False),
+                Config(32, 128, 8, 1, True, 16, False),
+                _small(32, 16),
+            ],
+            256: [Config(64, 64, 8, 1, True, 32), _small(32, 64, piece=64), _small(32, 16)],
+        },
+        "gfx942": {
+            64: [Config(32, 128, 4, 1), Config(32, 64, 4, 1), _small(32, 32, 4)],
+            128: [Config(32, 64, 4, 1), _small(32, 32, 4)],
+            256: [Config(32, 32, 4, 1), _small(16, 16, 4)],
+        },
+    },
+}
+for _kernel in ("queries", "table"):
+    HALF[_kernel]["sm_100"] = HALF[_kernel]["sm_90"]
+
+_FP32_NVIDIA = {
+    "forward": {
+        64: [Config(64, 32, 4, 1, False, 16, False), _multiply_adds(64, 32), _multiply_adds(32, 32)],
+        128: [_multiply_adds(64, 32), _multiply_adds(32, 32)],
+        256: [_multiply_adds(32, 16, piece=32), _multiply_adds(16, 16, piece=32)],
+    },
+    "queries": {
+        64: [Config(64, 32, 4, 1, False, 16, False), _multiply_adds(32, 32), _multiply_adds(16, 16)],
+        128: [_multiply_adds(32, 32), _multiply_adds(16, 16)],
+        256: [_multiply_adds(16, 16, piece=32)],
+    },
+    "table": {
+        128: [_multiply_adds(32, 32, 0), _multiply_adds(16, 16, 0)],
+        256: [_multiply_adds(16, 16, 0, 32)],
+    },
+    "keys": {
+        64: [Config(32, 64, 8, 1, False, 16, False), _multiply_adds(32, 16), _multiply_adds(16, 16)],
+        128: [_multiply_adds(32, 16), _multiply_adds(16, 16)],
+        256: [_multiply_adds(16, 16, piece=32)],
+    },
+}
+_FP32_AMD = {
+    "forward": {64: [_mfma(64, 32), _mfma(32, 32)], 256: [_mfma(32, 32), _mfma(16, 32)]},
+    "queries": {
+        64: [_mfma(64, 32), _mfma(32, 32)],
+        128: [_mfma(32, 32), _mfma(16, 16)],
+        256: [_mfma(16, 16, piece=64)],
+    },
+    "table": {128: [_mfma(32, 32, masked=0), _mfma(16, 16, masked=0)], 256: [_mfma(16, 16, masked=0, piece=64)]},
+    "keys": {64: [_mfma(32, 64, 8), _mfma(16, 32)], 256: [_mfma(16, 32), _mfma(16, 16)]},
+}
+FP32 = {
+    kernel: {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), sizes), "gfx942": _FP32_AMD[kernel]}
+    for kernel, sizes in _FP32_NVIDIA.items()
+}

@@ -73,14 +73,16 @@ class GuardedAllocations:
                 assert torch.equal(guard, clean), "a write outside an output"
 
 
-def tiles(monkeypatch, forward=(16, 32, 16), queries=(16, 16), keys=(16, 32), descriptors=False):
+def tiles(monkeypatch, forward=(16, 32, 16), queries=(16, 16), keys=(16, 32), descriptors=False, piece=256):
     """Small tiles, so that small shapes reach every loop; on a GPU the launcher's own."""
     if GPU:
         return
-    config = attention.Config
-    monkeypatch.setattr(attention, "forward_config", lambda *_: config(*forward[:2], 1, 1, descriptors, forward[2]))
-    monkeypatch.setattr(attention, "queries_config", lambda *_: config(*queries, 1, 1, descriptors))
-    monkeypatch.setattr(attention, "keys_config", lambda *_: config(*keys, 1, 1, descriptors))
+
+    def config(block_m, block_n, masked=0):
+        return attention.Config(block_m, block_n, 1, 1, descriptors, masked, precision="ieee", piece=piece)
+
+    small = dict(forward=config(*forward), queries=config(*queries), table=config(*queries), keys=config(*keys))
+    monkeypatch.setattr(attention, "configs", lambda kernel, *_: [small[kernel]])
 
 
 def make_case(
@@ -322,6 +324,14 @@ def test_tensors_that_tma_cannot_read_take_the_pointer_path(monkeypatch):
     assert attention._descriptors(attention.Config(16, 16, 1, 1), 16, x) == [None]
     tensors, options = make_case(head_dim=20, dtype=torch.float16, seqlen_q=18, seqlen_k=40)
     check_against_oracle([x if x is None else x.contiguous() for x in tensors], options)
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi", "rotary", "rotary_interleaved_positions", "everything"])
+def test_heads_in_pieces_give_the_same(name, monkeypatch):
+    tiles(monkeypatch, piece=16)
+    sizes = dict(head_dim=72) | (dict(rotary_dim=40) if "rotary_dim" in CASES[name] else {})
+    tensors, options = make_case(**CASES[name] | sizes)
+    check_against_oracle(tensors, options, CASES[name].get("lengths"))
 
 
 @pytest.mark.parametrize("name", ["causal", "table_and_alibi_window", "everything"])

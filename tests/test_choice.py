@@ -1,4 +1,4 @@
-"""Tiles by measurement: only on request, kept on disk, and never a tile that changes the result."""
+"""Which tile a kernel gets: the first that fits or, only on request, the fastest, which is kept on disk."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from pynlp.kernels import attention, autotune
+from pynlp.kernels import attention, choice
 
 DEFAULT = attention.Config(16, 16, 4, 1, False, 16)
 WORK = (("sm_90", 64, 2), 1000, 1000)
@@ -16,6 +16,7 @@ WORK = (("sm_90", 64, 2), 1000, 1000)
 def stopwatch(monkeypatch, tmp_path):
     """Tuning is on; the time of a launch is what the launch returns. Gives the list of times taken."""
     taken = []
+    monkeypatch.setattr(choice, "_fitting", {})
 
     def time(run):
         taken.append(run())
@@ -23,7 +24,7 @@ def stopwatch(monkeypatch, tmp_path):
 
     monkeypatch.setenv("PYNLP_AUTOTUNE", "1")
     monkeypatch.setenv("PYNLP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(autotune, "_time", time)
+    monkeypatch.setattr(choice, "_time", time)
     return taken
 
 
@@ -33,30 +34,61 @@ def cost(config):
     return 1.0 + wrong + abs(config.num_stages - 3)
 
 
+class Compiled:
+    """What Triton's compiled kernels tell of themselves."""
+
+    def __init__(self, spills, too_large=False):
+        self.n_spills, self.too_large = spills, too_large
+
+    @property
+    def run(self):
+        if self.too_large:
+            raise OutOfResources(600, 512, "tensor memory")
+
+
+def test_the_first_tile_that_fits_is_taken(monkeypatch):
+    monkeypatch.setattr(choice, "_fitting", {})
+    tiles = [DEFAULT._replace(block_m=size) for size in (128, 64, 32, 16)]
+    resources = {128: Compiled(None, too_large=True), 64: Compiled(8), 32: Compiled(0)}
+    asked = []
+
+    def start(config, compile_only):
+        assert compile_only
+        asked.append(config.block_m)
+        return resources[config.block_m]
+
+    assert choice.choose("forward", tiles, WORK, start).block_m == 32
+    assert choice.choose("forward", tiles, (WORK[0], 7, 7), start).block_m == 32
+    assert asked == [128, 64, 32]  # once, whatever the lengths
+    resources[32] = Compiled(4)
+    assert choice.choose("forward", tiles, (("sm_90", 128, 2), 7, 7), start).block_m == 16
+    assert not choice.fits(Compiled(None))  # Triton raises only the first time
+
+
 def test_nothing_is_measured_unless_asked_for(stopwatch, monkeypatch):
     for value in ("0", ""):
         monkeypatch.setenv("PYNLP_AUTOTUNE", value)
-        assert autotune.choose("forward", DEFAULT, WORK, cost) == DEFAULT
+        assert choice.choose("forward", [DEFAULT], WORK, cost) == DEFAULT
     monkeypatch.delenv("PYNLP_AUTOTUNE")
-    assert autotune.choose("forward", DEFAULT, WORK, cost) == DEFAULT
-    assert not stopwatch and not autotune.cache_file().exists()
+    assert choice.choose("forward", [DEFAULT], WORK, cost) == DEFAULT
+    assert not stopwatch and not choice.cache_file().exists()
 
 
 def test_the_fastest_tile_is_found_and_kept(stopwatch):
-    found = autotune.choose("forward", DEFAULT, WORK, cost)
+    found = choice.choose("forward", [DEFAULT], WORK, cost)
     assert found == DEFAULT._replace(block_m=64, block_n=32, num_warps=8, num_stages=3)
     assert len(stopwatch) < 40
     measured = len(stopwatch)
-    assert autotune.choose("forward", DEFAULT, (WORK[0], 600, 1023), cost) == found  # lengths of the same power of two
+    assert choice.choose("forward", [DEFAULT], (WORK[0], 600, 1023), cost) == found  # lengths of the same power of two
     assert len(stopwatch) == measured
-    assert json.loads(autotune.cache_file().read_text()) == {
-        f"{autotune._device()} | forward | [('sm_90', 64, 2)] | 10 | 10": list(found)
+    assert json.loads(choice.cache_file().read_text()) == {
+        f"{choice._device()} | forward | [('sm_90', 64, 2)] | 10 | 10": list(found)
     }
-    assert [path.name for path in autotune.cache_file().parent.iterdir()] == ["tiles.json"]
+    assert [path.name for path in choice.cache_file().parent.iterdir()] == ["tiles.json"]
 
-    autotune.choose("keys", DEFAULT, WORK, cost)
-    autotune.choose("forward", DEFAULT, (WORK[0], 1000, 2000), cost)
-    assert len(stopwatch) == 3 * measured and len(json.loads(autotune.cache_file().read_text())) == 3
+    choice.choose("keys", [DEFAULT], WORK, cost)
+    choice.choose("forward", [DEFAULT], (WORK[0], 1000, 2000), cost)
+    assert len(stopwatch) == 3 * measured and len(json.loads(choice.cache_file().read_text())) == 3
 
 
 def test_a_tile_that_does_not_fit_loses(stopwatch):
@@ -65,7 +97,7 @@ def test_a_tile_that_does_not_fit_loses(stopwatch):
             raise OutOfResources(300_000, 232_448, "shared memory")
         return cost(config)
 
-    assert autotune.choose("forward", DEFAULT, WORK, launch).block_m == 32
+    assert choice.choose("forward", [DEFAULT], WORK, launch).block_m == 32
 
 
 def test_tiles_stay_what_the_kernels_can_do(stopwatch):
@@ -76,9 +108,9 @@ def test_tiles_stay_what_the_kernels_can_do(stopwatch):
         seen.append(config)
         return 1.0 / (config.block_m * config.block_n)  # the larger the faster
 
-    assert autotune.choose("queries, square", square, WORK, launch)[:2] == (128, 128)
+    assert choice.choose("table", [square], WORK, launch)[:2] == (128, 128)
     assert all(config.block_m == config.block_n for config in seen)
-    autotune.choose("forward", DEFAULT, WORK, launch)
+    choice.choose("forward", [DEFAULT], WORK, launch)
     for config in seen:
         assert 16 <= config.block_m <= 128 and 16 <= config.block_n <= 128 and config.num_warps in (4, 8)
         assert config.block_n % (config.masked or 1) == 0 and config.block_m % (config.masked or 1) == 0
@@ -92,14 +124,12 @@ def test_the_launchers_use_what_was_found(stopwatch, monkeypatch):
     gradients = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False)
 
     monkeypatch.setenv("PYNLP_AUTOTUNE", "1")
-    monkeypatch.setattr(
-        autotune, "_time", lambda run: (run(), stopwatch.append(1), -len(stopwatch))[2]
-    )  # later: faster
-    monkeypatch.setattr(autotune, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(choice, "_time", lambda run: (run(), stopwatch.append(1), -len(stopwatch))[2])  # later: faster
+    monkeypatch.setattr(choice, "LARGEST_BLOCK", 32)
     tuned = attention.attention_forward(q, k, v, *arguments)
     torch.testing.assert_close(tuned, (out, lse))
     tuned = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False)
     torch.testing.assert_close(tuned, gradients)
-    kept = json.loads(autotune.cache_file().read_text())
+    kept = json.loads(choice.cache_file().read_text())
     assert [key.split(" | ")[1] for key in kept] == ["forward", "keys", "queries"]
     assert len(stopwatch) > 12

@@ -1,6 +1,7 @@
-"""Launch choices by measurement, on request: PYNLP_AUTOTUNE=1. What was found is kept on disk and used from then on.
+"""Launch choices: the first tile that fits the chip or, on request, the fastest.
 
-The file is tiles.json in $PYNLP_CACHE_DIR, by default ~/.cache/pynlp; deleting it forgets everything.
+With PYNLP_AUTOTUNE=1 tiles are measured, and what was found is kept on disk and used from then on. The file is
+tiles.json in $PYNLP_CACHE_DIR, by default ~/.cache/pynlp; deleting it forgets everything.
 """
 
 import functools
@@ -12,29 +13,49 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 from .attention_configs import Config
 
 LARGEST_BLOCK = 128
+_fitting: dict[tuple, Config] = {}
 
 
-def choose(kernel: str, default: Config, work: tuple, launch: Callable[[Config], object]) -> Config:
-    """The default or, if tuning was asked for, the fastest configuration found for this kernel, work and device.
+def choose(kernel: str, candidates: list[Config], work: tuple, start: Callable) -> Config:
+    """The first candidate that neither spills nor needs more memory than the chip has, the last one if all do.
 
-    `work` ends with the sequence lengths, which count by their power of two. A launch must be repeatable.
+    `start(config)` launches and may be repeated, `start(config, compile_only=True)` gives the compiled kernel. `work`
+    is all that the machine code depends on, and then the two sequence lengths, which count for measurements only, by
+    their power of two.
     """
-    if os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):
-        return default
     *shape, seqlen_q, seqlen_k = work
+    fitting = candidates[0] if len(candidates) == 1 else _first_that_fits((kernel, *shape), candidates, start)
+    if os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):
+        return fitting
     key = f"{_device()} | {kernel} | {shape} | {seqlen_q.bit_length()} | {seqlen_k.bit_length()}"
     known = _read(cache_file())
     if key not in known:
-        best = _descend(default, launch, square=kernel.endswith("square"))
+        best = _descend(fitting, start, square=kernel == "table")
         known = _read(cache_file())  # another process may have added to it
         known[key] = best
         _write(cache_file(), known)
     return Config(*known[key])
+
+
+def _first_that_fits(key: tuple, candidates: list[Config], start: Callable) -> Config:
+    if key not in _fitting:
+        fit = (c for c in candidates[:-1] if fits(start(c, compile_only=True)))
+        _fitting[key] = next(fit, candidates[-1])
+    return _fitting[key]
+
+
+def fits(compiled: CompiledKernel) -> bool:
+    try:
+        _ = compiled.run  # loads it
+    except OutOfResources:
+        return False
+    return compiled.n_spills == 0  # None: it could not be loaded the first time either
 
 
 def cache_file() -> Path:
@@ -48,14 +69,14 @@ def _device() -> str:
     return f"{name}, Triton {triton.__version__}"
 
 
-def _descend(config: Config, launch: Callable[[Config], object], square: bool) -> Config:
+def _descend(config: Config, start: Callable, square: bool) -> Config:
     """One change at a time, as long as one helps."""
-    times = {config: _time(lambda: launch(config))}
+    times = {config: _time(functools.partial(start, config))}
     while True:
         for candidate in _neighbours(config, square):
             if candidate not in times:
                 try:
-                    times[candidate] = _time(functools.partial(launch, candidate))
+                    times[candidate] = _time(functools.partial(start, candidate))
                 except OutOfResources:
                     times[candidate] = float("inf")
         best = min(times, key=times.get)
