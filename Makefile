@@ -1,12 +1,12 @@
-# make demo | bench | test: each is complete on a fresh machine. It creates .venv, installs what constraints.txt pins,
-# builds the native extension and runs. What is up to date is not done again.
+# make demo | bench | test | sanitize: each is complete on a fresh machine. It creates .venv, installs what
+# constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 APT := apt-get install -y python3-venv python3-dev g++
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo bench test lint install clean FORCE
+.PHONY: demo bench test sanitize lint install clean FORCE
 
 demo: install
 	$(PY) examples/language_model.py
@@ -17,6 +17,15 @@ bench: install
 
 test: install lint
 	$(PY) -m pytest --durations=15
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: install
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib .venv/bin/pytest -q \
+		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py -k "not compile"
 
 lint: install
 	$(PY) -m ruff check .

@@ -11,6 +11,7 @@ cycles if nothing overlaps and if everything does: they rank variants, they are 
 import argparse
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,13 +142,19 @@ def attention_launches(chip: str, head_dim: int, dtype: torch.dtype, backward: b
 
 def kind_of(loop: sass.Loop) -> str:
     """Which of a kernel's loops this is, by the source lines its instructions come from."""
-    lines = {SOURCES[name][number - 1] for name, number in loop.lines if name in SOURCES}
-    text = "\n".join(lines)
-    if "* 0.0 == 0.0" in text or '"nan"' in text:
+    lines = Counter()  # text -> instructions; a single one may have been merged with another loop's
+    for (name, number), count in loop.lines.items():
+        if name in SOURCES:
+            lines[SOURCES[name][number - 1].strip()] += count
+
+    def has(text: str) -> bool:
+        return sum(count for line, count in lines.items() if text in line) > 2
+
+    if has("* 0.0 == 0.0") or has('"nan"'):
         return "careful"
-    if "m_pair" in text:
+    if has("m_pair"):
         return "masked"
-    return "near" if "tl.abs(b_key" in text or "p_line + base" in text else "unmasked"
+    return "near" if has("tl.abs(b_key") or has("p_line + base") else "unmasked"
 
 
 def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: torch.dtype, features: str) -> Row:
