@@ -255,7 +255,7 @@ def narrow_loads(loop: sass.Loop, arguments: dict, threads: int, item_size: int)
     features, tile = arguments["F"], arguments["TILE"]
     piece = min(features.BLOCK_HALF, features.BLOCK_D) if features.HALF else features.BLOCK_D
     smallest = min(tile.BLOCK_M, tile.BLOCK_N) * piece * item_size // threads
-    if any(stride % aligned for stride in strides) or features.HEAD_DIM % aligned or smallest < 16:
+    if any(x % aligned for x in (*strides, features.HEAD_DIM, features.HALF)) or smallest < 16:
         return []
     narrow = []
     for instruction in loop.instructions:
@@ -275,8 +275,8 @@ def masks(chip: str, loop: sass.Loop, scores: float) -> list[str]:
     count = 0
     for instruction in loop.instructions:
         source = source_of(instruction)
-        # Splitting fp32 into TF32, dividing and summing diagonals select for their own reasons.
-        exempt = any(text in source for text in ("tl.dot(", "2.0 / (", "tl.gather(", "m_upper"))
+        # Splitting fp32 into TF32, dividing, summing diagonals, and heads that fill no power of two select too.
+        exempt = any(text in source for text in ("tl.dot(", "2.0 / (", "tl.gather(", "m_upper", "tl.load(p_block"))
         count += bool(re.match(r"FSEL|SEL|ISETP", instruction.opcode)) and not exempt
     return [f"{count} selections and comparisons"] if count > scores / 2 + 16 else []
 

@@ -60,7 +60,7 @@ def _mfma(block_m: int, block_n: int, warps: int = 4, masked: int = 16, piece: i
     return Config(block_m, block_n, warps, 1, False, masked, False, "ieee", piece)
 
 
-_SQUARE = [_small(32, 32, masked=0), _small(16, 16, 4, masked=0, piece=64)]
+_SQUARE = [_small(32, 32, masked=0), _small(16, 16, 4, masked=0, piece=64), _small(16, 16, masked=0)]
 _HOPPER_FORWARD = [
     Config(128, 128, 8, 2, True, 64),
     Config(128, 64, 8, 2, True, 32, False),
@@ -178,25 +178,30 @@ for _kernel in ("queries", "table"):
 
 # Left alone, the compiler for sm_100 spills less here than with all registers.
 _FEW_REGISTERS = [_multiply_adds(32, 32), _multiply_adds(32, 32, registers=0), _multiply_adds(16, 16, registers=0)]
+_WIDE = [
+    _multiply_adds(16, 16, piece=32),
+    _multiply_adds(16, 16, piece=64, registers=0),
+    _multiply_adds(16, 16, registers=0),
+]
 _FP32_NVIDIA = {
     "forward": {
         64: [Config(64, 32, 4, 1, False, 16, False), _multiply_adds(64, 32), _multiply_adds(32, 32)],
         128: [_multiply_adds(64, 32), _multiply_adds(32, 32)],
-        256: [_multiply_adds(32, 16, piece=32), _multiply_adds(16, 16, piece=32)],
+        256: [_multiply_adds(32, 16, piece=32), *_WIDE],
     },
     "queries": {
         64: [Config(64, 32, 4, 1, False, 16, False), *_FEW_REGISTERS],
         128: _FEW_REGISTERS,
-        256: [_multiply_adds(16, 16, piece=32)],
+        256: _WIDE,
     },
     "table": {
         128: [_multiply_adds(32, 32, 0), _multiply_adds(16, 16, 0)],
-        256: [_multiply_adds(16, 16, 0, 32)],
+        256: [config._replace(masked=0) for config in _WIDE],
     },
     "keys": {
         64: [Config(32, 64, 8, 1, False, 16, False), _multiply_adds(32, 16), _multiply_adds(16, 16)],
         128: [_multiply_adds(32, 16), _multiply_adds(16, 16)],
-        256: [_multiply_adds(16, 16, piece=32)],
+        256: _WIDE,
     },
 }
 _FP32_AMD = {
