@@ -212,7 +212,7 @@ def cases() -> list[Case]:
 
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of the machine in the dtype's instructions; fp16 is computed in fp32."""
-    return (dtype == BF16 and probes.peak_bf16_dot(seconds=0.05)) or probes.peak_fma(seconds=0.05)
+    return (dtype == BF16 and probes.peak_bf16_dot(seconds=0.02)) or probes.peak_fma(seconds=0.02)
 
 
 def run_case(case: Case, flex: Callable | None) -> dict:
