@@ -200,7 +200,7 @@ _FP32_NVIDIA = {
         256: _WIDE,
     },
     "table": {
-        128: [_multiply_adds(32, 32, 0), _multiply_adds(16, 16, 0)],
+        128: [config._replace(masked=0) for config in _FEW_REGISTERS],
         256: [config._replace(masked=0) for config in _WIDE],
     },
     "keys": {
