@@ -16,6 +16,7 @@ from .attention_tiles import (
     biased_scores,
     block_ranges,
     capped_scores,
+    far_span,
     finite_or_zero,
     has_nonfinite,
     head_rows,
@@ -219,12 +220,10 @@ def attention_backward_keys_kernel(
     # Queries before the keys have these on their right: only where a window lets them see ahead.
     SIDES: tl.constexpr = 2 if HAS_BIAS and not F.CAUSAL else 1
     for i_side in tl.range(0, SIDES):
-        far_start = tl.where(i_side == 0, near_end, full_start)
-        far_end = tl.where(i_side == 0, full_end, near_start)
-        far = Span(far_start, far_end, 0, far_end)
+        far, side = far_span(i_side, near_end, full_end, full_start, near_start)
         b_grad_k, b_grad_v = _visit_queries(
             b_grad_k, b_grad_v, b_k, b_v, far, group_heads, scale, softcap, radius, rotary, first, left, right,
-            tl.where(i_side == 0, -1.0, 1.0), F, TILE, TILE.DESCRIPTOR, BLOCK_M, "far",
+            side, F, TILE, TILE.DESCRIPTOR, BLOCK_M, "far",
         )  # fmt: skip
     if F.HAS_TABLE or (F.HAS_SLOPES and not F.CAUSAL):
         near = Span(near_start, near_end, 0, near_end)

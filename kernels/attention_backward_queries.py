@@ -11,6 +11,7 @@ from .attention_tiles import (
     biased_scores,
     block_ranges,
     capped_scores,
+    far_span,
     finite_or_zero,
     has_nonfinite,
     head_rows,
@@ -205,11 +206,8 @@ def attention_backward_queries_kernel(
         near_start, near_end = near_range(first, last, full_start, full_end, radius, BLOCK_N)
     SIDES: tl.constexpr = 2 if HAS_BIAS and not F.CAUSAL else 1
     for i_side in tl.range(0, SIDES):
-        far_start = tl.where(i_side == 0, full_start, near_end)
-        far_end = tl.where(i_side == 0, near_start, full_end)
-        far = Span(far_start, far_end, 0, far_end)
+        far, side = far_span(i_side, full_start, near_start, near_end, full_end)
         constant = tl.where(i_side == 0, constant_left, constant_right)
-        side = tl.where(i_side == 0, -1.0, 1.0)
         b_grad_q, b_slope, b_left, b_right = _visit_keys(
             b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, far, keys, values, rotary, score,
             first, left, right, side, constant, p_near, F, TILE, NEEDS_SLOPES, NEEDS_TABLE, TILE.DESCRIPTOR, BLOCK_N,

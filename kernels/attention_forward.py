@@ -12,6 +12,7 @@ from .attention_tiles import (
     biased_scores,
     block_ranges,
     capped_scores,
+    far_span,
     finite_or_zero,
     has_nonfinite,
     head_rows,
@@ -162,11 +163,8 @@ def attention_forward_kernel(
     # Only keys on one side need one far loop; with both sides it runs twice.
     SIDES: tl.constexpr = 2 if HAS_BIAS and not F.CAUSAL else 1
     for i_side in tl.range(0, SIDES):
-        far_start = tl.where(i_side == 0, full_start, near_end)
-        far_end = tl.where(i_side == 0, near_start, full_end)
-        far = Span(far_start, far_end, 0, far_end)
+        far, side = far_span(i_side, full_start, near_start, near_end, full_end)
         constant = tl.where(i_side == 0, constant_left, constant_right)
-        side = tl.where(i_side == 0, -1.0, 1.0)
         b_m, b_l, b_acc = _visit_blocks(
             b_m, b_l, b_acc, b_q, far, keys, values, rotary, score, first, left, right, side, constant,
             F, TILE, TILE.DESCRIPTOR, BLOCK_N, "far",

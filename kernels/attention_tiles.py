@@ -129,6 +129,13 @@ def near_range(first, last, full_start, full_end, distance, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def far_span(i_side, left_start, left_end, right_start, right_end):
+    """The unmasked blocks far to the left (side 0) or to the right (side 1), and the side's sign."""
+    end = tl.where(i_side == 0, left_end, right_end)
+    return Span(tl.where(i_side == 0, left_start, right_start), end, 0, end), tl.where(i_side == 0, -1.0, 1.0)
+
+
+@triton.jit
 def query_block(p_key_lengths, seqlen_q, seqlen_k, heads, HAS_LENGTHS: tl.constexpr, BLOCK_M: tl.constexpr):
     """The program's (batch, head, first query), the keys at which its first and last query stand, and all keys."""
     blocks_m = tl.cdiv(seqlen_q, BLOCK_M)

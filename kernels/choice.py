@@ -20,6 +20,7 @@ from .attention_configs import Config
 
 LARGEST_BLOCK = 128
 _fitting: dict[tuple, Config] = {}
+_tuned: dict[str, Config] = {}
 
 
 def choose(kernel: str, candidates: list[Config], work: tuple, start: Callable) -> Config:
@@ -34,13 +35,12 @@ def choose(kernel: str, candidates: list[Config], work: tuple, start: Callable) 
     if os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):
         return fitting
     key = f"{_device()} | {kernel} | {shape} | {seqlen_q.bit_length()} | {seqlen_k.bit_length()}"
-    known = _read(cache_file())
-    if key not in known:
-        best = _descend(fitting, start, square=kernel == "table")
-        known = _read(cache_file())  # another process may have added to it
-        known[key] = best
-        _write(cache_file(), known)
-    return Config(*known[key])
+    if key not in _tuned:
+        kept = _read(cache_file()).get(key)
+        _tuned[key] = Config(*kept) if kept else _descend(fitting, start, square=kernel == "table")
+        if not kept:  # the file is read again: another process may have added to it
+            _write(cache_file(), _read(cache_file()) | {key: _tuned[key]})
+    return _tuned[key]
 
 
 def _first_that_fits(key: tuple, candidates: list[Config], start: Callable) -> Config:
