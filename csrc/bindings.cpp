@@ -109,9 +109,12 @@ struct Options {
   double softmax_scale;
   int64_t window_left, window_right;
   double softcap;
-  MaybeTensor key_lengths, alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions;
+  MaybeTensor key_lengths, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, relative_bias, relative_buckets;
+  MaybeTensor rotary_cos, rotary_sin, rotary_positions;
   int64_t rotary_offset;
   bool rotary_interleaved;
+  double dropout_p;
+  MaybeTensor dropout_seed;
 };
 
 void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
@@ -160,14 +163,17 @@ bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
                                              int64_t window_right, double softcap, MaybeTensor key_lengths,
+                                             MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor sinks,
                                              MaybeTensor alibi_slopes, MaybeTensor relative_bias,
                                              MaybeTensor relative_buckets, MaybeTensor rotary_cos,
                                              MaybeTensor rotary_sin, MaybeTensor rotary_positions,
-                                             int64_t rotary_offset, bool rotary_interleaved) {
+                                             int64_t rotary_offset, bool rotary_interleaved, double dropout_p,
+                                             MaybeTensor dropout_seed) {
   pynlp::AttentionForward problem{};
   fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
-        rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved});
+       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks,
+        alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset,
+        rotary_interleaved, dropout_p, dropout_seed});
   Tensor out = output(q, {problem.batch, problem.seqlen_q, problem.heads, problem.head_dim});
   Tensor lse = output(q, {problem.batch, problem.heads, problem.seqlen_q}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
@@ -176,15 +182,18 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, doubl
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, MaybeTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double softmax_scale,
-    int64_t window_left, int64_t window_right, double softcap, MaybeTensor key_lengths, MaybeTensor alibi_slopes,
-    MaybeTensor relative_bias, MaybeTensor relative_buckets, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
-    MaybeTensor rotary_positions, int64_t rotary_offset, bool rotary_interleaved, bool needs_slopes, bool needs_table) {
+    int64_t window_left, int64_t window_right, double softcap, MaybeTensor key_lengths, MaybeTensor cu_seqlens_q,
+    MaybeTensor cu_seqlens_k, MaybeTensor sinks, MaybeTensor alibi_slopes, MaybeTensor relative_bias,
+    MaybeTensor relative_buckets, MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor rotary_positions,
+    int64_t rotary_offset, bool rotary_interleaved, double dropout_p, MaybeTensor dropout_seed, bool needs_slopes,
+    bool needs_table, bool needs_sinks) {
   pynlp::AttentionBackward problem{};
   fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, alibi_slopes, relative_bias, relative_buckets,
-        rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved});
+       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks,
+        alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset,
+        rotary_interleaved, dropout_p, dropout_seed});
   problem.grad_out = view(grad_out, "grad_out");
   problem.out = view(out, "out");
   STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
@@ -204,15 +213,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_slopes = like(alibi_slopes, needs_slopes, &problem.grad_slopes);
   Tensor grad_table = like(relative_bias, needs_table, &problem.grad_table);
   pynlp::attention_backward(problem);
-  return {grad_q, grad_k, grad_v, grad_slopes, grad_table};
+  return {grad_q, grad_k, grad_v, grad_slopes, grad_table, torch::stable::new_empty(q, {0}, ScalarType::Float)};
 }
 
 void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (stack[12] || stack[14] || stack[24]) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("pynlp::attention_backward_reference", "", stack, TORCH_ABI_VERSION));
+    return;
+  }
   if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
     TORCH_BOX (&attention_backward)(stack, inputs, outputs);
 }
 
 void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (stack[8] || stack[10] || stack[20]) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("pynlp::attention_forward_reference", "", stack, TORCH_ABI_VERSION));
+    return;
+  }
   if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
     TORCH_BOX (&attention_forward)(stack, inputs, outputs);
 }

@@ -1,6 +1,7 @@
 """All public functions, stateless, as in torch.nn.functional."""
 
-from pynlp.ops.attention import attention
+from pynlp.ops.attention import attention, attention_varlen
+from pynlp.ops.attention_decode import attention_decode
 from pynlp.ops.positions import alibi_slopes, rotary_tables
 
-__all__ = ["alibi_slopes", "attention", "rotary_tables"]
+__all__ = ["alibi_slopes", "attention", "attention_decode", "attention_varlen", "rotary_tables"]

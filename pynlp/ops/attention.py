@@ -1,35 +1,34 @@
-"""Fused attention: schema, checks, fake, autograd and the public function."""
-
-from collections.abc import Sequence
+"""Fused attention: schema, fake, autograd and the public functions, for batches and for packed sequences."""
 
 import torch
 from torch import Tensor
 
+from pynlp.ops import attention_checks as checks
 from pynlp.ops.library import LIBRARY, define, register_autograd
-from pynlp.ops.positions import relative_position_buckets
 from pynlp.reference import attention as reference
-
-MAX_HEAD_DIM = 256
+from pynlp.reference.attention import Options
 
 _OPTIONS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, Tensor? key_lengths, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks, "
     "Tensor? alibi_slopes, Tensor? relative_bias, Tensor? relative_buckets, "
-    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_positions, SymInt rotary_offset, bool rotary_interleaved"
+    "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_positions, SymInt rotary_offset, bool rotary_interleaved, "
+    "float dropout_p, Tensor? dropout_seed"
 )
 
 
 def _forward_triton(q, *arguments):
-    launcher = _triton_launcher(q)
+    launcher = triton_launcher(q)
     return (launcher.attention_forward if launcher else reference.attention_forward)(q, *arguments)
 
 
 def _backward_triton(grad_out, grad_lse, q, *arguments):
-    launcher = _triton_launcher(q)
+    launcher = triton_launcher(q)
     backward = launcher.attention_backward if launcher else reference.attention_backward
     return backward(grad_out, grad_lse, q, *arguments)
 
 
-def _triton_launcher(q: Tensor):
+def triton_launcher(q: Tensor):
     """The module of Triton launchers, or None where the reference must serve."""
     from pynlp.backends import triton_missing_reason, warn_once
 
@@ -52,7 +51,7 @@ define(
 define(
     "attention_backward",
     f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool needs_slopes, bool needs_table) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_slopes, bool needs_table, bool needs_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.attention_backward,
     _backward_triton,
 )
@@ -61,16 +60,17 @@ define(
 @torch.library.register_fake("pynlp::attention_forward", lib=LIBRARY)
 def _forward_fake(q, k, v, *options):
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=statistics)
 
 
 @torch.library.register_fake("pynlp::attention_backward", lib=LIBRARY)
 def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *options):
-    *options, needs_slopes, needs_table = options
-    alibi_slopes, relative_bias = options[5], options[6]
+    *options, needs_slopes, needs_table, needs_sinks = options
+    options = Options(*options)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    for x, needed in ((alibi_slopes, needs_slopes), (relative_bias, needs_table)):
+    biases = (options.alibi_slopes, options.relative_bias, options.sinks)
+    for x, needed in zip(biases, (needs_slopes, needs_table, needs_sinks), strict=True):
         gradients.append(torch.empty_like(x) if needed else q.new_empty(0, dtype=torch.float32))
     return tuple(gradients)
 
@@ -85,6 +85,9 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+_BIASES = [Options._fields.index(name) for name in ("alibi_slopes", "relative_bias", "sinks")]
+
+
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     tensors = iter(tensors)
@@ -95,15 +98,15 @@ def _backward(ctx, grad_out, grad_lse):
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    _, *needed = ctx.needs_input_grad
-    needs_slopes, needs_table = needed[8], needed[9]
-    grad_q, grad_k, grad_v, grad_slopes, grad_table = torch.ops.pynlp.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *options, needs_slopes, needs_table
+    _, *needed = ctx.needs_input_grad  # of the key set that register_autograd adds, q, k, v and the options
+    needs = [needed[3 + i] for i in _BIASES]
+    *grads, grad_slopes, grad_table, grad_sinks = torch.ops.pynlp.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *options, *needs
     )
     grad_options = [None] * len(options)
-    grad_options[5] = grad_slopes if needs_slopes else None
-    grad_options[6] = grad_table if needs_table else None
-    return (grad_q, grad_k, grad_v, *grad_options)
+    for i, grad, need in zip(_BIASES, (grad_slopes, grad_table, grad_sinks), needs, strict=True):
+        grad_options[i] = grad if need else None
+    return (*grads, *grad_options)
 
 
 register_autograd("attention_forward", _setup_context, _backward)
@@ -124,6 +127,7 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
     relative_max_distance: int = 128,
@@ -133,6 +137,8 @@ def attention(
     rotary_offset: int | Tensor = 0,
     softcap: float = 0.0,
     key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores) v without the scores in memory: `score = softcap(q.k * scale) + biases`, then the mask.
@@ -140,11 +146,13 @@ def attention(
     Args:
         q: Queries `(batch, seqlen_q, heads, head_dim)`; fp32, bf16, fp16 (fp64 on the reference). Any strides with a
             contiguous last dimension are read in place.
-        k, v: Keys and values `(batch, seqlen_k, kv_heads, head_dim)`; `heads` is a multiple of `kv_heads`, consecutive
-            query heads share one (grouped-query attention).
+        k, v: Keys `(batch, seqlen_k, kv_heads, head_dim)` and values `(batch, seqlen_k, kv_heads, head_dim_v)`; `heads`
+            is a multiple of `kv_heads`, consecutive query heads share one (grouped-query attention).
         causal: A query sees no later key. Query i stands at key `i + seqlen_k - seqlen_q` (bottom-right alignment).
         window: `(left, right)`, the keys seen on each side of a query's own, both ends included; None = no limit.
         softmax_scale: Factor of q.k; `head_dim ** -0.5` by default.
+        sinks: fp32 `(heads,)`; one score more in each row's softmax, of a key without a value: a row's weights add up
+            to less than 1. Differentiable. Xiao et al., arXiv 2309.17453; learned ones: GPT-OSS, arXiv 2508.10925.
         alibi_slopes: fp32 `(heads,)` or `(batch, heads)`; adds `-slope * |distance|`. Differentiable. Press et al.,
             arXiv 2108.12409; see `alibi_slopes`.
         relative_bias: T5's table `(num_buckets, heads)`; adds the entry of the distance's bucket. Differentiable.
@@ -158,170 +166,101 @@ def attention(
             `i + seqlen_k - seqlen_q`.
         softcap: c > 0 turns a score s into `c * tanh(s / c)` (Gemma 2, arXiv 2408.00118).
         key_lengths: int32 `(batch,)`; keys from there on are masked. The alignment stays that of the tensors.
+        dropout_p: Share of the weights that is set to 0, in steps of 1/65536; the others are divided by the share that
+            is kept. The lse knows nothing of it. Srivastava et al., JMLR 15, 2014.
+        seed: Which weights: an int, or an int64 tensor of one value; drawn from torch's generator by default. The same
+            seed drops the same weights on every back end, and again in backward. Philox; Salmon et al., SC 2011.
         return_lse: Also return the natural log-sum-exp of the scores `(batch, heads, seqlen_q)`, fp32, differentiable.
 
     Returns:
-        `(batch, seqlen_q, heads, head_dim)` in q's dtype; a query that sees no key gives 0 and an lse of -inf.
-        The same bits for every run and any number of threads, forward and backward.
+        `(batch, seqlen_q, heads, head_dim_v)` in q's dtype; a query that sees no key gives 0, and an lse of -inf or,
+        with sinks, of its head's sink. The same bits for every run and any number of threads, forward and backward.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or device is off; the message names it.
+        ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
 
     Source: FlashAttention-2 (Dao, arXiv 2307.08691).
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-    _check_queries_keys_values(q, k, v)
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k = k.shape[1]
-    q, k, v = (x if x.stride(-1) == 1 or head_dim == 1 else x.contiguous() for x in (q, k, v))
-    window_left, window_right = _check_window(window, causal)
-    if softcap < 0:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
-    if key_lengths is not None:
-        key_lengths = _check_key_lengths(key_lengths, q, seqlen_k)
-    if alibi_slopes is not None:
-        _check_tensor("alibi_slopes", alibi_slopes, q, [(heads,), (batch, heads)])
-        alibi_slopes = _statistics(alibi_slopes, q)
-    relative_buckets = None
-    if relative_bias is not None:
-        if relative_bias.dim() != 2:
-            raise ValueError(f"relative_bias: expected shape (num_buckets, {heads}), got {tuple(relative_bias.shape)}")
-        _check_tensor("relative_bias", relative_bias, q, [(relative_bias.shape[0], heads)])
-        bidirectional = not causal if relative_bidirectional is None else relative_bidirectional
-        relative_buckets = relative_position_buckets(
-            relative_bias.shape[0], relative_max_distance, bidirectional, q.device
-        )
-        relative_bias = _statistics(relative_bias, q)
-    cos = sin = positions = None
-    offset = 0
-    if rotary is not None:
-        cos, sin, positions, offset = _check_rotary(rotary, rotary_offset, q, seqlen_k)
-    elif isinstance(rotary_offset, Tensor) or rotary_offset != 0:
-        raise ValueError("rotary_offset: expected rotary=(cos, sin) with it, got rotary=None")
+    q, k, v = checks.autocast(q, k, v)
+    checks.check_queries_keys_values(q, k, v)
+    batch, seqlen_k = k.shape[:2]
+    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = torch.ops.pynlp.attention_forward(
-        q, k, v, head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap,
-        key_lengths, alibi_slopes, relative_bias, relative_buckets, cos, sin, positions, offset, rotary_interleaved,
+        *map(checks.rows_in_place, (q, k, v)),
+        q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
+        checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
+        checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
+        *checks.check_rotary(rotary, rotary_offset, q, seqlen_k), rotary_interleaved,
+        *checks.check_dropout(dropout_p, seed, q),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, seqlen, heads, head_dim), got {tuple(x.shape)}")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"q: expected dtype float32, bfloat16, float16 or float64, got {q.dtype}")
-    batch, _, heads, head_dim = q.shape
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-        if x.shape[0] != batch or x.shape[3] != head_dim:
-            raise ValueError(
-                f"{name}: expected shape ({batch}, seqlen_k, kv_heads, {head_dim}) to go with q {tuple(q.shape)}, "
-                f"got {tuple(x.shape)}"
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-    kv_heads = k.shape[2]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_max_distance: int = 128,
+    relative_bidirectional: bool | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_interleaved: bool = False,
+    rotary_offset: int | Tensor = 0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` for sequences of unequal lengths, packed one after the other without padding.
 
+    Args:
+        q: Queries `(total_q, heads, head_dim)`.
+        k, v: Keys `(total_k, kv_heads, head_dim)` and values `(total_k, kv_heads, head_dim_v)`.
+        cu_seqlens_q, cu_seqlens_k: int32 `(batch + 1,)`: sequence b has the queries (keys) from entry b to entry b + 1;
+            from 0 to the total, never falling. Sequences may be empty.
+        max_seqlen_q, max_seqlen_k: The longest sequence. Not needed: the work is laid out by the totals, and nothing
+            waits for the device. Where it is given and too small, that is an error.
+        alibi_slopes: fp32 `(heads,)` or `(batch, heads)`.
+        rotary_offset: Position of each sequence's key 0, or the position ids of the keys `(total_k,)`.
+        return_lse: Also return the log-sum-exp of the scores `(heads, total_q)`.
+        The others: as in `attention`, for each sequence by itself.
 
-def _check_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for no limit."""
-    left, right = (None, None) if window is None else window
-    for name, side in (("left", left), ("right", right)):
-        if side is not None and side < 0:
-            raise ValueError(f"window: expected {name} >= 0 or None for no limit, got {side}")
-    if causal:
-        right = 0
-    return -1 if left is None else left, -1 if right is None else right
+    Returns:
+        `(total_q, heads, head_dim_v)` in q's dtype, the same bits as `attention` gives for each sequence alone; but for
+        dropout, which counts by a sequence's number.
 
-
-def _check_tensor(name: str, x: Tensor, q: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    if tuple(x.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-
-
-def _statistics(x: Tensor, q: Tensor) -> Tensor:
-    """Biases and tables are kept in fp32 (fp64 for fp64 inputs), contiguous."""
-    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _check_key_lengths(key_lengths: Tensor, q: Tensor, seqlen_k: int) -> Tensor:
-    if tuple(key_lengths.shape) != (q.shape[0],):
-        raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_lengths: expected dtype int32, got {key_lengths.dtype}")
-    if key_lengths.device != q.device:
-        raise ValueError(f"key_lengths: expected q's device {q.device}, got {key_lengths.device}")
-    _check_range("key_lengths", key_lengths, 0, seqlen_k)
-    return key_lengths.to(torch.int32).contiguous()
-
-
-def _check_rotary(
-    rotary: Sequence[Tensor], rotary_offset: int | Tensor, q: Tensor, seqlen_k: int
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """cos, sin, position ids or None, offset."""
-    cos, sin = rotary
-    batch, seqlen_q, _, head_dim = q.shape
-    if cos.dim() != 2 or not 1 <= cos.shape[1] <= head_dim // 2:
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
+    """
+    q, k, v = checks.autocast(q, k, v)
+    checks.check_queries_keys_values(q, k, v, packed=True)
+    total_q, total_k = q.shape[0], k.shape[0]
+    cu_seqlens_q = checks.check_cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q, q)
+    cu_seqlens_k = checks.check_cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k, q)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"rotary: expected cos of shape (positions, rotary_dim / 2) with rotary_dim <= head_dim {head_dim}, "
-            f"got {tuple(cos.shape)}"
+            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {cu_seqlens_q.shape[0] - 1}, "
+            f"got {cu_seqlens_k.shape[0] - 1}"
         )
-    for name, x in (("rotary cos", cos), ("rotary sin", sin)):
-        _check_tensor(name, x, q, [tuple(cos.shape)])
-        if x.requires_grad:
-            raise ValueError(f"{name}: expected a table that needs no gradient, got requires_grad=True")
-    positions, offset = None, 0
-    if isinstance(rotary_offset, Tensor):
-        positions = rotary_offset
-        if tuple(positions.shape) != (batch, seqlen_k):
-            raise ValueError(
-                f"rotary_offset: expected an int or position ids of shape ({batch}, {seqlen_k}), "
-                f"got {tuple(positions.shape)}"
-            )
-        if positions.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"rotary_offset: expected dtype int32 or int64, got {positions.dtype}")
-        if positions.device != q.device:
-            raise ValueError(f"rotary_offset: expected q's device {q.device}, got {positions.device}")
-        if seqlen_q > seqlen_k:
-            raise ValueError(f"rotary_offset: position ids need seqlen_q <= seqlen_k, got {seqlen_q} > {seqlen_k}")
-        _check_range("rotary_offset", positions, 0, cos.shape[0] - 1)
-        positions = positions.to(torch.int32).contiguous()
-    else:
-        offset = rotary_offset
-        first = offset + min(0, seqlen_k - seqlen_q)
-        if first < 0:
-            raise ValueError(f"rotary_offset: expected no position below 0, got {first} for the first query or key")
-        if offset + seqlen_k > cos.shape[0]:
-            raise ValueError(
-                f"rotary: expected tables of at least {offset + seqlen_k} positions (rotary_offset {offset} + "
-                f"{seqlen_k} keys), got {cos.shape[0]}"
-            )
-    return _statistics(cos, q), _statistics(sin, q), positions, offset
-
-
-def _check_range(name: str, x: Tensor, low: int, high: int) -> None:
-    """Values outside low .. high raise: at once on a CPU, as a device-side assertion where reading them would wait."""
-    if x.numel() == 0:
-        return
-    smallest, largest = torch.aminmax(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        smallest, largest = smallest.item(), largest.item()
-        if smallest < low or largest > high:
-            raise ValueError(f"{name}: expected values of {low} to {high}, got {smallest} to {largest}")
-    else:
-        message = f"{name}: expected values of {low} to {high}"
-        torch._assert_async((smallest >= low) & (largest <= high), message)
+    batch = cu_seqlens_q.shape[0] - 1
+    lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
+    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+    out, lse = torch.ops.pynlp.attention_forward(
+        *(checks.rows_in_place(x)[None] for x in (q, k, v)),
+        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
+        checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,
+        checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
+        *checks.check_packed_rotary(rotary, rotary_offset, q, total_k, lengths), rotary_interleaved,
+        *checks.check_dropout(dropout_p, seed, q),
+    )  # fmt: skip
+    return (out[0], lse[0]) if return_lse else out[0]
