@@ -10,7 +10,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -124,13 +126,15 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   in.q = view(q, "q");
   in.k = view(k, "k");
   in.v = view(v, "v");
-  in.batch = q.size(0);
-  in.seqlen_q = q.size(1);
+  in.batch = o.cu_seqlens_q ? o.cu_seqlens_q->size(0) - 1 : q.size(0);
+  in.rows_q = q.size(1);
   in.heads = q.size(2);
   in.head_dim = q.size(3);
-  in.seqlen_k = k.size(1);
+  in.rows_k = k.size(1);
   in.kv_heads = k.size(2);
-  STD_TORCH_CHECK(in.head_dim >= 1 && in.head_dim <= 256, "pynlp.attention: q: expected a head_dim of 1 to 256");
+  in.head_dim_v = v.size(3);
+  STD_TORCH_CHECK(in.head_dim >= 1 && in.head_dim <= 256 && in.head_dim_v >= 1 && in.head_dim_v <= 256,
+                  "pynlp.attention: q, v: expected a head_dim of 1 to 256");
   STD_TORCH_CHECK(in.heads == in.kv_heads || (in.kv_heads > 0 && in.heads % in.kv_heads == 0),
                   "pynlp.attention: k: expected a number of heads that divides q's");
   in.softmax_scale = static_cast<float>(o.softmax_scale);
@@ -138,6 +142,9 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   in.window_right = o.window_right;
   in.softcap = static_cast<float>(o.softcap);
   in.key_lengths = data<int32_t>(o.key_lengths, ScalarType::Int, "key_lengths");
+  in.cu_seqlens_q = data<int32_t>(o.cu_seqlens_q, ScalarType::Int, "cu_seqlens_q");
+  in.cu_seqlens_k = data<int32_t>(o.cu_seqlens_k, ScalarType::Int, "cu_seqlens_k");
+  in.sinks = data<float>(o.sinks, ScalarType::Float, "sinks");
   in.alibi_slopes = data<float>(o.alibi_slopes, ScalarType::Float, "alibi_slopes");
   in.alibi_batch_stride = o.alibi_slopes && o.alibi_slopes->dim() == 2 ? in.heads : 0;
   in.relative_bias = data<float>(o.relative_bias, ScalarType::Float, "relative_bias");
@@ -150,6 +157,11 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   in.rotary_positions = data<int32_t>(o.rotary_positions, ScalarType::Int, "rotary_positions");
   in.rotary_offset = o.rotary_offset;
   in.rotary_interleaved = o.rotary_interleaved;
+  if (o.dropout_seed) {
+    const int64_t* seed = data<int64_t>(o.dropout_seed, ScalarType::Long, "dropout_seed");
+    in.dropout_seed = static_cast<uint64_t>(*seed);
+    in.dropped = static_cast<int32_t>(std::min(65535.0, std::nearbyint(o.dropout_p * 65536)));
+  }
 }
 
 // Hands a call in fp64 to the reference, which has the same schema.
@@ -171,11 +183,11 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, doubl
                                              MaybeTensor dropout_seed) {
   pynlp::AttentionForward problem{};
   fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks,
-        alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset,
-        rotary_interleaved, dropout_p, dropout_seed});
-  Tensor out = output(q, {problem.batch, problem.seqlen_q, problem.heads, problem.head_dim});
-  Tensor lse = output(q, {problem.batch, problem.heads, problem.seqlen_q}, ScalarType::Float);
+       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes,
+        relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
+        dropout_p, dropout_seed});
+  Tensor out = output(q, {q.size(0), problem.rows_q, problem.heads, problem.head_dim_v});
+  Tensor lse = output(q, {q.size(0), problem.heads, problem.rows_q}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   pynlp::attention_forward(problem);
@@ -191,9 +203,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     bool needs_table, bool needs_sinks) {
   pynlp::AttentionBackward problem{};
   fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks,
-        alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset,
-        rotary_interleaved, dropout_p, dropout_seed});
+       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes,
+        relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
+        dropout_p, dropout_seed});
+  problem.entries = q.size(0);
   problem.grad_out = view(grad_out, "grad_out");
   problem.out = view(out, "out");
   STD_TORCH_CHECK(grad_out.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
@@ -212,26 +225,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   };
   Tensor grad_slopes = like(alibi_slopes, needs_slopes, &problem.grad_slopes);
   Tensor grad_table = like(relative_bias, needs_table, &problem.grad_table);
+  Tensor grad_sinks = like(sinks, needs_sinks, &problem.grad_sinks);
   pynlp::attention_backward(problem);
-  return {grad_q, grad_k, grad_v, grad_slopes, grad_table, torch::stable::new_empty(q, {0}, ScalarType::Float)};
+  return {grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks};
 }
 
 void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (stack[12] || stack[14] || stack[24]) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("pynlp::attention_backward_reference", "", stack, TORCH_ABI_VERSION));
-    return;
-  }
   if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
     TORCH_BOX (&attention_backward)(stack, inputs, outputs);
 }
 
 void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (stack[8] || stack[10] || stack[20]) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("pynlp::attention_forward_reference", "", stack, TORCH_ABI_VERSION));
-    return;
-  }
   if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
     TORCH_BOX (&attention_forward)(stack, inputs, outputs);
 }

@@ -13,42 +13,78 @@ struct View {
   int64_t batch_stride, row_stride, head_stride;
 };
 
+// One batch entry: its rows in the tensors, which are those of entry 0 when sequences are packed.
+struct Sequence {
+  int64_t number, entry;
+  int64_t first_query, queries;
+  int64_t first_key, keys;
+};
+
 struct AttentionInputs {
   Dtype dtype;
-  int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim;
+  int64_t batch, heads, kv_heads, head_dim, head_dim_v;
+  int64_t rows_q, rows_k;  // of an entry of the tensors: a sequence's, or all when sequences are packed
   View q, k, v;
   float softmax_scale;
   int64_t window_left, window_right;  // -1 = no limit
   float softcap;                      // 0 = none
-  const int32_t* key_lengths;         // (batch,) or null
-  const float* alibi_slopes;          // (heads,) or (batch, heads), or null
-  int64_t alibi_batch_stride;         // 0 or heads
-  const float* relative_bias;         // (num_buckets, heads) or null
+  const int32_t* key_lengths;         // (batch,) or null: keys from there on are masked
+  const int32_t* cu_seqlens_q;        // (batch + 1,) or null: where packed sequences start and end
+  const int32_t* cu_seqlens_k;
+  const float* sinks;          // (heads,) or null
+  const float* alibi_slopes;   // (heads,) or (batch, heads), or null
+  int64_t alibi_batch_stride;  // 0 or heads
+  const float* relative_bias;  // (num_buckets, heads) or null
   int64_t num_buckets;
   const int32_t* relative_buckets;  // (2 * max_distance + 1,): bucket of key - query
   int64_t max_distance;
   const float* rotary_cos;  // (positions, rotary_half) or null
   const float* rotary_sin;
   int64_t rotary_half;
-  const int32_t* rotary_positions;  // (batch, seqlen_k) or null
+  const int32_t* rotary_positions;  // (entries, rows_k) or null
   int64_t rotary_offset;
   bool rotary_interleaved;
+  int32_t dropped;  // dropout drops weights whose 16-bit random number is below this; 0 = none
+  uint64_t dropout_seed;
 
   bool biased() const { return alibi_slopes || relative_bias; }
+  float kept_share() const { return 1.0f - static_cast<float>(dropped) / 65536.0f; }
+  Sequence sequence(int64_t b) const {
+    if (!cu_seqlens_q) return {b, b, 0, rows_q, 0, rows_k};
+    return {b,
+            0,
+            cu_seqlens_q[b],
+            cu_seqlens_q[b + 1] - cu_seqlens_q[b],
+            cu_seqlens_k[b],
+            cu_seqlens_k[b + 1] - cu_seqlens_k[b]};
+  }
+  // Index of a row of one head in statistics (entries, heads, rows_q), and of its first channel in (entries, rows_q,
+  // heads, size).
+  int64_t statistic(const Sequence& s, int64_t head, int64_t query) const {
+    return (s.entry * heads + head) * rows_q + s.first_query + query;
+  }
+  int64_t query_row(const Sequence& s, int64_t head, int64_t query, int64_t size) const {
+    return ((s.entry * rows_q + s.first_query + query) * heads + head) * size;
+  }
+  int64_t key_row(const Sequence& s, int64_t kv_head, int64_t key, int64_t size) const {
+    return ((s.entry * rows_k + s.first_key + key) * kv_heads + kv_head) * size;
+  }
 };
 
 struct AttentionForward : AttentionInputs {
-  void* out;   // (batch, seqlen_q, heads, head_dim), contiguous
-  float* lse;  // (batch, heads, seqlen_q)
+  void* out;   // (entries, rows_q, heads, head_dim_v), contiguous
+  float* lse;  // (entries, heads, rows_q)
 };
 
 struct AttentionBackward : AttentionInputs {
+  int64_t entries;  // of the tensors
   View grad_out, out;
-  const float* lse;                // (batch, heads, seqlen_q)
-  const float* grad_lse;           // (batch, heads, seqlen_q) or null
+  const float* lse;                // (entries, heads, rows_q)
+  const float* grad_lse;           // as lse, or null
   void *grad_q, *grad_k, *grad_v;  // contiguous, in the inputs' dtype
   float* grad_slopes;              // as alibi_slopes, or null if not needed
   float* grad_table;               // (num_buckets, heads), or null if not needed
+  float* grad_sinks;               // (heads,), or null if not needed
 };
 
 void attention_forward(const AttentionForward& problem);

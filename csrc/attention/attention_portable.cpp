@@ -1,4 +1,8 @@
 // The kernels of attention for any CPU: 16-byte vectors.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

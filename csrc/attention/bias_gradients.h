@@ -4,7 +4,7 @@
 // and then its line into a sum a bucket. These few sums a task are added in a fixed order at the end.
 #pragma once
 
-#include "blocks.h"
+#include "units.h"
 
 namespace pynlp {
 namespace {
@@ -26,18 +26,18 @@ inline void sum_diagonals(const float* ds, int64_t rows, int64_t columns, int64_
 
 class BiasGradients {
  public:
-  BiasGradients(const AttentionBackward& in, int64_t blocks)
+  BiasGradients(const AttentionBackward& in, const Units& units)
       : in_(in),
-        blocks_(blocks),
+        units_(units),
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
-        partials_(needed() ? in.batch * in.heads * blocks * (in.num_buckets + 1) * sizeof(double) : 0) {}
+        partials_(needed() ? units.blocks() * group_ * (in.num_buckets + 1) * sizeof(double) : 0) {}
 
   bool needed() const { return in_.grad_slopes || in_.grad_table; }
 
   // One task's share of the biases' gradients: a sum a bucket, then that of the slope.
   // `line` holds the sums of dS at the distances first .. first + count - 1.
-  void add_line(int64_t kv, int64_t block, int64_t member, const float* line, int64_t count, int64_t first) const {
-    double* sums = partial(kv, block, member);
+  void add_line(int64_t block, int64_t member, const float* line, int64_t count, int64_t first) const {
+    double* sums = partial(block, member);
     for (int64_t n = 0; n <= in_.num_buckets; ++n) sums[n] = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t distance = first + i;
@@ -53,9 +53,9 @@ class BiasGradients {
   // In a fixed order, so that the threads do not matter.
   void write() const {
     const auto sum = [&](int64_t batch, int64_t head, int64_t entry) {
-      const int64_t kv = batch * in_.kv_heads + head / group_, member = head % group_;
+      const Unit unit = units_.of(batch, head / group_);
       double total = 0;
-      for (int64_t block = 0; block < blocks_; ++block) total += partial(kv, block, member)[entry];
+      for (int64_t n = 0; n < unit.blocks; ++n) total += partial(unit.first_block + n, head % group_)[entry];
       return total;
     };
     for (int64_t head = 0; head < in_.heads; ++head) {
@@ -74,12 +74,13 @@ class BiasGradients {
   }
 
  private:
-  double* partial(int64_t kv, int64_t block, int64_t member) const {
-    return static_cast<double*>(partials_.data) + ((kv * blocks_ + block) * group_ + member) * (in_.num_buckets + 1);
+  double* partial(int64_t block, int64_t member) const {
+    return static_cast<double*>(partials_.data) + (block * group_ + member) * (in_.num_buckets + 1);
   }
 
   const AttentionBackward& in_;
-  int64_t blocks_, group_;
+  const Units& units_;
+  int64_t group_;
   Buffer partials_;
 };
 

@@ -33,6 +33,13 @@ struct Buffer {
   void* data;
 };
 
+// The longest sequence's queries or keys.
+inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < in.batch; ++b) most = larger(most, in.sequence(b).*rows);
+  return most;
+}
+
 // Keys or queries first .. last - 1.
 struct Range {
   int64_t first, last;
@@ -43,11 +50,11 @@ struct Range {
 struct Visibility {
   int64_t offset, left, right, keys;
 
-  Visibility(const AttentionInputs& in, int64_t batch)
-      : offset(in.seqlen_k - in.seqlen_q),
+  Visibility(const AttentionInputs& in, const Sequence& sequence)
+      : offset(sequence.keys - sequence.queries),
         left(in.window_left < 0 ? INT32_MAX : in.window_left),
         right(in.window_right < 0 ? INT32_MAX : in.window_right),
-        keys(in.key_lengths ? in.key_lengths[batch] : in.seqlen_k) {}
+        keys(in.key_lengths ? in.key_lengths[sequence.number] : sequence.keys) {}
 
   // Keys that at least one, or every one, of the queries first .. last - 1 sees.
   Range of_any(int64_t first, int64_t last) const {
@@ -86,22 +93,25 @@ struct Rows {
   int64_t position_offset;   // added to a row's number
   bool interleaved;
 
-  Rows(const AttentionInputs& in, const View& view, int64_t batch, int64_t head)
+  // `first` is the tensor's row that counts as row 0.
+  Rows(const AttentionInputs& in, const View& view, int64_t entry, int64_t first, int64_t head, int64_t head_dim)
       : dtype(in.dtype),
         data(view.data),
-        origin(batch * view.batch_stride + head * view.head_stride),
+        origin(entry * view.batch_stride + first * view.row_stride + head * view.head_stride),
         stride(view.row_stride),
-        head_dim(in.head_dim),
+        head_dim(head_dim),
         cos(nullptr) {}
 
   // As queries or keys of `in`: row r stands at position r + shift.
-  Rows rotated(const AttentionInputs& in, int64_t batch, int64_t shift) const {
+  Rows rotated(const AttentionInputs& in, const Sequence& sequence, int64_t shift) const {
     Rows rows = *this;
     rows.cos = in.rotary_cos;
     rows.sin = in.rotary_sin;
     rows.rotary_half = in.rotary_half;
     rows.interleaved = in.rotary_interleaved;
-    rows.positions = in.rotary_positions ? in.rotary_positions + batch * in.seqlen_k + shift : nullptr;
+    rows.positions = nullptr;
+    if (in.rotary_positions)
+      rows.positions = in.rotary_positions + sequence.entry * in.rows_k + sequence.first_key + shift;
     rows.position_offset = in.rotary_offset + shift;
     return rows;
   }
@@ -172,6 +182,16 @@ struct Rows {
     return !bad;
   }
 };
+
+inline Rows queries_of(const AttentionInputs& in, const Sequence& s, int64_t head) {
+  return Rows(in, in.q, s.entry, s.first_query, head, in.head_dim).rotated(in, s, s.keys - s.queries);
+}
+inline Rows keys_of(const AttentionInputs& in, const Sequence& s, int64_t kv_head) {
+  return Rows(in, in.k, s.entry, s.first_key, kv_head, in.head_dim).rotated(in, s, 0);
+}
+inline Rows values_of(const AttentionInputs& in, const Sequence& s, int64_t kv_head) {
+  return Rows(in, in.v, s.entry, s.first_key, kv_head, in.head_dim_v);
+}
 
 inline void write_row(Dtype dtype, const float* from, int64_t count, void* data, int64_t element) {
   if (dtype == Dtype::float32)

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../parallel.h"
-#include "blocks.h"
+#include "dropout.h"
 
 namespace pynlp {
 namespace {
@@ -15,15 +15,20 @@ constexpr int64_t QUERIES = TILE_VECTORS * LANES;  // of a tile
 template <class E>
 class Forward {
  public:
-  explicit Forward(const AttentionForward& in) : in_(in) {
-    block_keys_ = in.head_dim > 128 ? 64 : 128;
-    words_ = row_words<E>(in.head_dim);
-    columns_ = round_up(in.head_dim, LANES);
-    // A longer block packs its keys for more queries; a shorter one gives more tasks. The result is the same.
-    block_queries_ = in.head_dim > 128 ? 128 : in.head_dim > 64 ? 256 : 512;
-    const int64_t heads = in.batch * in.heads;
-    while (block_queries_ > 2 * QUERIES && block_queries_ > 32 && heads * blocks() < 4 * thread_count())
-      block_queries_ /= 2;
+  explicit Forward(const AttentionForward& in)
+      : in_(in),
+        block_keys_(in.head_dim > 128 ? 64 : 128),
+        block_queries_(queries_of_block(in)),
+        words_(row_words<E>(in.head_dim)),
+        columns_(round_up(in.head_dim_v, LANES)),
+        blocks_(count_blocks(in, block_queries_) * sizeof(Block)) {
+    // Under a causal mask the last blocks of a sequence take longest: they come first.
+    Block* next = static_cast<Block*>(blocks_.data);
+    for (int64_t n = most(in, &Sequence::queries) / block_queries_; n >= 0; --n)
+      for (int64_t b = 0; b < in.batch; ++b)
+        if (n * block_queries_ < in.sequence(b).queries) *next++ = {b, n * block_queries_};
+    block_count_ = next - static_cast<Block*>(blocks_.data);
+    longest_ = most(in, &Sequence::keys);
     Arena sizes{nullptr};
     Scratch(*this, sizes);
     scratch_bytes_ = sizes.used;
@@ -31,18 +36,34 @@ class Forward {
 
   void run() const {
     run_tasks(
-        blocks() * in_.batch * in_.heads,
-        [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
+        block_count_ * in_.heads, [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
         const_cast<Forward*>(this));
   }
 
  private:
-  int64_t blocks() const { return (in_.seqlen_q + block_queries_ - 1) / block_queries_; }
+  struct Block {
+    int64_t sequence, first_query;
+  };
+
+  static int64_t count_blocks(const AttentionInputs& in, int64_t queries) {
+    int64_t count = 0;
+    for (int64_t b = 0; b < in.batch; ++b) count += (in.sequence(b).queries + queries - 1) / queries;
+    return count;
+  }
+
+  // A longer block packs its keys for more queries; a shorter one gives more tasks. The result is the same.
+  static int64_t queries_of_block(const AttentionInputs& in) {
+    const int64_t head_dim = larger(in.head_dim, in.head_dim_v);
+    int64_t queries = head_dim > 128 ? 128 : head_dim > 64 ? 256 : 512;
+    while (queries > 2 * QUERIES && queries > 32 && in.heads * count_blocks(in, queries) < 4 * thread_count())
+      queries /= 2;
+    return queries;
+  }
 
   struct Scratch {
     int32_t *queries, *rows, *keys, *values;  // packed
     float *scores, *out, *maximum, *sum, *line;
-    int32_t* weights;
+    int32_t *weights, *random;
     int32_t* spoiled;  // keys of the block whose value row is not finite
     Scratch(const Forward& f, Arena& arena) {
       const int64_t longest = larger(f.block_keys_, QUERIES);
@@ -52,27 +73,26 @@ class Forward {
       values = arena.take<int32_t>(f.block_keys_ * f.columns_);
       scores = arena.take<float>(f.block_keys_ * QUERIES);
       weights = arena.take<int32_t>(f.block_keys_ * QUERIES);
+      random = arena.take<int32_t>(f.in_.dropped ? Keeps::size(f.block_keys_, QUERIES) : 0);
       out = arena.take<float>(f.block_queries_ * f.columns_);
       maximum = arena.take<float>(f.block_queries_);
       sum = arena.take<float>(f.block_queries_);
       spoiled = arena.take<int32_t>(f.block_keys_);
-      line = arena.take<float>(f.in_.biased() ? f.in_.seqlen_k + f.block_queries_ + 2 * QUERIES : 0);
+      line = arena.take<float>(f.in_.biased() ? f.longest_ + f.block_queries_ + 2 * QUERIES : 0);
     }
   };
 
   void run_task(int64_t task) const {
-    const int64_t heads = in_.batch * in_.heads;
-    const int64_t block = blocks() - 1 - task / heads;  // under a causal mask the last ones take longest
-    const int64_t batch = task % heads / in_.heads, head = task % heads % in_.heads;
-    const int64_t kv_head = head / (in_.heads / in_.kv_heads);
-    const int64_t first = block * block_queries_, last = smaller(first + block_queries_, in_.seqlen_q);
+    const Block block = static_cast<const Block*>(blocks_.data)[task / in_.heads];
+    const Sequence sequence = in_.sequence(block.sequence);
+    const int64_t head = task % in_.heads, kv_head = head / (in_.heads / in_.kv_heads);
+    const int64_t first = block.first_query, last = smaller(first + block_queries_, sequence.queries);
 
     Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
     const Scratch s(*this, arena);
-    const Visibility visible(in_, batch);
-    const Rows q = Rows(in_, in_.q, batch, head).rotated(in_, batch, visible.offset);
-    const Rows k = Rows(in_, in_.k, batch, kv_head).rotated(in_, batch, 0);
-    const Rows v(in_, in_.v, batch, kv_head);
+    const Visibility visible(in_, sequence);
+    const Rows q = queries_of(in_, sequence, head), k = keys_of(in_, sequence, kv_head);
+    const Rows v = values_of(in_, sequence, kv_head);
 
     const Range keys = visible.of_any(first, last);
     for (int64_t i = first; i < last; i += QUERIES) {
@@ -83,16 +103,19 @@ class Forward {
     }
     const int64_t padded = round_up(last - first, QUERIES);
     memset(s.out, 0, padded * columns_ * sizeof(float));
+    const float sink = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();  // a key seen before all others
     for (int64_t i = 0; i < padded; ++i) {
-      s.maximum[i] = -__builtin_inff();
-      s.sum[i] = 0;
+      s.maximum[i] = sink;
+      s.sum[i] = sink == -__builtin_inff() ? 0.0f : 1.0f;
     }
 
     // Line entry 0 is the distance of the first query to the key after the last one.
     const int64_t line_first = first + visible.offset - keys.last - 1;
     const bool biased = in_.biased();
-    if (biased && !keys.empty()) bias_line(in_, batch, head, line_first, padded + keys.last - keys.first + 3, s.line);
+    if (biased && !keys.empty())
+      bias_line(in_, sequence.number, head, line_first, padded + keys.last - keys.first + 3, s.line);
 
+    Keeps keeps(in_, s.random, QUERIES);
     for (int64_t start = keys.first / block_keys_ * block_keys_; start < keys.last; start += block_keys_) {
       const Range some{larger(start, keys.first & ~1), smaller(start + block_keys_, keys.last)};
       const int64_t spoiled = pack_block(s, visible, k, v, some, {first, last});
@@ -104,11 +127,12 @@ class Forward {
         if (tile.empty()) continue;
         const bool masked = tile.first < all.first || tile.last > all.last;
         const float* line = biased ? s.line + (i + visible.offset - tile.first - line_first) : nullptr;
-        attend(s, visible, k, tile, some.first, i, i - first, masked, line);
+        if (in_.dropped) keeps.draw(sequence, head, tile.first, tile.last, i);
+        attend(s, visible, k, tile, some.first, i, i - first, masked, line, keeps);
         if (spoiled) add_spoiled(s, visible, v, tile, i, i - first, spoiled);
       }
     }
-    for (int64_t i = first; i < last; i += QUERIES) finish(s, batch, head, i, smaller(i + QUERIES, last), i - first);
+    for (int64_t i = first; i < last; i += QUERIES) finish(s, sequence, head, i, smaller(i + QUERIES, last), i - first);
   }
 
   // Of the block of keys that starts at `start`, the part that goes with queries slot .. slot + QUERIES of `queries`:
@@ -134,7 +158,7 @@ class Forward {
         if (!v.finite(j)) s.spoiled[spoiled++] = static_cast<int32_t>(j);
     if constexpr (E::PAIR == 1) {
       pack_rows<E>(v, block.first, block.last, padded, s.values);
-      for (int64_t n = 0; n < spoiled; ++n) memset(s.values + (s.spoiled[n] - block.first) * words_, 0, words_ * 4);
+      for (int64_t n = 0; n < spoiled; ++n) memset(s.values + (s.spoiled[n] - block.first) * columns_, 0, columns_ * 4);
     } else {
       static const uint16_t zeros[256] = {};
       const int32_t* next = s.spoiled;
@@ -144,7 +168,7 @@ class Forward {
       };
       for (int64_t j = block.first; j < block.last; j += 2) {
         const uint16_t* even = row(j);
-        pair_row(even, row(j + 1), in_.head_dim, columns_, s.values + (j - block.first) / 2 * columns_);
+        pair_row(even, row(j + 1), in_.head_dim_v, columns_, s.values + (j - block.first) / 2 * columns_);
       }
     }
     return spoiled;
@@ -152,7 +176,7 @@ class Forward {
 
   // One tile: scores, softmax and the weighted sum of the values. `slot` is the tile's first query in the scratch.
   void attend(const Scratch& s, const Visibility& visible, const Rows& k, Range tile, int64_t block_first,
-              int64_t query, int64_t slot, bool masked, const float* line) const {
+              int64_t query, int64_t slot, bool masked, const float* line, const Keeps& keeps) const {
     const int64_t rows = tile.last - tile.first, skipped = tile.first - block_first;
     // Keys are read where they are, unless they must be turned or widened first.
     const bool in_place = k.in_place(E::PAIR);
@@ -171,10 +195,13 @@ class Forward {
       line = nullptr;
     }
     float rescale[QUERIES];
-    softmax(s, rows, slot, scale, line, rescale);
+    if (in_.dropped)
+      softmax<true>(s, rows, slot, scale, line, rescale, keeps, tile.first);
+    else
+      softmax<false>(s, rows, slot, scale, line, rescale, keeps, tile.first);
     const int64_t pair_skipped = skipped / E::PAIR * columns_;
     const void* weights = E::PAIR == 1 ? static_cast<void*>(s.scores) : s.weights;
-    matmul<E, Into::scale_and_add>(in_.head_dim, QUERIES, (rows + E::PAIR - 1) / E::PAIR, s.values + pair_skipped, 1,
+    matmul<E, Into::scale_and_add>(in_.head_dim_v, QUERIES, (rows + E::PAIR - 1) / E::PAIR, s.values + pair_skipped, 1,
                                    columns_, weights, QUERIES, s.out + slot * columns_, QUERIES, rescale);
   }
 
@@ -200,7 +227,10 @@ class Forward {
 
   // scores -> weights exp2(scores * scale + line - maximum); rescale is what the sums so far are to be multiplied by.
   // Two rows at a time, each with its own running maximum and sum: one alone would wait for its last instruction.
-  void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, const float* line, float* rescale) const {
+  // Dropout takes weights out of the product, not out of their sum.
+  template <bool DROPOUT>
+  void softmax(const Scratch& s, int64_t rows, int64_t slot, float scale, const float* line, float* rescale,
+               const Keeps& keeps, int64_t key) const {
     constexpr int V = TILE_VECTORS;
     if (!line && scale < 0) negate(s.scores, rows, &scale);  // the maximum is taken before the scale
     const Float nothing = broadcast(-__builtin_inff());
@@ -231,18 +261,24 @@ class Forward {
     for (; r + 1 < rows; r += 2) {
       float* p = s.scores + r * QUERIES;
       for (int v = 0; v < V; ++v) {
-        const Float a = exp2_of<E::EXP2_DEGREE>(load(p + v * LANES) * factor - pivot[v]);
-        const Float b = exp2_of<E::EXP2_DEGREE>(load(p + QUERIES + v * LANES) * factor - pivot[v]);
-        store_weights(s, r, v, a, b);
+        Float a = exp2_of<E::EXP2_DEGREE>(load(p + v * LANES) * factor - pivot[v]);
+        Float b = exp2_of<E::EXP2_DEGREE>(load(p + QUERIES + v * LANES) * factor - pivot[v]);
         even[v] += a;
         odd[v] += b;
+        if constexpr (DROPOUT) {
+          const Int pair = keeps.pair(key + r, v * LANES);
+          a = keeps.even(pair, a);
+          b = keeps.odd(pair, b);
+        }
+        store_weights(s, r, v, a, b);
       }
     }
     if (r < rows) {
       for (int v = 0; v < V; ++v) {
-        const Float a = exp2_of<E::EXP2_DEGREE>(load(s.scores + r * QUERIES + v * LANES) * factor - pivot[v]);
-        store_weights(s, r, v, a, Float{});  // block_keys_ is even: there is room for a row of zeros
+        Float a = exp2_of<E::EXP2_DEGREE>(load(s.scores + r * QUERIES + v * LANES) * factor - pivot[v]);
         even[v] += a;
+        if constexpr (DROPOUT) a = keeps.even(keeps.pair(key + r, v * LANES), a);
+        store_weights(s, r, v, a, Float{});  // block_keys_ is even: there is room for a row of zeros
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -285,18 +321,20 @@ class Forward {
           const uint32_t word = s.weights[row / 2 * QUERIES + i];
           weight = bf16_to_float(static_cast<uint16_t>(row % 2 ? word >> 16 : word));
         }
-        for (int64_t d = 0; d < in_.head_dim; ++d) s.out[slot * columns_ + d * QUERIES + i] += weight * values[d];
+        for (int64_t d = 0; d < in_.head_dim_v; ++d) s.out[slot * columns_ + d * QUERIES + i] += weight * values[d];
       }
     }
   }
 
   // Normalises queries first .. last - 1 and writes their rows of out and lse.
-  void finish(const Scratch& s, int64_t batch, int64_t head, int64_t first, int64_t last, int64_t slot) const {
+  void finish(const Scratch& s, const Sequence& sequence, int64_t head, int64_t first, int64_t last,
+              int64_t slot) const {
     float* out = s.out + slot * columns_;
+    const Float kept = broadcast(in_.kept_share());
     for (int v = 0; v < TILE_VECTORS; ++v) {
       const Float sum = load(s.sum + slot + v * LANES);
-      const Float inverse = sum == Float{} ? Float{} : broadcast(1.0f) / sum;
-      for (int64_t d = 0; d < in_.head_dim; ++d) {
+      const Float inverse = sum == Float{} ? Float{} : broadcast(1.0f) / (sum * kept);
+      for (int64_t d = 0; d < in_.head_dim_v; ++d) {
         float* p = out + d * QUERIES + v * LANES;
         store(p, load(p) * inverse);
       }
@@ -304,16 +342,17 @@ class Forward {
     float* rows = reinterpret_cast<float*>(s.rows);
     transpose(reinterpret_cast<int32_t*>(out), QUERIES, s.rows, columns_, columns_, QUERIES);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t element = ((batch * in_.seqlen_q + i) * in_.heads + head) * in_.head_dim;
-      write_row(in_.dtype, rows + (i - first) * columns_, in_.head_dim, in_.out, element);
+      write_row(in_.dtype, rows + (i - first) * columns_, in_.head_dim_v, in_.out,
+                in_.query_row(sequence, head, i, in_.head_dim_v));
       const float sum = s.sum[slot + i - first], maximum = s.maximum[slot + i - first];
-      in_.lse[(batch * in_.heads + head) * in_.seqlen_q + i] =
-          sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
+      in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
     }
   }
 
   const AttentionForward& in_;
   int64_t block_keys_, block_queries_, words_, columns_;
+  Buffer blocks_;
+  int64_t block_count_, longest_;
   size_t scratch_bytes_;
 };
 

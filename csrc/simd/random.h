@@ -1,0 +1,56 @@
+// Philox4x32-10 (Salmon et al., SC 2011): random words as a hash of counters, a counter in each lane.
+#pragma once
+
+#include "vector.h"
+
+namespace pynlp {
+namespace {
+
+// Half as many lanes of 64 bits: of each only the low 32 count, and a product needs no shuffle.
+typedef uint64_t Wide __attribute__((vector_size(4 * LANES)));
+
+inline Wide multiply_low_halves(Wide a, Wide b) {
+#if PYNLP_AVX512
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif PYNLP_LANES == 8
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// words[0 .. 3][lane] = Philox with the key `seed` of the counters (c0, c1 + lane, c2, 0).
+inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, Int* words) {
+  const Wide multiplier0 = Wide{} + 0xD2511F53u, multiplier1 = Wide{} + 0xCD9E8D57u;
+  Wide x[2][4];  // even lanes, odd lanes
+  for (int parity = 0; parity < 2; ++parity) {
+    uint64_t lanes[LANES / 2];
+    for (int i = 0; i < LANES / 2; ++i) lanes[i] = c1 + static_cast<uint32_t>(2 * i + parity);
+    x[parity][0] = Wide{} + c0;
+    memcpy(&x[parity][1], lanes, sizeof lanes);
+    x[parity][2] = Wide{} + c2;
+    x[parity][3] = Wide{};
+  }
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Wide k0 = Wide{} + key0, k1 = Wide{} + key1;
+#pragma GCC unroll 2
+    for (int parity = 0; parity < 2; ++parity) {
+      Wide* c = x[parity];
+      const Wide p0 = multiply_low_halves(c[0], multiplier0), p1 = multiply_low_halves(c[2], multiplier1);
+      c[0] = (p1 >> 32) ^ c[1] ^ k0;
+      c[1] = p1;
+      c[2] = (p0 >> 32) ^ c[3] ^ k1;
+      c[3] = p0;
+    }
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  for (int i = 0; i < 4; ++i) words[i] = (Int)((x[0][i] & 0xffffffffu) | x[1][i] << 32);
+}
+
+}  // namespace
+}  // namespace pynlp
