@@ -2,7 +2,8 @@
 
 The oracle is `eager_attention` in fp64 with PyTorch's autograd. PyTorch's own low-precision path, which the errors of
 ours are measured against, is the same function in the low precision, as models do it: the products in that precision,
-biases and softmax in fp32, the weights rounded before they meet the values.
+biases and softmax in fp32, the weights rounded before they meet the values. Which weights dropout keeps it is told:
+that they are drawn as they should be is for test_random.py.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pynlp.functional import attention
+from pynlp.reference.random import attention_keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int = 16
+    head_dim_v: int | None = None  # as head_dim
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softmax_scale: float | None = None
@@ -35,6 +38,8 @@ class Case:
     rotary_interleaved: bool = False
     rotary_offset: int | str = 0  # "ids": a position of its own for each key
     magnitude: float = 1.0  # of the queries
+    sinks: bool = False
+    dropout_p: float = 0.0
 
     def __str__(self):
         changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
@@ -51,8 +56,10 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str
     tensors = {
         "q": (normal(case.batch, case.seqlen_q, case.heads, case.head_dim) * case.magnitude).to(dtype),
         "k": normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim).to(dtype),
-        "v": normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim).to(dtype),
+        "v": normal(case.batch, case.seqlen_k, case.kv_heads, case.head_dim_v or case.head_dim).to(dtype),
     }
+    if case.sinks:
+        tensors["sinks"] = normal(case.heads).float()
     if case.alibi:
         shape = (case.heads,) if case.alibi == "heads" else (case.batch, case.heads)
         tensors["alibi_slopes"] = torch.rand(shape, generator=generator) * 0.3
@@ -62,6 +69,8 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str
         causal=case.causal, window=case.window, softmax_scale=case.softmax_scale, softcap=case.softcap,
         relative_bidirectional=case.relative_bidirectional, rotary_interleaved=case.rotary_interleaved,
     )  # fmt: skip
+    if case.dropout_p:
+        options |= dict(dropout_p=case.dropout_p, seed=12345678901234567)
     if case.relative:
         options["relative_max_distance"] = case.relative[1]
     if case.key_lengths is not None:
@@ -82,7 +91,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str
 def eager_attention(
     q, k, v, *, causal, window, softmax_scale, softcap, alibi_slopes=None, relative_bias=None,
     relative_max_distance=128, relative_bidirectional=None, rotary=None, rotary_interleaved=False, rotary_offset=0,
-    key_lengths=None,
+    key_lengths=None, sinks=None, dropout_p=0.0, seed=0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense attention by PyTorch's operations in q's dtype; biases and softmax in fp32, or fp64 for fp64."""
     dtype, statistics = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -123,12 +132,18 @@ def eager_attention(
         visible &= key_position <= query_position + right
     if key_lengths is not None:
         visible &= key_position < key_lengths[:, None, None, None]
+    if sinks is not None:  # one more key, which all see, and whose weight is thrown away
+        scores = torch.cat((scores, sinks.to(statistics)[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+        visible = torch.cat((visible, visible.new_ones(*visible.shape[:3], 1)), dim=-1)
     sees_any = visible.any(-1, keepdim=True)
     # A row of nothing but -inf would have NaN gradients: give it zeros, and take its result back afterwards.
     scores = scores.masked_fill(~visible & sees_any, -math.inf)
-    weights = torch.where(visible, torch.softmax(scores, dim=-1), 0.0).to(dtype)
+    weights = torch.where(visible, torch.softmax(scores, dim=-1), 0.0)[..., :seqlen_k]
+    if dropout_p:
+        keeps = attention_keeps(torch.tensor(seed), dropout_p, torch.arange(batch), heads, seqlen_q, seqlen_k)
+        weights = weights * keeps / (1 - round(dropout_p * 65536) / 65536)
     lse = torch.where(sees_any[..., 0], torch.logsumexp(scores, dim=-1), -math.inf)
-    return (weights @ v).transpose(1, 2), lse
+    return (weights.to(dtype) @ v).transpose(1, 2), lse
 
 
 def turned(x: Tensor, table: list[Tensor], positions: Tensor, interleaved: bool) -> Tensor:

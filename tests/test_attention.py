@@ -58,13 +58,26 @@ FEATURES = [
     Case(rotary_dim=16, rotary_offset=40, seqlen_q=70),  # queries before the first key, at positions 3 and up
     Case(rotary_dim=8, rotary_offset="ids", seqlen_q=20),
     Case(rotary_dim=16, rotary_offset="ids", rotary_interleaved=True, causal=True, heads=4, kv_heads=2),
+    Case(sinks=True, causal=True, seqlen_q=70, seqlen_k=33),  # where nothing else is seen, the lse is the sink
+    Case(sinks=True, heads=6, kv_heads=2, window=(7, 3), softcap=3.0),
+    Case(dropout_p=0.1, seqlen_k=150),
+    Case(dropout_p=0.5, causal=True, heads=4, kv_heads=2, seqlen_q=70, seqlen_k=75),
+    Case(head_dim_v=40),
+    Case(head_dim=40, head_dim_v=7, causal=True, heads=4, kv_heads=2),
 ]
 COMBINED = [
-    Case(3, 65, 130, 6, 3, 40, True, (50, None), key_lengths=(130, 0, 77), alibi="batch", rotary_dim=20),
-    Case(2, 130, 65, 4, 1, 24, False, (30, 20), softcap=5.0, relative=(16, 40), key_lengths=(60, 65)),
-    Case(2, 64, 64, 4, 2, 64, True, None, 0.2, 3.0, (64, 31), "heads", (32, 100), rotary_dim=64, rotary_offset="ids"),
-    Case(1, 129, 257, 8, 2, 80, True, rotary_dim=40, rotary_interleaved=True, rotary_offset=7, magnitude=4.0),
-]
+    Case(3, 65, 130, 6, 3, 40, causal=True, window=(50, None), key_lengths=(130, 0, 77), alibi="batch", rotary_dim=20),
+    Case(2, 130, 65, 4, 1, 24, window=(30, 20), softcap=5.0, relative=(16, 40), key_lengths=(60, 65)),
+    Case(
+        2, 64, 64, 4, 2, 64, causal=True, softmax_scale=0.2, softcap=3.0, key_lengths=(64, 31), alibi="heads",
+        relative=(32, 100), rotary_dim=64, rotary_offset="ids",
+    ),
+    Case(1, 129, 257, 8, 2, 80, causal=True, rotary_dim=40, rotary_interleaved=True, rotary_offset=7, magnitude=4.0),
+    Case(
+        2, 130, 65, 4, 2, 24, 33, window=(30, 20), softcap=5.0, relative=(16, 40), alibi="batch", key_lengths=(60, 65),
+        sinks=True, dropout_p=0.2,
+    ),
+]  # fmt: skip
 HEAD_DIMS = [1, 3, 8, 17, 40, 64, 80, 128, 160, 256]
 LENGTHS = [1, 2, 31, 33, 127, 129, 300, 513]
 
@@ -179,5 +192,8 @@ def test_any_shape_and_features(data):
         rotary_interleaved=draw(strategies.booleans()) and rotary_dim > 0,
         rotary_offset=draw(offset | strategies.just("ids") if seqlen_q <= seqlen_k else offset) if rotary_dim else 0,
         magnitude=draw(strategies.sampled_from([1.0, 5.0])),
+        head_dim_v=draw(maybe | strategies.integers(1, 72)),
+        sinks=draw(strategies.booleans()),
+        dropout_p=draw(strategies.sampled_from([0.0, 0.0, 0.1, 0.7])),
     )  # fmt: skip
     assert_accurate(case, draw(strategies.sampled_from(DTYPES)))

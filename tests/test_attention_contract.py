@@ -1,6 +1,7 @@
 """What attention promises as an operator: opcheck, gradcheck, compilation, autocast, checkpoints, and its errors."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from pynlp import backends
 from pynlp.functional import attention
 from pynlp.ops.positions import relative_position_buckets
 
-RICH = Case(2, 9, 13, 4, 2, 8, True, (5, None), 0.3, 2.0, (13, 6), "batch", (8, 10), rotary_dim=4, rotary_offset="ids")
+RICH = Case(
+    2, 9, 13, 4, 2, 8, 6, causal=True, window=(5, None), softmax_scale=0.3, softcap=2.0, key_lengths=(13, 6),
+    alibi="batch", relative=(8, 10), rotary_dim=4, rotary_offset="ids", sinks=True, dropout_p=0.25,
+)  # fmt: skip
 
 
 def test_native_kernels_are_loaded():
@@ -27,19 +31,22 @@ def op_arguments(dtype=torch.float32, rich=True, seqlen_q=5, requires_grad=True)
     tensors = {
         "q": torch.randn(2, seqlen_q, 4, 8, dtype=dtype),
         "k": torch.randn(2, 7, 2, 8, dtype=dtype),
-        "v": torch.randn(2, 7, 2, 8, dtype=dtype),
+        "v": torch.randn(2, 7, 2, 6, dtype=dtype),
         "alibi_slopes": torch.rand(4, dtype=statistics),
         "relative_bias": torch.randn(8, 4, dtype=statistics),
+        "sinks": torch.randn(4, dtype=statistics),
     }
-    q, k, v, slopes, table = (x.requires_grad_(requires_grad) for x in tensors.values())
+    q, k, v, slopes, table, sinks = (x.requires_grad_(requires_grad) for x in tensors.values())
+    nothing = None, None
     if not rich:
-        return q, k, v, 0.5, -1, -1, 0.0, None, None, None, None, None, None, None, 0, False
+        return q, k, v, 0.5, -1, -1, 0.0, None, *nothing, None, *nothing, *nothing, *nothing, 0, False, 0.0, None
     angles = torch.rand(7, 2, dtype=statistics)
     positions = torch.randint(0, 7, (2, 7), dtype=torch.int32)
     lengths = torch.tensor([7, 0], dtype=torch.int32)
     buckets = relative_position_buckets(8, 10, True)
-    options = (0.5, 3, 0, 2.0, lengths, slopes, table, buckets, angles.cos(), angles.sin(), positions, 0, True)
-    return q, k, v, *options
+    biases = (sinks, slopes, table, buckets)
+    rotary = (angles.cos(), angles.sin(), positions, 0, True)
+    return q, k, v, 0.5, 3, 0, 2.0, lengths, *nothing, *biases, *rotary, 0.3, torch.tensor([5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -52,7 +59,7 @@ def test_opcheck(dtype, rich, seqlen_q):
     arguments = op_arguments(dtype, rich, seqlen_q, requires_grad=False)
     out, lse = torch.ops.pynlp.attention_forward(*arguments)
     for grad_lse in (None, torch.randn_like(lse)):
-        backward = (torch.randn_like(out), grad_lse, *arguments[:3], out, lse, *arguments[3:], rich, rich)
+        backward = (torch.randn_like(out), grad_lse, *arguments[:3], out, lse, *arguments[3:], rich, rich, rich)
         results = torch.library.opcheck(torch.ops.pynlp.attention_backward.default, backward)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -64,6 +71,7 @@ def test_opcheck(dtype, rich, seqlen_q):
         Case(2, 4, 3, 2, 2, 3, causal=True, alibi="heads", softcap=1.5),
         Case(1, 3, 5, 4, 2, 4, window=(1, 1), relative=(4, 3), rotary_dim=4, rotary_offset="ids"),
         Case(2, 3, 3, 2, 1, 6, alibi="batch", key_lengths=(3, 1), rotary_dim=4, rotary_interleaved=True),
+        Case(2, 4, 3, 2, 1, 3, 5, causal=True, sinks=True, dropout_p=0.4),
     ],
     ids=str,
 )
@@ -85,7 +93,8 @@ def test_compile(backend):
     compilations = CompileCounterWithBackend(backend)
     compiled = torch.compile(fused_attention, fullgraph=True, dynamic=True, backend=compilations)
     for seqlen_q, seqlen_k in ((9, 13), (12, 31), (20, 20)):
-        case = Case(2, seqlen_q, seqlen_k, 4, 2, 8, True, (5, None), 0.3, 2.0, None, "batch", (8, 10), rotary_dim=4)
+        sizes = dict(seqlen_q=seqlen_q, seqlen_k=seqlen_k, key_lengths=None, rotary_offset=0)
+        case = dataclasses.replace(RICH, **sizes)
         tensors, options = make_inputs(case, torch.float32)
         results = evaluate(compiled, tensors, options)
         for name, expected in evaluate(fused_attention, tensors, options).items():
@@ -213,11 +222,12 @@ REFUSED = {
     "k's device": (dict(k=random(2, 7, 2, 8, device="meta")), ValueError, "k: expected q's device cpu, got meta"),
     "v's device": (dict(v=random(2, 7, 2, 8, device="meta")), ValueError, "v: expected q's device cpu, got meta"),
     "batch": (dict(k=random(3, 7, 2, 8)), ValueError, "k: expected shape \\(2, .*, 8\\).*got \\(3, 7, 2, 8\\)"),
-    "head_dim of v": (dict(v=random(2, 7, 2, 4)), ValueError, "v: expected shape .*got \\(2, 7, 2, 4\\)"),
+    "head_dim of k": (dict(k=random(2, 7, 2, 4)), ValueError, "k: expected shape .*got \\(2, 7, 2, 4\\)"),
+    "large head_dim of v": (dict(v=random(2, 7, 2, 257)), ValueError, "v: expected a head_dim of 1 to 256, got 257"),
     "v unlike k": (
         dict(v=random(2, 6, 2, 8)),
         ValueError,
-        "v: expected the shape of k \\(2, 7, 2, 8\\), got \\(2, 6, 2, 8\\)",
+        "v: expected the shape of k \\(2, 7, 2, 8\\) but for head_dim, got \\(2, 6, 2, 8\\)",
     ),
     "heads": (
         dict(k=random(2, 7, 3, 8), v=random(2, 7, 3, 8)),
@@ -237,6 +247,20 @@ REFUSED = {
     ),
     "left window": (dict(window=(-1, 0)), ValueError, "window: expected left >= 0 or None .*got -1"),
     "right window": (dict(window=(None, -3)), ValueError, "window: expected right >= 0 or None .*got -3"),
+    "sinks' shape": (dict(sinks=random(2)), ValueError, "sinks: expected shape \\(4,\\), got \\(2,\\)"),
+    "dropout of all": (dict(dropout_p=1.0), ValueError, "dropout_p: expected at least 0 and less than 1, got 1.0"),
+    "negative dropout": (dict(dropout_p=-0.1), ValueError, "dropout_p: expected at least 0 .*got -0.1"),
+    "seed's shape": (
+        dict(dropout_p=0.1, seed=torch.tensor([1, 2])),
+        ValueError,
+        "seed: expected an int or one int64 value, got shape \\(2,\\)",
+    ),
+    "seed's dtype": (dict(dropout_p=0.1, seed=torch.tensor(1.0)), ValueError, "seed: .*one int64 value.*float32"),
+    "seed's device": (
+        dict(dropout_p=0.1, seed=torch.zeros(1, dtype=torch.int64, device="meta")),
+        ValueError,
+        "seed: expected q's device cpu, got meta",
+    ),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap: expected 0 .*got -1.0"),
     "lengths' shape": (
         dict(key_lengths=torch.tensor([7])),

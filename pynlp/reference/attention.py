@@ -74,8 +74,10 @@ def attention_backward(
         return _backward(grad_out, grad_lse, q, k, v, out, lse, options, needs, _entries(q))
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     biases = (options.alibi_slopes, options.relative_bias, options.sinks)
-    nothing = q.new_empty(0, dtype=torch.float32)
-    totals = [torch.zeros_like(x) if needed else nothing for x, needed in zip(biases, needs, strict=True)]
+    totals = [
+        torch.zeros_like(x) if needed else q.new_empty(0, dtype=torch.float32)
+        for x, needed in zip(biases, needs, strict=True)
+    ]
     for entry, queries, keys, own in _sequences(q, options):
         grad_q, grad_k, grad_v, *sums = _backward(
             grad_out[:, queries], None if grad_lse is None else grad_lse[:, :, queries],
@@ -83,7 +85,10 @@ def attention_backward(
         )  # fmt: skip
         grads[0][:, queries], grads[1][:, keys], grads[2][:, keys] = grad_q, grad_k, grad_v
         for total, part, bias in zip(totals, sums, biases, strict=True):
-            (total[entry] if bias is options.alibi_slopes and total.dim() == 2 else total).add_(part)
+            if bias is options.alibi_slopes and total.dim() == 2:  # slopes of this sequence alone
+                total[entry] = part
+            else:
+                total += part
     return (*grads, *totals)
 
 
@@ -132,7 +137,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, o: Options, needs: tuple[bo
 
     distance = relative_distance(q.shape[1], k.shape[1], q.device)  # (Sq, Sk): key - query
     needs_slopes, needs_table, needs_sinks = needs
-    grad_slopes = grad_table = grad_sinks = q.new_empty(0, dtype=torch.float32)
+    grad_slopes, grad_table, grad_sinks = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
     if needs_slopes:
         grad_slopes = -(grad_scores * distance.abs()).sum((2, 3))  # (B, H)
         grad_slopes = grad_slopes.sum(0) if o.alibi_slopes.dim() == 1 else grad_slopes
