@@ -7,6 +7,7 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
 from pynlp.models import Decoder, TransformerConfig
+from pynlp.nn import KVCache, PagedKVCache
 
 SIZES = dict(vocab_size=50, embed_dim=32, layers=3, heads=4)
 
@@ -100,6 +101,38 @@ def test_a_token_sees_no_later_one(positions):
     assert ((before - after).abs().amax(-1)[:, 12:] > 0).all()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("positions", ["rope", "alibi", "relative", "none"])
+@torch.no_grad()
+def test_greedy_decoding_with_a_cache_gives_the_same_tokens(positions, window):
+    """The prompts of both sequences begin alike, which a fork in pages computes once."""
+    model = decoder(positions=positions, window=window, kv_heads=2)
+    start, ends = tokens(7)[:1], tokens(3)
+    whole = torch.cat((start.expand(2, -1), ends), dim=1)
+    for _ in range(12):
+        whole = torch.cat((whole, model(whole)[:, -1:].argmax(-1)), dim=1)
+    assert len(set(whole[:, 10:].flatten().tolist())) > 4  # not one token again and again
+
+    cache = KVCache(2, 21, **model.cache_shape)
+    new = whole[:, :10]
+    contiguous = [new]
+    for _ in range(12):
+        new = model(new, cache.append(new.shape[1]))[:, -1:].argmax(-1)
+        contiguous.append(new)
+    assert torch.equal(torch.cat(contiguous, dim=1), whole)
+
+    pages = PagedKVCache(12, 4, **model.cache_shape)
+    first = pages.allocate()
+    model(start, pages.append([first], 7))
+    both, new = [first, pages.fork(first)], ends
+    paged = [start.expand(2, -1), ends]
+    for _ in range(12):
+        new = model(new, pages.append(both, new.shape[1]))[:, -1:].argmax(-1)
+        paged.append(new)
+    assert torch.equal(torch.cat(paged, dim=1), whole)
+    assert pages.free_pages == 12 - (2 * 6 - 1)  # 21 tokens each; the first page is common
+
+
 def test_every_scheme_but_none_sees_the_order():
     batch = tokens()
     permuted = batch.clone()
@@ -183,3 +216,5 @@ def test_refuses_bad_tokens():
         model(torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match="max_positions"):
         model(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="cache: expected one of 3 layers, got 1"):
+        model(torch.zeros(1, 3, dtype=torch.long), KVCache(1, 4, 4, 8).append(3))

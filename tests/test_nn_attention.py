@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pynlp.functional import alibi_slopes, rotary_tables
-from pynlp.nn import MultiHeadAttention
+from pynlp.nn import KVCache, MultiHeadAttention, PagedKVCache
 
 BATCH, SEQLEN, EMBED_DIM, HEADS = 2, 13, 24, 4
 
@@ -25,6 +25,7 @@ VARIANTS = {
     "relative": dict(positions="relative", relative_buckets=8, relative_max_distance=6),
     "causal relative": dict(causal=True, positions="relative", relative_buckets=8, relative_max_distance=6),
     "window, softcap": dict(causal=True, window=(3, 0), softcap=2.0, bias=False),
+    "sinks": dict(causal=True, kv_heads=2, sinks=True),
 }
 
 
@@ -69,7 +70,10 @@ def eager(module, x, memory=None, key_lengths=None, offset=0):
     visible = (distance >= -left) & (distance <= right)
     if key_lengths is not None:
         visible = visible & (torch.arange(seqlen_k) < key_lengths[:, None, None, None])
-    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if module.sinks is not None:  # one key more, which has no value
+        scores = torch.cat((scores, module.sinks[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    probabilities = scores.softmax(-1)[..., :seqlen_k]
     out = (probabilities @ v).transpose(1, 2).flatten(2)
     return out @ module.out_proj.weight.T + (0 if module.out_proj.bias is None else module.out_proj.bias)
 
@@ -117,9 +121,10 @@ def test_from_torch_with_a_memory_of_its_own_width():
 
 
 def test_from_torch_keeps_dtype_and_mode_and_copies():
-    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, dropout=0.1, dtype=torch.float64).eval()
-    ours = MultiHeadAttention.from_torch(theirs)
-    assert ours.q_proj.weight.dtype == torch.float64 and not ours.training
+    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, dropout=0.1, dtype=torch.float64)
+    assert MultiHeadAttention.from_torch(theirs).training
+    ours = MultiHeadAttention.from_torch(theirs.eval())
+    assert ours.q_proj.weight.dtype == torch.float64 and not ours.training and ours.dropout == 0.1
     before = ours.q_proj.weight.clone()
     with torch.no_grad():
         theirs.in_proj_weight.zero_()
@@ -132,7 +137,6 @@ def test_from_torch_keeps_dtype_and_mode_and_copies():
         (dict(add_bias_kv=True), "module: expected add_bias_kv=False"),
         (dict(add_zero_attn=True), "module: expected .*add_zero_attn=False"),
         (dict(kdim=8, vdim=12), "module: .* kdim=8 and vdim=12"),
-        (dict(dropout=0.25), "module: expected dropout=0 or evaluation mode.* got 0.25"),
     ],
 )
 def test_from_torch_refuses_what_has_no_counterpart(options, message):
@@ -173,7 +177,7 @@ def test_output_and_gradients_match_fp64(name):
     pairs = [("x", x, x_exact)]
     pairs += [(n, p, q) for (n, p), q in zip(module.named_parameters(), exact.parameters(), strict=True)]
     for parameter_name, ours, theirs in pairs:
-        if parameter_name == "k_proj.bias" and module.positions != "rope" and not module.softcap:
+        if parameter_name == "k_proj.bias" and name not in ("rope", "interleaved partial rope", "yarn", "sinks"):
             # Adds the same to every score of a row, so its true gradient is 0.
             assert theirs.grad.abs().max() < 1e-12 and ours.grad.abs().max() < 1e-4
             continue
@@ -249,13 +253,13 @@ def test_grouped_heads_equal_expanded_weights():
     torch.testing.assert_close(grouped(x), full(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rope", "alibi", "relative"])
+@pytest.mark.parametrize("name", ["rope", "alibi", "relative", "sinks"])
 def test_state_dict_round_trip(name):
     module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
     other = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
     state = module.state_dict()
     names = {f"{p}_proj.{kind}" for p in ("q", "k", "v", "out") for kind in ("weight", "bias")}
-    assert set(state) == names | ({"relative_bias"} if name == "relative" else set())
+    assert set(state) == names | {"relative": {"relative_bias"}, "sinks": {"sinks"}}.get(name, set())
     x = tokens()
     assert not torch.equal(module(x), other(x))
     other.load_state_dict(state)
@@ -298,7 +302,155 @@ def test_another_attention_can_be_put_in():
     assert seen["causal"] and torch.equal(seen["rotary"][0], module.rotary.cos)
 
 
-@pytest.mark.parametrize("name", ["rope", "alibi", "relative"])
+def test_sinks_start_as_a_score_of_zero():
+    """Values of all ones come out as the share that the sink leaves."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, causal=True, sinks=True)
+    with torch.no_grad():
+        module.q_proj.weight.zero_()
+        module.v_proj.weight.zero_()
+        module.v_proj.bias.fill_(1)
+        share = torch.arange(1, SEQLEN + 1) / torch.arange(2, SEQLEN + 2)
+        expected = module.out_proj(share[:, None].expand(BATCH, -1, EMBED_DIM))
+    torch.testing.assert_close(module(tokens()), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_drops_weights_in_training_only(packed):
+    """Of one key each, with a value of ones: a head gives 0 where it is dropped, 1 / (1 - p) where it is not."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, dropout=0.25, bias=False)
+    with torch.no_grad():
+        module.v_proj.weight.fill_(1)
+        module.out_proj.weight.copy_(torch.eye(EMBED_DIM))
+    x = torch.full((4000, 1, EMBED_DIM), 1 / EMBED_DIM)
+    options = {}
+    if packed:
+        x, options = x[:, 0], dict(cu_seqlens=torch.arange(4001, dtype=torch.int32))
+    out = module(x, **options).view(4000, HEADS, -1)
+    dropped = out == 0
+    torch.testing.assert_close(out[~dropped], torch.full_like(out[~dropped], 4 / 3))
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.015)  # 4 sigma
+    assert (dropped.all(-1) | ~dropped.any(-1)).all()
+    torch.manual_seed(5)
+    again = module(x, **options)
+    torch.manual_seed(5)
+    assert torch.equal(module(x, **options), again)
+    torch.testing.assert_close(module.eval()(x, **options), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_sequences_are_as_each_alone(name):
+    """With the gradients; one of the sequences is empty."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
+    lengths = [5, 0, 1, 7]
+    alone = [tokens(1, length, requires_grad=True) for length in lengths]
+    packed = torch.cat([x[0] for x in alone]).detach().requires_grad_()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    expected = torch.cat([module(x)[0] for x in alone])
+    out = module(packed, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    out.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad()
+    expected.square().sum().backward()
+    torch.testing.assert_close(packed.grad, torch.cat([x.grad[0] for x in alone]), rtol=1e-4, atol=1e-5)
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-5, msg=n)
+
+
+def test_packed_sequences_with_positions_of_their_own():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions="rope", causal=True)
+    packed, positions = tokens(1, 8)[0], torch.tensor([0, 4, 5, 10, 12, 3, 4, 9], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32)
+    out = module(packed, cu_seqlens=cu_seqlens, rotary_offset=positions)
+    for part in (slice(0, 5), slice(5, 8)):
+        expected = module(packed[None, part], rotary_offset=positions[None, part])[0]
+        torch.testing.assert_close(out[part], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_with_packed_memories():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, memory_dim=10, kv_heads=2)
+    xs, memories = [tokens(1, n) for n in (4, 2)], [tokens(1, n, 10) for n in (3, 8)]
+    packed, memory = torch.cat(xs, dim=1)[0], torch.cat(memories, dim=1)[0]
+    starts = dict(cu_seqlens=torch.tensor([0, 4, 6]), cu_seqlens_memory=torch.tensor([0, 3, 11]))
+    expected = torch.cat([module(x, m)[0] for x, m in zip(xs, memories, strict=True)])
+    torch.testing.assert_close(module(packed, memory, **starts), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(module(packed, module.keys_values(memory), **starts), module(packed, memory, **starts))
+
+
+def test_keys_and_values_of_a_memory_can_be_kept():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, memory_dim=10, kv_heads=2)
+    x, memory = tokens(), tokens(seqlen=5, width=10, requires_grad=True)
+    key_lengths = torch.tensor([3, 5], dtype=torch.int32)
+    kept = module.keys_values(memory)
+    steps = torch.cat([module(x[:, i : i + 1], kept, key_lengths=key_lengths) for i in range(SEQLEN)], dim=1)
+    whole = module(x, memory, key_lengths=key_lengths)
+    torch.testing.assert_close(steps, whole, rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(whole)
+    (from_steps,) = torch.autograd.grad((steps * weights).sum(), memory)
+    (from_whole,) = torch.autograd.grad((whole * weights).sum(), memory)
+    torch.testing.assert_close(from_steps, from_whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_the_full_forward(name, kind, dtype, tolerance):
+    """Two prompts of unequal lengths, padded to one; then steps of one and of several tokens."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **{**VARIANTS[name], "causal": True}, dtype=dtype)
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)
+    if kind == "paged":
+        cache = PagedKVCache(10, 4, **module.cache_shape, dtype=dtype)
+        sequences = [cache.allocate(), cache.allocate()]
+    else:
+        cache = KVCache(BATCH, 17, **module.cache_shape, dtype=dtype)
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+
+    prompts, x = [6, 9], tokens(seqlen=9 + 5, dtype=dtype)
+    outs, at = [[], []], [0, 0]
+    for count in (9, 1, 1, 3):
+        chunk = torch.stack([x[b, at[b] : at[b] + count] for b in range(BATCH)])
+        (layer,) = cache.append(sequences, count) if kind == "paged" else cache.append(count)
+        out = module(chunk, cache=layer)
+        new = prompts if count == 9 else [count, count]
+        for b in range(BATCH):
+            outs[b].append(out[b, : new[b]])
+            at[b] += new[b]
+        if kind == "paged":
+            cache.truncate(sequences[0], at[0])
+        else:
+            cache.truncate(at)
+    for b in range(BATCH):
+        expected = module(x[b : b + 1, : at[b]])[0]
+        torch.testing.assert_close(torch.cat(outs[b]), expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_a_cache_that_starts_at_a_later_position():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, positions="rope", causal=True, max_positions=120)
+    cache, x = KVCache(BATCH, SEQLEN, **module.cache_shape), tokens()
+    steps = [
+        module(x[:, new], cache=cache.append(n)[0], rotary_offset=107) for n, new in ((9, slice(9)), (4, slice(9, 13)))
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), module(x, rotary_offset=107), rtol=1e-5, atol=1e-6)
+    cached = cache.k[0]  # turned by the angles of 107 and on, not of 0 and on
+    fresh = KVCache(BATCH, SEQLEN, **module.cache_shape)
+    module(x, cache=fresh.append(SEQLEN)[0])
+    assert (cached - fresh.k[0]).abs().amax(-1).min() > 1e-3
+
+
+def test_bytes_of_a_cached_token():
+    module = MultiHeadAttention(EMBED_DIM, HEADS, kv_heads=2)
+    assert module.cache_bytes_per_token() == 2 * 2 * 6 * 4
+    assert (
+        module.cache_bytes_per_token(torch.bfloat16) == KVCache(1, 1, **module.cache_shape, dtype=torch.bfloat16).nbytes
+    )
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi", "relative", "sinks"])
 def test_compiles_without_a_graph_break(name):
     module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
     x = tokens()
@@ -314,6 +466,20 @@ def test_compiles_without_a_graph_break(name):
         torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
+@torch.no_grad()
+def test_decoding_compiles_without_a_graph_break():
+    """Of the steps of one token, only the first is compiled."""
+    torch._dynamo.reset()
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS["rope"])
+    compiled = torch.compile(module, fullgraph=True)
+    cache, x = KVCache(BATCH, 16, **module.cache_shape), tokens()
+    outs = [compiled(x[:, :8], cache=cache.append(8)[0])]
+    outs += [compiled(x[:, 8:9], cache=cache.append(1)[0])]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        outs += [compiled(x[:, i : i + 1], cache=cache.append(1)[0]) for i in range(9, SEQLEN)]
+    torch.testing.assert_close(torch.cat(outs, dim=1), module(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
@@ -322,6 +488,7 @@ def test_compiles_without_a_graph_break(name):
         ((24, 4), dict(kv_heads=3), "kv_heads: expected a divisor of heads=4, got 3"),
         ((24, 4), dict(positions="sinusoidal"), "positions: expected one of 'none', .* got 'sinusoidal'"),
         ((24, 4), dict(positions="rope", rotary_dim=8), "rotary_dim: expected at most embed_dim / heads = 6, got 8"),
+        ((24, 4), dict(dropout=1.0), "dropout: expected at least 0 and less than 1, got 1.0"),
         ((28, 4), dict(positions="rope"), "rotary_dim: expected an even number of at least 2, got 7"),
         ((24, 4), dict(positions="rope", rotary_scaling={"scaling": "linear"}), "factor: expected at least 1"),
     ],
@@ -351,6 +518,26 @@ def test_refuses_bad_options(arguments, options, message):
             dict(x=torch.zeros(1, 5, 24), rotary_offset=4),
             "x: expected positions from 0 to max_positions - 1 = 7, got 4 to 8",
         ),
+        (
+            {},
+            dict(x=torch.zeros(1, 3, 24), cu_seqlens=torch.tensor([0, 3])),
+            r"x: expected shape \(total, 24\), got \(1, 3, 24\)",
+        ),
+        (
+            {},
+            dict(x=torch.zeros(3, 24), memory=torch.zeros(4, 24), cu_seqlens=torch.tensor([0, 3])),
+            "cu_seqlens_memory: expected the starts of the memory's packed sequences, got None",
+        ),
+        (
+            {},
+            dict(x=torch.zeros(3, 24), cu_seqlens=torch.tensor([0, 3]), cu_seqlens_memory=torch.tensor([0, 3])),
+            "cu_seqlens_memory: expected None without a memory of packed sequences",
+        ),
+        (
+            {},
+            dict(x=torch.zeros(3, 24), cu_seqlens=torch.tensor([0, 3]), key_lengths=torch.tensor([2])),
+            "key_lengths: expected None with cu_seqlens",
+        ),
         (dict(window=(-2, 0)), dict(x=torch.zeros(1, 3, 24)), "window: expected left >= 0"),
         ({}, dict(x=torch.zeros(1, 3, 24), rotary_offset=2), "rotary_offset: expected rotary="),
     ],
@@ -359,3 +546,31 @@ def test_refuses_bad_inputs(options, arguments, message):
     module = MultiHeadAttention(24, 4, **options)
     with pytest.raises(ValueError, match=message):
         module(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(memory=torch.zeros(1, 3, 24)), "memory: expected None with a cache"),
+        (dict(key_lengths=torch.tensor([2])), "key_lengths: expected None with a cache"),
+        (dict(x=torch.zeros(3, 24), cu_seqlens=torch.tensor([0, 3])), "cu_seqlens: expected None with a cache"),
+        (dict(x=torch.zeros(1, 3, 24, requires_grad=True)), r"cache: expected a call under torch.no_grad\(\)"),
+        (dict(x=torch.zeros(2, 3, 24)), r"k_cache: expected shape \(2, capacity, kv_heads, 6\)"),
+        (dict(x=torch.zeros(1, 4, 24)), "x: expected the 3 tokens that were appended to the cache, got 4"),
+    ],
+)
+def test_refuses_bad_calls_with_a_cache(arguments, message):
+    module = MultiHeadAttention(24, 4).requires_grad_(False)
+    cache = KVCache(1, 6, **module.cache_shape)
+    cache.append(3)
+    with pytest.raises(ValueError, match=message):
+        module(**{"x": torch.zeros(1, 3, 24), "cache": cache.append(3)[0], **arguments})
+
+
+@torch.no_grad()
+def test_refuses_to_decode_with_dropout():
+    module = MultiHeadAttention(24, 4, dropout=0.1)
+    (layer,) = KVCache(1, 6, **module.cache_shape).append(3)
+    with pytest.raises(ValueError, match="cache: expected evaluation mode, as decoding drops nothing, got dropout=0.1"):
+        module(torch.zeros(1, 3, 24), cache=layer)
+    assert module.eval()(torch.zeros(1, 3, 24), cache=layer).isfinite().all()

@@ -3,13 +3,13 @@
 Shapes: B batch, S tokens, E embed_dim, F ffn_dim, V vocab_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.nn import MultiHeadAttention
+from pynlp.nn import LayerCache, MultiHeadAttention
 from pynlp.ops.attention import attention as fused_attention
 
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
@@ -95,8 +95,8 @@ class Block(nn.Module):
         self.feed_forward_norm = NORMS[config.norm](config.embed_dim)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache=cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -126,15 +126,31 @@ class Decoder(nn.Module):
                 writes_residual = name.endswith(("out_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.layers) ** 0.5 if writes_residual else 0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids `(B, S)` -> logits of the next token `(B, S, V)`."""
+    def forward(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: Ids `(B, S)`.
+            cache: What `append(S)` of a `KVCache` or `append(sequences, S)` of a `PagedKVCache` gave, made with this
+                model's `cache_shape`: the tokens then follow those that are cached. Without gradients.
+
+        Returns:
+            `(B, S, V)`.
+        """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected shape (batch, seqlen), got {tuple(tokens.shape)}")
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
         x = self.embedding(tokens)  # (B, S, E)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i])
         x = self.norm(x)
         return F.linear(x, self.embedding.weight) if self.output is None else self.output(x)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def cache_shape(self) -> dict[str, int]:
+        """What `KVCache` and `PagedKVCache` are to be made with for this model."""
+        return dict(layers=len(self.blocks), **self.blocks[0].attention.cache_shape)

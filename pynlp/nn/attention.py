@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pynlp.nn.cache import LayerCache
 from pynlp.ops.attention import attention as fused_attention
+from pynlp.ops.attention import attention_varlen
+from pynlp.ops.attention_decode import attention_decode
 from pynlp.ops.positions import alibi_slopes, rotary_tables
 
 POSITIONS = ("none", "rope", "alibi", "relative")
@@ -24,6 +27,8 @@ class MultiHeadAttention(nn.Module):
         memory_dim: Width of the memory in cross-attention; `embed_dim` by default.
         bias: Whether the four projections have one.
         causal, window, softcap: As in `pynlp.functional.attention`.
+        dropout: Share of the attention weights that is set to 0 in training.
+        sinks: Whether each head has a learned score more in its softmax, of a key without a value; 0 at first.
         positions: "none", "rope", "alibi" or "relative" (T5's learned bias). The last three are for self-attention.
         rotary_dim: Channels of a head that "rope" turns; D by default.
         rotary_base: RoPE's base.
@@ -33,7 +38,8 @@ class MultiHeadAttention(nn.Module):
         max_positions: Positions "rope" has tables for.
         relative_buckets: Rows of the table `relative_bias` of "relative".
         relative_max_distance: Distance from which on all keys fall into its last bucket.
-        attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`.
+        attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
+            sequences and what is in a cache go to `attention_varlen` and `attention_decode`.
 
     ALiBi's slopes are a constant; assign an `nn.Parameter` to `alibi_slopes` to train them.
 
@@ -54,6 +60,8 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
         softcap: float = 0.0,
+        dropout: float = 0.0,
+        sinks: bool = False,
         positions: str = "none",
         rotary_dim: int | None = None,
         rotary_base: float = 10000.0,
@@ -74,10 +82,12 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
         if positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
         self.embed_dim, self.heads, self.kv_heads = embed_dim, heads, kv_heads
         self.memory_dim = embed_dim if memory_dim is None else memory_dim
         self.head_dim = head_dim = embed_dim // heads
-        self.causal, self.window, self.softcap = causal, window, softcap
+        self.causal, self.window, self.softcap, self.dropout = causal, window, softcap, dropout
         self.positions = positions
         self.rotary_interleaved = rotary_interleaved
         self.relative_max_distance = relative_max_distance
@@ -103,6 +113,7 @@ class MultiHeadAttention(nn.Module):
         self.relative_bias = None
         if positions == "relative":
             self.relative_bias = nn.Parameter(torch.empty(relative_buckets, heads, **factory))
+        self.sinks = nn.Parameter(torch.empty(heads, **factory)) if sinks else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -120,54 +131,105 @@ class MultiHeadAttention(nn.Module):
                 nn.init.zeros_(projection.bias)
         if self.relative_bias is not None:
             nn.init.normal_(self.relative_bias, std=self.embed_dim**-0.5)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | None = None,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
         *,
         key_lengths: Tensor | None = None,
         rotary_offset: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_memory: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """Each token of x looks at x, or at memory.
+        """Each token of x looks at x, at memory, or at what is cached and x.
 
         Args:
-            x: `(B, Sq, E)`.
-            memory: `(B, Sk, memory_dim)`: keys and values come from here; only with `positions="none"`.
+            x: `(B, Sq, E)`, or packed sequences `(total, E)`.
+            memory: `(B, Sk, memory_dim)`: keys and values come from here; only with `positions="none"`. For several
+                calls with one memory: its `keys_values(memory)`.
             key_lengths: int32 `(B,)`, the keys that are there; the padding behind them is masked.
-            rotary_offset: With "rope", the position of the first token, or the positions `(B, Sq)` of all.
+            rotary_offset: With "rope", the position of the first token, or the positions `(B, Sq)` of all; `(total,)`
+                of packed sequences. With a cache, the position of an entry's first token.
+            cu_seqlens: int32 `(sequences + 1,)`, where each packed sequence of x starts and the last one ends.
+            cu_seqlens_memory: The same of a packed memory `(total_k, memory_dim)`.
+            cache: This layer's part of what `append` of a `KVCache` or `PagedKVCache` gave for the tokens of x. Their
+                keys, turned by "rope", and values are written there. Without gradients.
 
         Returns:
-            `(B, Sq, E)`.
+            `(B, Sq, E)`, or `(total, E)`.
         """
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"x: expected shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}")
-        if memory is None:
-            if self.memory_dim != self.embed_dim:
-                raise ValueError(f"memory: expected shape (batch, seqlen, {self.memory_dim}), got None")
-            memory = x
-        elif self.positions != "none":
-            raise ValueError(
-                f"memory: expected None with positions={self.positions!r}, whose distances between x and memory "
-                "would mean nothing; cross-attention takes positions='none'"
-            )
-        elif memory.dim() != 3 or memory.shape[2] != self.memory_dim:
-            raise ValueError(f"memory: expected shape (batch, seqlen, {self.memory_dim}), got {tuple(memory.shape)}")
-        if self.rotary is not None and not isinstance(rotary_offset, Tensor):
+        self._check_input(x, memory, key_lengths, cu_seqlens, cu_seqlens_memory, cache)
+        if self.rotary is not None and not isinstance(rotary_offset, Tensor) and cu_seqlens is None and cache is None:
             self.rotary.check(rotary_offset, x.shape[1])
 
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
-        k = self.k_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))  # (B, Sk, G, D)
-        v = self.v_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))  # (B, Sk, G, D)
-        out = self.attention(
-            q, k, v,
-            causal=self.causal, window=self.window, softcap=self.softcap, key_lengths=key_lengths,
+        k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
+        dropout = self.dropout if self.training else 0.0
+        options = dict(
+            causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
             rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
             rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
         )  # fmt: skip
+        if cache is not None:
+            cache.check(dropout, x, q, k, v)
+            # The first tokens are only written to the cache: they see each other, which needs nothing from there.
+            out = attention_decode(
+                q[:, :0] if cache.empty else q, cache.k, cache.v, cache.lengths,
+                k=k, v=v, block_table=cache.block_table, **options,
+            )  # fmt: skip
+        if cu_seqlens is not None:
+            cu_seqlens_k = cu_seqlens if cu_seqlens_memory is None else cu_seqlens_memory
+            out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_k, dropout_p=dropout, **options)
+        elif cache is None or cache.empty:
+            out = self.attention(q, k, v, key_lengths=key_lengths, dropout_p=dropout, **options)
         return self.out_proj(out.flatten(-2))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values `(B, Sk, G, D)` of a memory, for `forward` to take in its place; differentiable."""
+        k = self.k_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v_proj(memory).unflatten(-1, (self.kv_heads, self.head_dim))
+        return k, v
+
+    def _check_input(self, x, memory, key_lengths, cu_seqlens, cu_seqlens_memory, cache) -> None:
+        layout = "batch, seqlen" if cu_seqlens is None else "total"
+        dimensions = 3 if cu_seqlens is None else 2
+        if x.dim() != dimensions or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x: expected shape ({layout}, {self.embed_dim}), got {tuple(x.shape)}")
+        if memory is None:
+            if self.memory_dim != self.embed_dim:
+                raise ValueError(f"memory: expected shape ({layout}, {self.memory_dim}), got None")
+        elif self.positions != "none":
+            raise ValueError(
+                f"memory: expected None with positions={self.positions!r}, whose distances between x and memory "
+                "would mean nothing; cross-attention takes positions='none'"
+            )
+        elif isinstance(memory, Tensor) and (memory.dim() != dimensions or memory.shape[-1] != self.memory_dim):
+            raise ValueError(f"memory: expected shape ({layout}, {self.memory_dim}), got {tuple(memory.shape)}")
+        if (cu_seqlens_memory is not None) != (cu_seqlens is not None and memory is not None):
+            needed = "the starts of the memory's" if cu_seqlens_memory is None else "None without a memory of"
+            raise ValueError(f"cu_seqlens_memory: expected {needed} packed sequences, got {cu_seqlens_memory}")
+        if cu_seqlens is not None and key_lengths is not None:
+            raise ValueError("key_lengths: expected None with cu_seqlens, which say where sequences end")
+        if cache is not None:
+            for name, x in (("memory", memory), ("key_lengths", key_lengths), ("cu_seqlens", cu_seqlens)):
+                if x is not None:
+                    raise ValueError(f"{name}: expected None with a cache, which has the keys and their number")
+
+    @property
+    def cache_shape(self) -> dict[str, int]:
+        """What `KVCache` and `PagedKVCache` are to be made with for this module."""
+        return dict(kv_heads=self.kv_heads, head_dim=self.head_dim, head_dim_v=self.head_dim)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a token's keys and values in a cache of `dtype`, by default that of the weights."""
+        dtype = self.k_proj.weight.dtype if dtype is None else dtype
+        return 2 * self.kv_heads * self.head_dim * dtype.itemsize
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -184,12 +246,11 @@ class MultiHeadAttention(nn.Module):
         here: `causal=True` for its causal mask; its `key_padding_mask` becomes `key_lengths`.
 
         Args:
-            module: To copy the weights, dtype, device and training mode from.
+            module: To copy the weights, dropout, dtype, device and training mode from.
             options: Further arguments of the constructor, e.g. `causal` or `positions`.
 
         Raises:
-            ValueError: the module has what this one has not (bias_k, zero attention, unlike kdim and vdim, dropout in
-                training mode).
+            ValueError: the module has what this one has not (bias_k, zero attention, unlike kdim and vdim).
         """
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("module: expected add_bias_kv=False and add_zero_attn=False, which have no counterpart")
@@ -197,16 +258,13 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"module: expected keys and values of one width, got kdim={module.kdim} and vdim={module.vdim}"
             )
-        if module.dropout > 0 and module.training:
-            raise ValueError(
-                f"module: expected dropout=0 or evaluation mode, as attention drops nothing here, got {module.dropout}"
-            )
         weight = module.out_proj.weight
         ours = cls(
             module.embed_dim,
             module.num_heads,
             memory_dim=module.kdim,
             bias=module.in_proj_bias is not None,
+            dropout=module.dropout,
             device=weight.device,
             dtype=weight.dtype,
             **options,

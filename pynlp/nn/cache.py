@@ -15,12 +15,13 @@ from torch import Tensor
 
 
 class LayerCache(NamedTuple):
-    """What one layer needs of a cache for one step; the arguments of `pynlp.functional.attention_decode`.
+    """What one layer needs of a cache for one step: arguments of `pynlp.functional.attention_decode`, and two numbers.
 
     Attributes:
         k, v: `(batch, capacity, kv_heads, head_dim)`, `(.., head_dim_v)`; or `(pages, page_size, kv_heads, head_dim)`.
         lengths: int32 `(batch,)`, the tokens of each entry that were there before the step.
         block_table: int32 `(batch, pages)`, the pages of each entry in order, -1 behind the last; None without pages.
+        tokens: New tokens of each entry that there is room for.
         empty: Whether all lengths are 0: known without asking the device.
     """
 
@@ -28,11 +29,20 @@ class LayerCache(NamedTuple):
     v: Tensor
     lengths: Tensor
     block_table: Tensor | None
+    tokens: int
     empty: bool
 
-    def check_inference(self, dropout: float, *inputs: Tensor) -> None:
-        """Raises ValueError where a layer would have to do what decoding does not: gradients, or dropout."""
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    def check(self, dropout: float, x: Tensor, *projected: Tensor) -> None:
+        """Raises ValueError for another number of tokens than `append` was told, and for gradients or dropout wanted.
+
+        Args:
+            dropout: What the layer would drop.
+            x: `(batch, seqlen, embed_dim)`.
+            projected: The queries, keys and values of x.
+        """
+        if x.shape[1] != self.tokens:
+            raise ValueError(f"x: expected the {self.tokens} tokens that were appended to the cache, got {x.shape[1]}")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in projected):
             raise ValueError("cache: expected a call under torch.no_grad(), as decoding has no gradients")
         if dropout > 0:
             raise ValueError(f"cache: expected evaluation mode, as decoding drops nothing, got dropout={dropout}")
@@ -96,7 +106,7 @@ class KVCache:
         room = capacity - max(self.lengths)
         if tokens > room:
             raise ValueError(f"tokens: expected at most {room}, the room behind the longest entry, got {tokens}")
-        layers = _layers(self.k, self.v, self.lengths, None)
+        layers = _layers(self.k, self.v, self.lengths, None, tokens)
         self.lengths = [length + tokens for length in self.lengths]
         return layers
 
@@ -196,7 +206,7 @@ class PagedKVCache:
         self._copy(copied, [tables[sequence][-1] for sequence in copying])
         for sequence, count in zip(sequences, growth, strict=True):
             tables[sequence] += islice(unused, count)
-        layers = _layers(self.k, self.v, lengths, list(tables.values()))
+        layers = _layers(self.k, self.v, lengths, list(tables.values()), tokens)
 
         # From here on nothing can fail: the changes are made together or not at all.
         del self._free[kept:]
@@ -302,14 +312,16 @@ def _pools(
     return k, k.new_empty(*rows, head_dim if head_dim_v is None else head_dim_v)
 
 
-def _layers(k: Tensor, v: Tensor, lengths: Sequence[int], tables: list[list[int]] | None) -> list[LayerCache]:
+def _layers(
+    k: Tensor, v: Tensor, lengths: Sequence[int], tables: list[list[int]] | None, tokens: int
+) -> list[LayerCache]:
     block_table = None
     if tables is not None:
         width = max(map(len, tables), default=0)
         padded = [table + [-1] * (width - len(table)) for table in tables]
         block_table = torch.tensor(padded, dtype=torch.int32, device=k.device).view(len(tables), width)
     there = torch.tensor(lengths, dtype=torch.int32, device=k.device)
-    return [LayerCache(*layer, there, block_table, not any(lengths)) for layer in zip(k, v, strict=True)]
+    return [LayerCache(*layer, there, block_table, tokens, not any(lengths)) for layer in zip(k, v, strict=True)]
 
 
 def _check_count(name: str, count: int) -> None:
