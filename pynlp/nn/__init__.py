@@ -2,5 +2,6 @@
 
 from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache
+from pynlp.nn.latent_attention import LatentAttention
 
-__all__ = ["KVCache", "LayerCache", "MultiHeadAttention", "OutOfPages", "PagedKVCache"]
+__all__ = ["KVCache", "LatentAttention", "LayerCache", "MultiHeadAttention", "OutOfPages", "PagedKVCache"]

@@ -96,7 +96,8 @@ class KVCache:
     def append(self, tokens: int) -> list[LayerCache]:
         """Room for `tokens` more tokens in every entry: what each layer needs to write and read them.
 
-        Prompts of unequal lengths are padded at their ends to one, and cut off there afterwards by `truncate`.
+        Prompts of unequal lengths are padded at their ends, and the padding is cut off afterwards by `truncate`: right
+        for causal models, whose tokens do not see it.
 
         Raises:
             ValueError: `tokens` is negative, or more than there is room for. Nothing has changed then.
@@ -174,8 +175,7 @@ class PagedKVCache:
     def append(self, sequences: Sequence[int], tokens: int) -> list[LayerCache]:
         """Room for `tokens` more tokens in each of the sequences: what each layer needs to write and read them.
 
-        With `tokens=0` what is needed to read. Prompts of unequal lengths are padded at their ends to one, and cut off
-        there afterwards by `truncate`.
+        With `tokens=0` what is needed to read. Prompts of unequal lengths as in `KVCache.append`.
 
         Raises:
             OutOfPages: too few pages are free for all of them. The cache is as it was before.
