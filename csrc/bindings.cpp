@@ -119,7 +119,8 @@ struct Options {
   MaybeTensor dropout_seed;
 };
 
-void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
+          int64_t largest_head = 256) {
   in.dtype = dtype_of(q);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "pynlp.attention: expected q, k and v of one dtype");
@@ -133,8 +134,9 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   in.rows_k = k.size(1);
   in.kv_heads = k.size(2);
   in.head_dim_v = v.size(3);
-  STD_TORCH_CHECK(in.head_dim >= 1 && in.head_dim <= 256 && in.head_dim_v >= 1 && in.head_dim_v <= 256,
-                  "pynlp.attention: q, v: expected a head_dim of 1 to 256");
+  STD_TORCH_CHECK(
+      in.head_dim >= 1 && in.head_dim <= largest_head && in.head_dim_v >= 1 && in.head_dim_v <= largest_head,
+      "pynlp.attention: q, v: expected a head_dim of 1 to ", largest_head);
   STD_TORCH_CHECK(in.heads == in.kv_heads || (in.kv_heads > 0 && in.heads % in.kv_heads == 0),
                   "pynlp.attention: k: expected a number of heads that divides q's");
   in.softmax_scale = static_cast<float>(o.softmax_scale);
@@ -230,6 +232,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks};
 }
 
+// The caches, lengths and pages of the ops over a cache; rows of q or of new keys are filled in by each.
+void fill_cache(pynlp::AttentionInputs& in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_lengths,
+                const MaybeTensor& block_table) {
+  STD_TORCH_CHECK(cache_lengths.scalar_type() == ScalarType::Int && cache_lengths.is_contiguous() &&
+                      cache_lengths.numel() == in.batch,
+                  "pynlp.attention: cache_lengths: expected it contiguous, as int32, one for each batch entry");
+  in.cache_lengths = static_cast<const int32_t*>(cache_lengths.const_data_ptr());
+  in.block_table = data<int32_t>(block_table, ScalarType::Int, "block_table");
+  in.table_pages = block_table ? block_table->size(1) : 0;
+  in.page_size = k_cache.size(1);
+  // Memory outside of the cache is never touched, whoever calls.
+  const int64_t capacity = in.page_size * (block_table ? in.table_pages : 1);
+  for (int64_t b = 0; b < in.batch; ++b) {
+    const int64_t length = in.cache_lengths[b] + in.appended;
+    STD_TORCH_CHECK(in.cache_lengths[b] >= 0 && length <= capacity, "pynlp.attention: cache_lengths: expected 0 to ",
+                    capacity - in.appended);
+    for (int64_t n = 0; in.block_table && n * in.page_size < length; ++n) {
+      const int32_t page = in.block_table[b * in.table_pages + n];
+      STD_TORCH_CHECK(page >= 0 && page < k_cache.size(0), "pynlp.attention: block_table: expected pages 0 to ",
+                      k_cache.size(0) - 1);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths,
+                                            int64_t appended, MaybeTensor block_table, double softmax_scale,
+                                            int64_t window_left, int64_t window_right, double softcap,
+                                            MaybeTensor sinks, MaybeTensor alibi_slopes, MaybeTensor relative_bias,
+                                            MaybeTensor relative_buckets, MaybeTensor rotary_cos,
+                                            MaybeTensor rotary_sin, int64_t rotary_offset, bool rotary_interleaved,
+                                            int64_t num_splits) {
+  pynlp::AttentionForward problem{};
+  const MaybeTensor none;
+  fill(problem, q, k_cache, v_cache,
+       {softmax_scale, window_left, window_right, softcap, none, none, none, sinks, alibi_slopes, relative_bias,
+        relative_buckets, rotary_cos, rotary_sin, none, rotary_offset, rotary_interleaved, 0.0, none},
+       pynlp::LARGEST_CACHED_HEAD);
+  problem.appended = appended;
+  problem.num_splits = num_splits;
+  fill_cache(problem, k_cache, v_cache, cache_lengths, block_table);
+  Tensor out = output(q, {q.size(0), problem.rows_q, problem.heads, problem.head_dim_v});
+  Tensor lse = output(q, {q.size(0), problem.heads, problem.rows_q}, ScalarType::Float);
+  problem.out = out.mutable_data_ptr();
+  problem.lse = static_cast<float*>(lse.mutable_data_ptr());
+  pynlp::attention_forward(problem);
+  return {out, lse};
+}
+
+void attention_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, MaybeTensor block_table,
+                      MaybeTensor rotary_cos, MaybeTensor rotary_sin, int64_t rotary_offset, bool rotary_interleaved) {
+  pynlp::AttentionAppend problem{};
+  const MaybeTensor none;
+  fill(problem, k, k_cache, v_cache,
+       {1.0, -1, -1, 0.0, none, none, none, none, none, none, none, rotary_cos, rotary_sin, none, rotary_offset,
+        rotary_interleaved, 0.0, none},
+       pynlp::LARGEST_CACHED_HEAD);
+  STD_TORCH_CHECK(v.scalar_type() == k.scalar_type() && v.size(0) == k.size(0) && v.size(1) == k.size(1) &&
+                      v.size(2) == k.size(2) && v.size(3) == problem.head_dim_v && k.size(2) == problem.kv_heads &&
+                      k.size(3) == k_cache.size(3),
+                  "pynlp.attention: k, v: expected new rows in the dtype, heads and head_dim of the cache");
+  problem.appended = k.size(1);
+  problem.new_k = view(k, "k");
+  problem.new_v = view(v, "v");
+  problem.k_cache = k_cache.mutable_data_ptr();
+  problem.v_cache = v_cache.mutable_data_ptr();
+  fill_cache(problem, k_cache, v_cache, cache_lengths, block_table);
+  pynlp::attention_append(problem);
+}
+
+void attention_decode_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::attention_decode_reference", stack[0], stack))
+    TORCH_BOX (&attention_decode)(stack, inputs, outputs);
+}
+
+void attention_append_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::attention_append_reference", stack[0], stack))
+    TORCH_BOX (&attention_append)(stack, inputs, outputs);
+}
+
 void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
     TORCH_BOX (&attention_backward)(stack, inputs, outputs);
@@ -245,4 +326,6 @@ void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outp
 STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   m.impl("attention_forward", &attention_forward_boxed);
   m.impl("attention_backward", &attention_backward_boxed);
+  m.impl("attention_append", &attention_append_boxed);
+  m.impl("attention_decode", &attention_decode_boxed);
 }

@@ -19,6 +19,7 @@ const AttentionKernels& kernels_for([[maybe_unused]] Dtype dtype) {
 
 }  // namespace
 
+void attention_append(const AttentionAppend& problem) { kernels_for(problem.dtype).append(problem); }
 void attention_forward(const AttentionForward& problem) { kernels_for(problem.dtype).forward(problem); }
 void attention_backward(const AttentionBackward& problem) { kernels_for(problem.dtype).backward(problem); }
 

@@ -7,6 +7,8 @@ namespace pynlp {
 
 enum class Dtype { float32, bfloat16, float16 };
 
+constexpr int64_t LARGEST_CACHED_HEAD = 1024;  // channels of a head in a cache; elsewhere 256
+
 // A (batch, seqlen, heads, head_dim) tensor whose last dimension is contiguous; strides count elements.
 struct View {
   const void* data;
@@ -44,13 +46,17 @@ struct AttentionInputs {
   const int32_t* rotary_positions;  // (entries, rows_k) or null
   int64_t rotary_offset;
   bool rotary_interleaved;
+  const int32_t* cache_lengths;  // (batch,) or null: k and v are a cache, whose keys are turned already; entry b has
+  int64_t appended;              // cache_lengths[b] + appended
+  const int32_t* block_table;    // (batch, table_pages) or null: the pages of k and v that hold an entry's keys
+  int64_t table_pages, page_size;
   int32_t dropped;  // dropout drops weights whose 16-bit random number is below this; 0 = none
   uint64_t dropout_seed;
 
   bool biased() const { return alibi_slopes || relative_bias; }
   float kept_share() const { return 1.0f - static_cast<float>(dropped) / 65536.0f; }
   Sequence sequence(int64_t b) const {
-    if (!cu_seqlens_q) return {b, b, 0, rows_q, 0, rows_k};
+    if (!cu_seqlens_q) return {b, b, 0, rows_q, 0, cache_lengths ? cache_lengths[b] + appended : rows_k};
     return {b,
             0,
             cu_seqlens_q[b],
@@ -72,8 +78,15 @@ struct AttentionInputs {
 };
 
 struct AttentionForward : AttentionInputs {
-  void* out;   // (entries, rows_q, heads, head_dim_v), contiguous
-  float* lse;  // (entries, heads, rows_q)
+  int64_t num_splits;  // parts of the keys where there are few queries; 0 = chosen by their number
+  void* out;           // (entries, rows_q, heads, head_dim_v), contiguous
+  float* lse;          // (entries, heads, rows_q)
+};
+
+// New rows of k and v, and the cache behind whose keys they are written.
+struct AttentionAppend : AttentionInputs {
+  View new_k, new_v;
+  void *k_cache, *v_cache;  // what k and v view
 };
 
 struct AttentionBackward : AttentionInputs {
@@ -87,6 +100,7 @@ struct AttentionBackward : AttentionInputs {
   float* grad_sinks;               // (heads,), or null if not needed
 };
 
+void attention_append(const AttentionAppend& problem);
 void attention_forward(const AttentionForward& problem);
 void attention_backward(const AttentionBackward& problem);
 

@@ -13,13 +13,18 @@
 #define PYNLP_AVX512 0
 #define PYNLP_BF16 0
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 const AttentionKernels attention_avx2 = {
-    [](const AttentionForward& problem) { Forward<Fp32>(problem).run(); },
+    append,
+    [](const AttentionForward& problem) {
+      Forward<Fp32>(problem).run();
+      Decode(problem).run();
+    },
     [](const AttentionBackward& problem) { Backward<Fp32>(problem).run(); },
 };
 

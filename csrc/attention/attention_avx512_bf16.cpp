@@ -14,13 +14,18 @@
 #define PYNLP_AVX512 1
 #define PYNLP_BF16 1
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 #include "kernels.h"
 
 namespace pynlp {
 
 const AttentionKernels attention_avx512_bf16 = {
-    [](const AttentionForward& problem) { Forward<Bf16>(problem).run(); },
+    append,
+    [](const AttentionForward& problem) {
+      Forward<Bf16>(problem).run();
+      Decode(problem).run();
+    },
     [](const AttentionBackward& problem) { Backward<Bf16>(problem).run(); },
 };
 

@@ -40,6 +40,12 @@ inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
   return most;
 }
 
+// With few queries the keys are read once for all, by decode.h; with more, blocks of queries go over them (forward.h).
+constexpr int64_t FEW_QUERIES = 8;
+inline bool few_queries(const AttentionInputs& in, const Sequence& sequence) {
+  return in.head_dim > 256 || in.head_dim_v > 256 || (sequence.queries <= FEW_QUERIES && !in.dropped);
+}
+
 // Keys or queries first .. last - 1.
 struct Range {
   int64_t first, last;
@@ -92,6 +98,8 @@ struct Rows {
   const int32_t* positions;  // null: the row's number
   int64_t position_offset;   // added to a row's number
   bool interleaved;
+  const int32_t* pages;  // null: row r is `stride` after row r - 1; else it is in page pages[r / page_size]
+  int64_t page_size, page_stride;
 
   // `first` is the tensor's row that counts as row 0.
   Rows(const AttentionInputs& in, const View& view, int64_t entry, int64_t first, int64_t head, int64_t head_dim)
@@ -100,7 +108,27 @@ struct Rows {
         origin(entry * view.batch_stride + first * view.row_stride + head * view.head_stride),
         stride(view.row_stride),
         head_dim(head_dim),
-        cos(nullptr) {}
+        cos(nullptr),
+        pages(nullptr) {}
+
+  // As keys or values of a cache: those of sequence `number` are in the pages of its row of the block table.
+  Rows cached(const AttentionInputs& in, const View& view, int64_t number, int64_t head) const {
+    Rows rows = *this;
+    if (!in.block_table) return rows;
+    rows.origin = head * view.head_stride;
+    rows.pages = in.block_table + number * in.table_pages;
+    rows.page_size = in.page_size;
+    rows.page_stride = view.batch_stride;
+    return rows;
+  }
+
+  // Where a row starts.
+  int64_t element(int64_t row) const {
+    if (!pages) return origin + row * stride;
+    return origin + pages[row / page_size] * page_stride + row % page_size * stride;
+  }
+  int64_t value_size() const { return dtype == Dtype::float32 ? 4 : 2; }
+  const char* address(int64_t row) const { return static_cast<const char*>(data) + element(row) * value_size(); }
 
   // As queries or keys of `in`: row r stands at position r + shift.
   Rows rotated(const AttentionInputs& in, const Sequence& sequence, int64_t shift) const {
@@ -140,43 +168,41 @@ struct Rows {
 
   // One row as fp32, turned.
   void read(int64_t row, float* to) const {
-    const int64_t element = origin + row * stride;
+    const char* from = address(row);
     if (dtype == Dtype::float32)
-      copy_row(to, static_cast<const float*>(data) + element, 4 * head_dim);
+      copy_row(to, from, 4 * head_dim);
     else if (dtype == Dtype::bfloat16)
-      bf16_to_float(static_cast<const uint16_t*>(data) + element, head_dim, to);
+      bf16_to_float(reinterpret_cast<const uint16_t*>(from), head_dim, to);
     else
-      half_to_float(static_cast<const uint16_t*>(data) + element, head_dim, to);
+      half_to_float(reinterpret_cast<const uint16_t*>(from), head_dim, to);
     turn(to, row, 1.0f);
   }
 
   // Brings a row to the second-level cache: the rows of a head lie far apart, too far for the hardware to foresee.
   void prefetch(int64_t row) const {
-    const int64_t size = dtype == Dtype::float32 ? 4 : 2;
-    const char* start = static_cast<const char*>(data) + (origin + row * stride) * size;
-    for (int64_t byte = 0; byte < head_dim * size; byte += 64) __builtin_prefetch(start + byte, 0, 2);
+    const char* start = address(row);
+    for (int64_t byte = 0; byte < head_dim * value_size(); byte += 64) __builtin_prefetch(start + byte, 0, 2);
   }
 
   // Whether rows can be read where they are, as words of PAIR values.
   bool in_place(int pair) const {
-    return !cos && dtype == (pair == 1 ? Dtype::float32 : Dtype::bfloat16) && head_dim % pair == 0 &&
+    return !cos && !pages && dtype == (pair == 1 ? Dtype::float32 : Dtype::bfloat16) && head_dim % pair == 0 &&
            stride % pair == 0 && origin % pair == 0;
   }
   const int32_t* words(int64_t row, int pair) const {
     return static_cast<const int32_t*>(data) + (origin + row * stride) / pair;
   }
 
-  const uint16_t* halves(int64_t row) const { return static_cast<const uint16_t*>(data) + origin + row * stride; }
+  const uint16_t* halves(int64_t row) const { return reinterpret_cast<const uint16_t*>(address(row)); }
 
   bool finite(int64_t row) const {
-    const int64_t element = origin + row * stride;
     uint32_t bad = 0;
     if (dtype == Dtype::float32) {
-      const float* x = static_cast<const float*>(data) + element;
+      const float* x = reinterpret_cast<const float*>(address(row));
       for (int64_t i = 0; i < head_dim; ++i) bad |= (bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u;
     } else {
       const uint32_t exponent = dtype == Dtype::bfloat16 ? 0x7f80u : 0x7c00u;
-      const uint16_t* x = static_cast<const uint16_t*>(data) + element;
+      const uint16_t* x = halves(row);
       for (int64_t i = 0; i < head_dim; ++i) bad |= (x[i] & exponent) == exponent;
     }
     return !bad;
@@ -187,10 +213,11 @@ inline Rows queries_of(const AttentionInputs& in, const Sequence& s, int64_t hea
   return Rows(in, in.q, s.entry, s.first_query, head, in.head_dim).rotated(in, s, s.keys - s.queries);
 }
 inline Rows keys_of(const AttentionInputs& in, const Sequence& s, int64_t kv_head) {
-  return Rows(in, in.k, s.entry, s.first_key, kv_head, in.head_dim).rotated(in, s, 0);
+  const Rows rows = Rows(in, in.k, s.entry, s.first_key, kv_head, in.head_dim).cached(in, in.k, s.number, kv_head);
+  return in.cache_lengths ? rows : rows.rotated(in, s, 0);
 }
 inline Rows values_of(const AttentionInputs& in, const Sequence& s, int64_t kv_head) {
-  return Rows(in, in.v, s.entry, s.first_key, kv_head, in.head_dim_v);
+  return Rows(in, in.v, s.entry, s.first_key, kv_head, in.head_dim_v).cached(in, in.v, s.number, kv_head);
 }
 
 inline void write_row(Dtype dtype, const float* from, int64_t count, void* data, int64_t element) {

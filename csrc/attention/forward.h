@@ -26,7 +26,8 @@ class Forward {
     Block* next = static_cast<Block*>(blocks_.data);
     for (int64_t n = most(in, &Sequence::queries) / block_queries_; n >= 0; --n)
       for (int64_t b = 0; b < in.batch; ++b)
-        if (n * block_queries_ < in.sequence(b).queries) *next++ = {b, n * block_queries_};
+        if (n * block_queries_ < in.sequence(b).queries && !few_queries(in, in.sequence(b)))
+          *next++ = {b, n * block_queries_};
     block_count_ = next - static_cast<Block*>(blocks_.data);
     longest_ = most(in, &Sequence::keys);
     Arena sizes{nullptr};
@@ -35,6 +36,7 @@ class Forward {
   }
 
   void run() const {
+    if (block_count_ == 0) return;
     run_tasks(
         block_count_ * in_.heads, [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
         const_cast<Forward*>(this));
@@ -47,7 +49,8 @@ class Forward {
 
   static int64_t count_blocks(const AttentionInputs& in, int64_t queries) {
     int64_t count = 0;
-    for (int64_t b = 0; b < in.batch; ++b) count += (in.sequence(b).queries + queries - 1) / queries;
+    for (int64_t b = 0; b < in.batch; ++b)
+      if (!few_queries(in, in.sequence(b))) count += (in.sequence(b).queries + queries - 1) / queries;
     return count;
   }
 

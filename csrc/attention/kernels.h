@@ -1,4 +1,4 @@
-// The kernels of each instruction set, all from the same source (forward.h, backward.h).
+// The kernels of each instruction set, all from the same source (forward.h, decode.h, backward.h).
 #pragma once
 
 #include "attention.h"
@@ -6,6 +6,7 @@
 namespace pynlp {
 
 struct AttentionKernels {
+  void (*append)(const AttentionAppend& problem);
   void (*forward)(const AttentionForward& problem);
   void (*backward)(const AttentionBackward& problem);
 };

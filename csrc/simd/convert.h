@@ -65,6 +65,23 @@ inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
   for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
+// LANES bf16 as fp32.
+inline Float load_bf16(const uint16_t* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return as_float(__builtin_convertvector(halves, Int) << 16);
+}
+#if PYNLP_F16C
+inline Float load_half(const uint16_t* from) {
+#if PYNLP_AVX512
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+#endif
+
 #if PYNLP_BF16
 // Two rows of fp32 as words of two bf16: `even` in the low half.
 inline Int bf16_pairs(Float even, Float odd) {

@@ -109,10 +109,13 @@ def attention_decode(
 
     Source: Flash-Decoding (Dao et al., 2023); pages: PagedAttention (Kwon et al., arXiv 2309.06180).
     """
+    q, k, v = (None if x is None else checks.autocast(x)[0] for x in (q, k, v))
     _check_cache(q, k_cache, v_cache, block_table)
     batch, seqlen_q, heads, head_dim = q.shape
     appended = _check_new_rows(q, k, v, k_cache, v_cache)
     checks.check_integers("cache_lengths", cache_lengths, (batch,), q)
+    if block_table is not None and block_table.dim() != 2:
+        raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     checks.check_range("cache_lengths", cache_lengths, 0, capacity - appended)
     cache_lengths = checks.int32(cache_lengths)
@@ -128,14 +131,15 @@ def attention_decode(
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     cos, sin = _check_rotary(rotary, rotary_offset, q, cache_lengths, appended)
     turn = (cos, sin, rotary_offset, rotary_interleaved)
-    if appended:
-        rows = (checks.rows_in_place(x) for x in (k, v))
-        torch.ops.pynlp.attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
-    out, lse = torch.ops.pynlp.attention_decode(
-        checks.rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
-        head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap, sinks, slopes,
-        table, buckets, *turn, num_splits or 0,
-    )  # fmt: skip
+    with torch.no_grad():
+        if appended:
+            rows = (checks.rows_in_place(x) for x in (k, v))
+            torch.ops.pynlp.attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
+        out, lse = torch.ops.pynlp.attention_decode(
+            checks.rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
+            head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap, sinks,
+            slopes, table, buckets, *turn, num_splits or 0,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -157,6 +161,8 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
     for name, x in (("q", q), ("v_cache", v_cache)):
         if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a head_dim of 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
+    if block_table is not None and k_cache.shape[1] == 0:
+        raise ValueError(f"k_cache: expected pages of at least one key, got shape {tuple(k_cache.shape)}")
     if k_cache.shape[3] != head_dim or (block_table is None and k_cache.shape[0] != batch):
         first = f"{batch}, capacity" if block_table is None else "pages, page_size"
         raise ValueError(
@@ -192,8 +198,6 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
 def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_cache: Tensor) -> None:
     """The entries that the lengths need must be pages of the cache."""
     batch = cache_lengths.shape[0]
-    if block_table.dim() != 2:
-        raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     checks.check_integers("block_table", block_table, (batch, block_table.shape[1]), k_cache)
     if block_table.numel() == 0:
         return
