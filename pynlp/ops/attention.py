@@ -1,5 +1,7 @@
 """Fused attention: schema, fake, autograd and the public functions, for batches and for packed sequences."""
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from pynlp.ops.library import LIBRARY, define, register_autograd
 from pynlp.reference import attention as reference
 from pynlp.reference.attention import Options
 
-_OPTIONS = (
+OPTIONS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, Tensor? key_lengths, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks, "
     "Tensor? alibi_slopes, Tensor? relative_bias, Tensor? relative_buckets, "
@@ -18,39 +20,35 @@ _OPTIONS = (
 
 
 def _forward_triton(q, *arguments):
-    launcher = triton_launcher(q)
-    return (launcher.attention_forward if launcher else reference.attention_forward)(q, *arguments)
+    return (triton_launcher(q, "attention") or reference).attention_forward(q, *arguments)
 
 
 def _backward_triton(grad_out, grad_lse, q, *arguments):
-    launcher = triton_launcher(q)
-    backward = launcher.attention_backward if launcher else reference.attention_backward
-    return backward(grad_out, grad_lse, q, *arguments)
+    return (triton_launcher(q, "attention") or reference).attention_backward(grad_out, grad_lse, q, *arguments)
 
 
-def triton_launcher(q: Tensor):
-    """The module of Triton launchers, or None where the reference must serve."""
+def triton_launcher(q: Tensor, module: str):
+    """The module of Triton launchers `pynlp.kernels.<module>`, or None where the reference must serve."""
     from pynlp.backends import triton_missing_reason, warn_once
 
-    reason = "fp64 runs on the reference" if q.dtype == torch.float64 else triton_missing_reason()
+    if q.dtype == torch.float64:
+        return None
+    reason = triton_missing_reason()
     if reason is None:
-        from pynlp.kernels import attention
-
-        return attention
-    if q.dtype != torch.float64:
-        warn_once(f"pynlp.attention runs on the slow reference: {reason}")
+        return importlib.import_module(f"pynlp.kernels.{module}")
+    warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
     return None
 
 
 define(
     "attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
     reference.attention_forward,
     _forward_triton,
 )
 define(
     "attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {OPTIONS}, "
     "bool needs_slopes, bool needs_table, bool needs_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.attention_backward,
     _backward_triton,

@@ -12,13 +12,11 @@ MAX_HEAD_DIM = 1024  # room for the compressed keys of latent attention
 
 
 def _append_triton(k, *arguments):
-    launcher = triton_launcher(k)
-    return (launcher.attention_append if launcher else reference.attention_append)(k, *arguments)
+    return (triton_launcher(k, "attention_decode") or reference).attention_append(k, *arguments)
 
 
 def _decode_triton(q, *arguments):
-    launcher = triton_launcher(q)
-    return (launcher.attention_decode if launcher else reference.attention_decode)(q, *arguments)
+    return (triton_launcher(q, "attention_decode") or reference).attention_decode(q, *arguments)
 
 
 define(
