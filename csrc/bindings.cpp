@@ -301,6 +301,35 @@ void attention_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor
   pynlp::attention_append(problem);
 }
 
+Tensor attention_weights(Tensor q, Tensor k, MaybeTensor rows, MaybeTensor lse, double softmax_scale,
+                         int64_t window_left, int64_t window_right, double softcap, MaybeTensor key_lengths,
+                         MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor sinks,
+                         MaybeTensor alibi_slopes, MaybeTensor relative_bias, MaybeTensor relative_buckets,
+                         MaybeTensor rotary_cos, MaybeTensor rotary_sin, MaybeTensor rotary_positions,
+                         int64_t rotary_offset, bool rotary_interleaved, double, MaybeTensor) {
+  pynlp::AttentionWeights problem{};
+  const MaybeTensor none;
+  STD_TORCH_CHECK(!cu_seqlens_q && !cu_seqlens_k, "pynlp.attention_weights: expected no packed sequences");
+  fill(problem, q, k, k,
+       {softmax_scale, window_left, window_right, softcap, key_lengths, none, none, sinks, alibi_slopes, relative_bias,
+        relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved, 0.0, none});
+  problem.rows = data<int32_t>(rows, ScalarType::Int, "rows");
+  problem.row_count = rows ? rows->size(0) : problem.rows_q;
+  for (int64_t n = 0; rows && n < problem.row_count; ++n)
+    STD_TORCH_CHECK(problem.rows[n] >= 0 && problem.rows[n] < problem.rows_q,
+                    "pynlp.attention_weights: rows: ", "expected 0 to ", problem.rows_q - 1);
+  problem.lse = data<float>(lse, ScalarType::Float, "lse");
+  Tensor weights = output(q, {q.size(0), problem.heads, problem.row_count, problem.rows_k}, ScalarType::Float);
+  problem.weights = static_cast<float*>(weights.mutable_data_ptr());
+  if (weights.numel() > 0) pynlp::attention_weights(problem);
+  return weights;
+}
+
+void attention_weights_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::attention_weights_reference", stack[0], stack))
+    TORCH_BOX (&attention_weights)(stack, inputs, outputs);
+}
+
 void attention_decode_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::attention_decode_reference", stack[0], stack))
     TORCH_BOX (&attention_decode)(stack, inputs, outputs);
@@ -328,4 +357,5 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   m.impl("attention_backward", &attention_backward_boxed);
   m.impl("attention_append", &attention_append_boxed);
   m.impl("attention_decode", &attention_decode_boxed);
+  m.impl("attention_weights", &attention_weights_boxed);
 }

@@ -22,5 +22,6 @@ const AttentionKernels& kernels_for([[maybe_unused]] Dtype dtype) {
 void attention_append(const AttentionAppend& problem) { kernels_for(problem.dtype).append(problem); }
 void attention_forward(const AttentionForward& problem) { kernels_for(problem.dtype).forward(problem); }
 void attention_backward(const AttentionBackward& problem) { kernels_for(problem.dtype).backward(problem); }
+void attention_weights(const AttentionWeights& problem) { kernels_for(problem.dtype).weights(problem); }
 
 }  // namespace pynlp

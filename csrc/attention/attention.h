@@ -83,6 +83,13 @@ struct AttentionForward : AttentionInputs {
   float* lse;          // (entries, heads, rows_q)
 };
 
+struct AttentionWeights : AttentionInputs {
+  int64_t row_count;
+  const int32_t* rows;  // (row_count,) queries, or null: all
+  const float* lse;     // (batch, heads, rows_q) or null: computed
+  float* weights;       // (batch, heads, row_count, rows_k)
+};
+
 // New rows of k and v, and the cache behind whose keys they are written.
 struct AttentionAppend : AttentionInputs {
   View new_k, new_v;
@@ -103,5 +110,6 @@ struct AttentionBackward : AttentionInputs {
 void attention_append(const AttentionAppend& problem);
 void attention_forward(const AttentionForward& problem);
 void attention_backward(const AttentionBackward& problem);
+void attention_weights(const AttentionWeights& problem);
 
 }  // namespace pynlp

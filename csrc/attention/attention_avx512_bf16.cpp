@@ -9,6 +9,7 @@
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 on its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #define PYNLP_LANES 16
 #define PYNLP_F16C 1
 #define PYNLP_AVX512 1
@@ -17,6 +18,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "kernels.h"
+#include "weights.h"
 
 namespace pynlp {
 
@@ -27,6 +29,7 @@ const AttentionKernels attention_avx512_bf16 = {
       Decode(problem).run();
     },
     [](const AttentionBackward& problem) { Backward<Bf16>(problem).run(); },
+    [](const AttentionWeights& problem) { Weights(problem).run(); },
 };
 
 }  // namespace pynlp

@@ -16,6 +16,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "kernels.h"
+#include "weights.h"
 
 namespace pynlp {
 
@@ -26,6 +27,7 @@ const AttentionKernels attention_portable = {
       Decode(problem).run();
     },
     [](const AttentionBackward& problem) { Backward<Fp32>(problem).run(); },
+    [](const AttentionWeights& problem) { Weights(problem).run(); },
 };
 
 }  // namespace pynlp

@@ -1,4 +1,4 @@
-// The kernels of each instruction set, all from the same source (forward.h, decode.h, backward.h).
+// The kernels of each instruction set, all from the same source (forward.h, decode.h, backward.h, weights.h).
 #pragma once
 
 #include "attention.h"
@@ -9,6 +9,7 @@ struct AttentionKernels {
   void (*append)(const AttentionAppend& problem);
   void (*forward)(const AttentionForward& problem);
   void (*backward)(const AttentionBackward& problem);
+  void (*weights)(const AttentionWeights& problem);
 };
 
 extern const AttentionKernels attention_portable;

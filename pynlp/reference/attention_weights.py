@@ -1,6 +1,5 @@
 """Attention weights of chosen queries in plain PyTorch: default back end, and the oracle of the tests."""
 
-import torch
 from torch import Tensor
 
 from pynlp.reference.attention import Options, log_sum_exp, masked_scores, rotate_queries_and_keys, visible_exp

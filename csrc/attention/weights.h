@@ -1,0 +1,84 @@
+// The weights of chosen queries, for plots and checks: scores of all keys a row, then softmax over the row.
+#pragma once
+
+#include "../parallel.h"
+#include "scores.h"
+
+namespace pynlp {
+namespace {
+
+class Weights {
+ public:
+  explicit Weights(const AttentionWeights& in) : in_(in), scorer_(in), group_(in.heads / in.kv_heads) {
+    Arena sizes{nullptr};
+    Scratch(*this, sizes);
+    scratch_bytes_ = sizes.used;
+  }
+
+  void run() const {
+    run_tasks(
+        in_.batch * in_.row_count * in_.kv_heads,
+        [](void* w, int64_t task) { static_cast<const Weights*>(w)->run_task(task); }, const_cast<Weights*>(this));
+  }
+
+ private:
+  struct Scratch {
+    float *query, *scores, *line, *keys;
+    const char** key_rows;
+    Scratch(const Weights& w, Arena& arena) {
+      query = arena.take<float>(w.scorer_.size);
+      scores = arena.take<float>(SCORES);
+      line = arena.take<float>(SCORES);
+      keys = arena.take<float>(TILE_KEYS * w.scorer_.size);
+      key_rows = arena.take<const char*>(TILE_KEYS + LANES);
+    }
+  };
+
+  // One query in the heads that share a key/value head.
+  void run_task(int64_t task) const {
+    const int64_t kv_head = task % in_.kv_heads, number = task / in_.kv_heads % in_.row_count;
+    const Sequence sequence = in_.sequence(task / in_.kv_heads / in_.row_count);
+    const int64_t i = in_.rows ? in_.rows[number] : number;
+    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
+    const Scratch s(*this, arena);
+    const Visibility visible(in_, sequence);
+    const Range keys = visible.of_any(i, i + 1);
+    const Rows k = keys_of(in_, sequence, kv_head);
+    for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
+      float* row = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
+      memset(row, 0, sequence.keys * sizeof(float));
+      scorer_.read_query(sequence, head, i, s.query);
+      for (int64_t first = keys.first; first < keys.last; first += TILE_KEYS) {
+        const Range tile{first, smaller(first + TILE_KEYS, keys.last)};
+        const TileRows rows(k, tile, s.keys, s.key_rows);
+        scorer_.score<1>(sequence, visible, i, head, tile, rows.from(0), rows.dtype, s.query, s.scores, s.line);
+        memcpy(row + first, s.scores, (tile.last - first) * sizeof(float));
+      }
+      if (!keys.empty()) normalise(sequence, head, i, row + keys.first, keys.last - keys.first);
+    }
+  }
+
+  // Scores in log2 units -> weights.
+  void normalise(const Sequence& sequence, int64_t head, int64_t i, float* row, int64_t count) const {
+    float pivot = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff(), factor = 1;
+    if (in_.lse) {
+      pivot = in_.lse[in_.statistic(sequence, head, i)] * LOG2_E;
+    } else {
+      const float sink = pivot;
+      for (int64_t n = 0; n < count; ++n) pivot = row[n] > pivot ? row[n] : pivot;
+      if (pivot == -__builtin_inff()) pivot = 0;
+      double sum = __builtin_exp2f(sink - pivot);
+      for (int64_t n = 0; n < count; ++n) sum += __builtin_exp2f(row[n] - pivot);
+      factor = sum == 0 ? 0.0f : static_cast<float>(1 / sum);
+    }
+    for (int64_t n = 0; n < count; ++n) row[n] = __builtin_exp2f(row[n] - pivot) * factor;
+  }
+
+  const AttentionWeights& in_;
+  Scorer scorer_;
+  int64_t group_;
+  size_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace pynlp
