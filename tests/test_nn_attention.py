@@ -473,3 +473,25 @@ def test_refuses_bad_inputs(options, arguments, message):
     module = MultiHeadAttention(24, 4, **options)
     with pytest.raises(ValueError, match=message):
         module(**arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights(variant):
+    """The sums of the values by them, projected, are the module's output."""
+    module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[variant])
+    x, rows = tokens(), torch.tensor([SEQLEN - 1, 0, 3])
+    key_lengths = torch.tensor([SEQLEN, 5])
+    weights = module.weights(x, key_lengths=key_lengths)
+    _, v = module.keys_values(x)
+    values = v.repeat_interleave(HEADS // v.shape[2], dim=2)
+    expected = module.out_proj(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(-2))
+    torch.testing.assert_close(expected, module(x, key_lengths=key_lengths), rtol=1e-5, atol=2e-6)
+    assert torch.equal(module.weights(x, key_lengths=key_lengths, rows=rows), weights[:, :, rows])
+
+
+def test_weights_of_a_memory():
+    """As torch.nn.MultiheadAttention gives them."""
+    theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, batch_first=True).eval()
+    x, memory = tokens(), tokens(seqlen=17)
+    _, expected = theirs(x, memory, memory, average_attn_weights=False)
+    torch.testing.assert_close(MultiHeadAttention.from_torch(theirs).weights(x, memory), expected, rtol=1e-5, atol=1e-6)

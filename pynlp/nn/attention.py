@@ -10,6 +10,7 @@ from pynlp.nn.cache import LayerCache
 from pynlp.ops.attention import attention as fused_attention
 from pynlp.ops.attention import attention_varlen
 from pynlp.ops.attention_decode import attention_decode
+from pynlp.ops.attention_weights import attention_weights
 from pynlp.ops.positions import alibi_slopes, rotary_tables
 
 POSITIONS = ("none", "rope", "alibi", "relative")
@@ -169,13 +170,7 @@ class MultiHeadAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
         k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         dropout = self.dropout if self.training else 0.0
-        options = dict(
-            causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks,
-            alibi_slopes=self.alibi_slopes,
-            relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
-            rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
-            rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
-        )  # fmt: skip
+        options = self._options(rotary_offset)
         if cache is not None:
             cache.check(dropout, x, q, k, v)
             # The first tokens are only written to the cache: they see each other, which needs nothing from there.
@@ -189,6 +184,40 @@ class MultiHeadAttention(nn.Module):
         elif cache is None or cache.empty:
             out = self.attention(q, k, v, key_lengths=key_lengths, dropout_p=dropout, **options)
         return self.out_proj(out.flatten(-2))
+
+    def _options(self, rotary_offset: int | Tensor) -> dict:
+        """What the attention functions take alike."""
+        return dict(
+            causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
+            rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
+            rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
+        )  # fmt: skip
+
+    def weights(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        rotary_offset: int | Tensor = 0,
+    ) -> Tensor:
+        """How much each token of x takes of each key: for plots and checks, without dropout or gradients.
+
+        Args:
+            rows: int32 `(rows,)`, which tokens of x; all by default.
+            The others: as in `forward`.
+
+        Returns:
+            `(B, H, rows, Sk)`, fp32.
+        """
+        self._check_input(x, memory, key_lengths, None, None, None)
+        with torch.no_grad():
+            q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
+            k, _ = self.keys_values(x if memory is None else memory)
+            return attention_weights(q, k, rows=rows, key_lengths=key_lengths, **self._options(rotary_offset))
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values `(B, Sk, G, D)` of a memory, for `forward` to take in its place; differentiable."""
