@@ -1,0 +1,254 @@
+"""`python -m benchmarks.serving`: packed sequences, decoding over a cache, and dropout beside PyTorch's SDPA.
+
+As in benchmarks.attention a case is set up once, its errors against fp64 decide whether its speed is printed, and all
+implementations are timed in turn. Packed sequences count the FLOP/s of the pairs that exist; decoding counts the bytes
+of the keys and values, against the read bandwidth that the machine shows in this run. Writes results/serving.json and
+serving.png.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.attention import PRODUCTS, peak
+from benchmarks.measure import RESULTS, best_times, largest_error, machine, table, write_json
+from pynlp import probes
+from pynlp.functional import attention, attention_decode, attention_varlen
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass
+class Case:
+    """Calls that give the same, `ours` among them, and what is asked of their times."""
+
+    name: str
+    dtype: torch.dtype
+    calls: dict[str, Callable[[], list[Tensor]]]
+    oracle: Callable[[], list[Tensor]]  # in fp64
+    asked: dict[str, float]  # a peer's time / ours, at least; "bandwidth": share of the read bandwidth, at least
+    flop: float = 0.0
+    bytes: float = 0.0
+    slack: float = 2.0  # errors of ours are at most this times the peer's
+    times: dict[str, float] = field(default_factory=dict)
+
+
+def scaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    """SDPA of (batch, seqlen, heads, head_dim)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1], **options).transpose(1, 2)
+
+
+def varlen_case(dtype: torch.dtype, backward: bool) -> Case:
+    """32 sequences of 10 to 1000 tokens, causal, 8 heads of 64."""
+    torch.manual_seed(0)
+    heads, head_dim = 8, 64
+    lengths = torch.linspace(10, 1000, 32).long()[torch.randperm(32)].tolist()
+    total, longest = sum(lengths), max(lengths)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    rows = [torch.randn(total, heads, head_dim) for _ in range(4)]  # q, k, v and the gradient of the output
+    place = torch.cat([i * longest + torch.arange(n) for i, n in enumerate(lengths)])  # in the padded batch
+
+    def implementations(dtype: torch.dtype) -> dict[str, Callable]:
+        *leaves, grad = (x.to(dtype) for x in rows)
+        leaves = [x.requires_grad_(backward) for x in leaves]
+        padded = [x.new_zeros(32 * longest, heads, head_dim).index_copy_(0, place, x.detach()) for x in (*leaves, grad)]
+        *padded_leaves, padded_grad = (x.view(32, longest, heads, head_dim) for x in padded)
+        padded_leaves = [x.requires_grad_(backward) for x in padded_leaves]
+
+        def loop() -> Tensor:
+            parts = zip(*(x.split(lengths) for x in leaves), strict=True)
+            return torch.cat([scaled(*(x[None] for x in part), is_causal=True)[0] for part in parts])
+
+        def call(function: Callable, inputs: list[Tensor], weight: Tensor, rows_of: Callable) -> Callable:
+            if not backward:
+                return lambda: [rows_of(function())]
+            return lambda: [rows_of(x) for x in torch.autograd.grad(function(), inputs, weight)]
+
+        packed = dict(inputs=leaves, weight=grad, rows_of=lambda x: x)
+        return {
+            "ours": call(lambda: attention_varlen(*leaves, cu_seqlens, cu_seqlens, causal=True), **packed),
+            "loop": call(loop, **packed),
+            # Causal: no query sees the padding behind it.
+            "padded": call(
+                lambda: scaled(*padded_leaves, is_causal=True), padded_leaves, padded_grad,
+                lambda x: x.flatten(0, 1)[place],
+            ),
+        }  # fmt: skip
+
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    mode = "both" if backward else "forward"
+    return Case(
+        f"32 sequences of 10 to 1000, {'forward + backward' if backward else 'forward'}", dtype, implementations(dtype),
+        lambda: implementations(torch.float64)["ours"](), {"loop": 2.5, "padded": 3.0},
+        flop=2 * PRODUCTS[mode] * heads * head_dim * pairs, slack=3.0 if backward else 2.0,
+    )  # fmt: skip
+
+
+def decode_case(dtype: torch.dtype, batch: int, heads: tuple[int, int] = (8, 8), head_dim: int = 64) -> Case:
+    """One new token over a cache of 16384; also out of pages of 16 and 256, in random order."""
+    torch.manual_seed(0)
+    length, (heads, kv_heads) = 16384, heads
+    q = torch.randn(batch, 1, heads, head_dim).to(dtype)
+    k, v = (torch.randn(batch, length, kv_heads, head_dim, dtype=FP32).to(dtype) for _ in range(2))
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    calls = {
+        "ours": lambda: [attention_decode(q, k, v, lengths)],
+        "SDPA": lambda: [scaled(q, k, v)],
+    }
+    for page_size in (16, 256):
+        pages = length // page_size
+        block_table = torch.randperm(batch * pages, dtype=torch.int32).view(batch, pages)
+        shape = (batch * pages, page_size, kv_heads, head_dim)
+        k_pages, v_pages = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        k_pages[block_table.flatten().long()], v_pages[block_table.flatten().long()] = k.view(shape), v.view(shape)
+        calls[f"pages of {page_size}"] = lambda k_pages=k_pages, v_pages=v_pages, block_table=block_table: [
+            attention_decode(q, k_pages, v_pages, lengths, block_table=block_table)
+        ]
+
+    def oracle() -> list[Tensor]:
+        return [torch.cat([scaled(*(x[i : i + 1].double() for x in (q, k, v))) for i in range(batch)])]
+
+    return Case(
+        f"decode, batch {batch}, {heads}/{kv_heads} heads of {head_dim}, cache 16384", dtype, calls, oracle,
+        {"SDPA": 2.0, "pages of 16": 1 / 1.1, "pages of 256": 1 / 1.1, "bandwidth": 0.8},
+        flop=4 * batch * heads * head_dim * length, bytes=2 * k.numel() * k.element_size(),
+    )  # fmt: skip
+
+
+def dropout_case(dtype: torch.dtype, backward: bool) -> Case:
+    """Dropout 0.1, against the same without; causal, 8 heads of 64, 2048 tokens."""
+    torch.manual_seed(0)
+    *leaves, grad = (torch.randn(1, 2048, 8, 64).to(dtype) for _ in range(4))
+    leaves = [x.requires_grad_(backward) for x in leaves]
+
+    def call(rows: list[Tensor], weight: Tensor, **options) -> Callable:
+        if not backward:
+            return lambda: [attention(*rows, causal=True, **options)]
+        return lambda: list(torch.autograd.grad(attention(*rows, causal=True, **options), rows, weight))
+
+    def oracle() -> list[Tensor]:
+        rows = [x.detach().double()[:, :512].requires_grad_(backward) for x in leaves]
+        return call(rows, grad[:, :512].double(), dropout_p=0.1, seed=1)()
+
+    def first_rows() -> list[Tensor]:
+        rows = [x.detach()[:, :512].requires_grad_(backward) for x in leaves]
+        return call(rows, grad[:, :512], dropout_p=0.1, seed=1)()
+
+    def sdpa() -> list[Tensor]:
+        if not backward:
+            return [scaled(*leaves, is_causal=True, dropout_p=0.1)]
+        return list(torch.autograd.grad(scaled(*leaves, is_causal=True, dropout_p=0.1), leaves, grad))
+
+    calls = {
+        "ours": call(leaves, grad, dropout_p=0.1, seed=1),
+        "without": call(leaves, grad),
+        "SDPA": sdpa,
+        "checked": first_rows,
+    }
+    pairs = 2048 * 2049 // 2
+    return Case(
+        f"dropout 0.1, causal, {'forward + backward' if backward else 'forward'}", dtype, calls, oracle,
+        {"without": 1 / 1.35}, flop=2 * PRODUCTS["both" if backward else "forward"] * 8 * 64 * pairs,
+    )  # fmt: skip
+
+
+CASES = {
+    **{
+        f"varlen {mode} {dtype}": lambda dtype=dtype, backward=backward: varlen_case(dtype, backward)
+        for dtype in (FP32, BF16)
+        for mode, backward in (("forward", False), ("both", True))
+    },
+    **{
+        f"decode {batch} {dtype}": lambda dtype=dtype, batch=batch: decode_case(dtype, batch)
+        for dtype in (FP32, BF16)
+        for batch in (1, 16)
+    },
+    "decode grouped": lambda: decode_case(BF16, 1, (32, 8), 128),
+    **{
+        f"dropout {mode} {dtype}": lambda dtype=dtype, backward=backward: dropout_case(dtype, backward)
+        for dtype in (FP32, BF16)
+        for mode, backward in (("forward", False), ("both", True))
+    },
+}
+
+
+def run_case(case: Case) -> dict:
+    expected = case.oracle()
+    checked = case.calls.pop("checked", None)  # a part that the oracle can hold
+    error = max(largest_error((checked or case.calls["ours"])(), expected))
+    peers = {} if checked else {name: call for name, call in case.calls.items() if name != "ours"}
+    theirs = max((max(largest_error(call(), expected)) for call in peers.values()), default=0.0)
+    size = max(x.abs().max().item() for x in expected)
+    # Without a peer that drops the same weights: the rounding of out and of the weights.
+    correct = error <= (case.slack * theirs + 1e-6 if peers else 4 * torch.finfo(case.dtype).eps * size)
+    peaks, bandwidths = [0.0], [0.0]
+    if correct:
+        calls = dict(case.calls)
+        if case.bytes:
+            calls["machine"] = lambda: bandwidths.append(probes.read_bandwidth(seconds=0.05))
+        else:
+            calls["machine"] = lambda: peaks.append(peak(case.dtype))
+        case.times = best_times(calls, 4.0)
+    ours = case.times.get("ours", float("inf"))
+    shares = {"bandwidth": case.bytes / ours / max(bandwidths)} if max(bandwidths) else {}
+    ratios = {name: time / ours for name, time in case.times.items() if name not in ("ours", "machine")}
+    met = correct and all((ratios | shares)[name] >= bound for name, bound in case.asked.items())
+    asked = [f"{'' if name == 'bandwidth' else name + ' '}{bound:.2f}" for name, bound in case.asked.items()]
+    share = shares.get("bandwidth") or (case.flop / ours / max(peaks) if max(peaks) else 0.0)
+    return {
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "error": f"{error:.1e}",
+        "ms": f"{ours * 1e3:.2f}" if correct else "wrong",
+        "rate": f"{case.bytes / ours / 1e9:.1f} GB/s" if case.bytes else f"{case.flop / ours / 1e9:.0f} GFLOP/s",
+        "of peak": f"{share:.0%}",
+        "time / ours": ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()),
+        "asked": ", ".join(asked),
+        "met": "yes" if met else "NO",
+    }
+
+
+def plot(rows: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["ms"] != "wrong"]
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.0))
+    labels = [f"{row['case']}, {row['dtype']}" for row in rows]
+    bars = axes.barh(labels, [float(row["of peak"].rstrip("%")) for row in rows], color="#3b6fb6")
+    axes.bar_label(bars, [f"{row['rate']}; time / ours: {row['time / ours']}" for row in rows], padding=4, fontsize=7)
+    axes.set(xlim=(0, 220), xlabel="% of the machine's peak: read bandwidth for decoding, FLOP/s otherwise")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "serving.png", dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
+    only = parser.parse_args().only
+    chosen = [make for name, make in CASES.items() if only in name]
+    if not chosen:
+        parser.error(f"--only: expected a part of one of {', '.join(CASES)}, got {only!r}")
+    rows = [run_case(make()) for make in tqdm(chosen, desc="cases", leave=False)]
+    print(table(rows))
+    if only:
+        return
+    path = write_json("serving", {"machine": machine(), "cases": rows})
+    plot(rows)
+    print(f"\n{machine()}\nwritten: {path}, {RESULTS / 'serving.png'}")
+
+
+if __name__ == "__main__":
+    main()
