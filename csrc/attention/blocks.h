@@ -41,9 +41,10 @@ inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
 }
 
 // With few queries the keys are read once for all, by decode.h; with more, blocks of queries go over them (forward.h).
-constexpr int64_t FEW_QUERIES = 8;
+// decode.h works on several heads that share keys at once, and so pays off longer.
 inline bool few_queries(const AttentionInputs& in, const Sequence& sequence) {
-  return in.head_dim > 256 || in.head_dim_v > 256 || (sequence.queries <= FEW_QUERIES && !in.dropped);
+  if (in.head_dim > 256 || in.head_dim_v > 256) return true;
+  return sequence.queries <= (in.heads >= 4 * in.kv_heads ? 8 : 4) && !in.dropped;
 }
 
 // Keys or queries first .. last - 1.

@@ -94,17 +94,32 @@ class Decode {
     return static_cast<float*>(partials_.data) + first(part.sequence).partial + (part.number * rows + row) * floats;
   }
 
+  // Addresses of a tile's rows, of the next tile's, and of rows in scratch.
+  struct Pointers {
+    const char **rows, **next, **room;
+    void take(Arena& arena) {
+      rows = arena.take<const char*>(TILE_KEYS + LANES);
+      next = arena.take<const char*>(TILE_KEYS + LANES);
+      room = arena.take<const char*>(TILE_KEYS + LANES);
+    }
+    void advance() {
+      const char** done = rows;
+      rows = next;
+      next = done;
+    }
+  };
+
   struct Scratch {
     float *queries, *scores, *line, *keys, *values;
-    const char **key_rows, **value_rows;
+    Pointers key_rows, value_rows;
     Scratch(const Decode& d, Arena& arena) {
       queries = arena.take<float>(d.longest_ * d.in_.heads * d.scorer_.size);
       scores = arena.take<float>(MOST_ROWS * SCORES);
       line = arena.take<float>(SCORES);
       keys = arena.take<float>(TILE_KEYS * d.scorer_.size);
       values = arena.take<float>(TILE_KEYS * d.size_v_);
-      key_rows = arena.take<const char*>(TILE_KEYS + LANES);
-      value_rows = arena.take<const char*>(TILE_KEYS + LANES);
+      key_rows.take(arena);
+      value_rows.take(arena);
     }
   };
 
@@ -127,29 +142,39 @@ class Decode {
         result[0] = -__builtin_inff();
       }
     }
+    const HeadRows k(keys_of, in_.k, in_, sequence), v(values_of, in_.v, in_, sequence);
+    Pointers at = s.key_rows, values_at = s.value_rows;
+    const auto tile_from = [&](int64_t start) { return Range{start, smaller(start + TILE_KEYS, keys.last)}; };
+    k.locate(tile_from(keys.first), at.rows);
+    v.locate(tile_from(keys.first), values_at.rows);
     for (int64_t start = keys.first; start < keys.last; start += TILE_KEYS) {
-      const Range tile{start, smaller(start + TILE_KEYS, keys.last)};
-      for (int64_t kv_head = 0; kv_head < in_.kv_heads; ++kv_head) {
-        const Rows k = keys_of(in_, sequence, kv_head), v = values_of(in_, sequence, kv_head);
-        for (int64_t j = tile.last; j < smaller(tile.last + TILE_KEYS, keys.last); ++j) {
-          k.prefetch(j);
-          v.prefetch(j);
-        }
-        visit(s, part, sequence, visible, k, v, kv_head, tile);
+      const Range tile = tile_from(start), next = tile_from(start + TILE_KEYS);
+      const int64_t coming = larger(0, next.last - next.first);
+      if (coming > 0) {
+        k.locate(next, at.next);
+        v.locate(next, values_at.next);
       }
+      for (int64_t kv_head = 0; kv_head < in_.kv_heads; ++kv_head) {
+        k.prefetch(at.next, coming, kv_head);
+        v.prefetch(values_at.next, coming, kv_head);
+        visit(s, part, sequence, visible, kv_head, tile, k.of(kv_head, tile, at.rows, s.keys, at.room),
+              v.of(kv_head, tile, values_at.rows, s.values, values_at.room));
+      }
+      at.advance();
+      values_at.advance();
     }
   }
 
   // One tile of keys of one head, for all its queries.
-  void visit(const Scratch& s, const Part& part, const Sequence& sequence, const Visibility& visible, const Rows& k,
-             const Rows& v, int64_t kv_head, Range tile) const {
-    const TileRows keys(k, tile, s.keys, s.key_rows), values(v, tile, s.values, s.value_rows);
+  void visit(const Scratch& s, const Part& part, const Sequence& sequence, const Visibility& visible, int64_t kv_head,
+             Range tile, const TileRows& keys, const TileRows& values) const {
     for (int64_t i = 0; i < sequence.queries; ++i) {
       const Range own = visible.of_any(i, i + 1);
       const Range some{larger(tile.first, own.first), smaller(tile.last, own.last)};
       if (some.empty()) continue;
+      const TileRows own_keys = keys.from(some.first - tile.first), own_values = values.from(some.first - tile.first);
       const auto heads = [&](auto rows, int64_t member) __attribute__((always_inline)) {
-        attend<rows.count>(s, part, sequence, visible, i, kv_head * group_ + member, some, keys, values, tile.first);
+        attend<rows.count>(s, part, sequence, visible, i, kv_head * group_ + member, some, own_keys, own_values);
       };
       int64_t member = 0;
       for (; member + 4 <= group_; member += 4) heads(Count<4>{}, member);
@@ -158,27 +183,25 @@ class Decode {
     }
   }
 
-  // Keys `some` of a tile that starts at `origin`, for query i in ROWS heads from `head` on.
+  // Query i in ROWS heads from `head` on.
   template <int ROWS>
   void attend(const Scratch& s, const Part& part, const Sequence& sequence, const Visibility& visible, int64_t i,
-              int64_t head, Range some, const TileRows& keys, const TileRows& values, int64_t origin) const {
+              int64_t head, Range some, const TileRows& keys, const TileRows& values) const {
     const int64_t count = some.last - some.first, row = i * in_.heads + head;
-    scorer_.score<ROWS>(sequence, visible, i, head, some, keys.from(some.first - origin), keys.dtype,
-                        s.queries + row * scorer_.size, s.scores, s.line);
+    scorer_.score<ROWS>(sequence, visible, i, head, some, keys, s.queries + row * scorer_.size, s.scores, s.line);
     float rescale[ROWS];
     float* results[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       results[r] = partial(part, sequence.queries * in_.heads, row + r);
       rescale[r] = softmax(s.scores + r * SCORES, round_up(count, LANES), results[r]);
     }
-    const char* const* rows = values.from(some.first - origin);
     if (values.dtype == Dtype::float32)
-      add_values<ReadFloat, ROWS>(rows, count, s.scores, rescale, results);
+      add_values<ReadFloat, ROWS>(values, count, s.scores, rescale, results);
     else if (values.dtype == Dtype::bfloat16)
-      add_values<ReadBf16, ROWS>(rows, count, s.scores, rescale, results);
+      add_values<ReadBf16, ROWS>(values, count, s.scores, rescale, results);
 #if PYNLP_F16C
     else
-      add_values<ReadHalf, ROWS>(rows, count, s.scores, rescale, results);
+      add_values<ReadHalf, ROWS>(values, count, s.scores, rescale, results);
 #endif
   }
 
@@ -211,7 +234,7 @@ class Decode {
 
   // results[r] = results[r] * rescale[r] + weights[r] . values.
   template <class Read, int ROWS>
-  void add_values(const char* const* values, int64_t count, const float* weights, const float* rescale,
+  void add_values(const TileRows& values, int64_t count, const float* weights, const float* rescale,
                   float* const* results) const {
     constexpr int64_t VECTORS = ROWS == 1 ? 8 : 16 / ROWS;
     int64_t d = 0;
@@ -224,7 +247,7 @@ class Decode {
   }
 
   template <class Read, int ROWS, int VECTORS>
-  static void add_columns(const char* const* values, int64_t count, const float* weights, const float* rescale,
+  static void add_columns(const TileRows& values, int64_t count, const float* weights, const float* rescale,
                           float* const* results, int64_t column) {
     Float sums[ROWS][VECTORS];
 #pragma GCC unroll 4
@@ -233,7 +256,7 @@ class Decode {
       for (int c = 0; c < VECTORS; ++c)
         sums[r][c] = load(results[r] + LANES + column + c * LANES) * broadcast(rescale[r]);
     for (int64_t n = 0; n < count; ++n) {
-      const char* value = values[n];
+      const char* value = values.rows[n] + values.offset;
       Float weight[ROWS];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) weight[r] = broadcast(weights[r * SCORES + n]);

@@ -42,29 +42,62 @@ inline Float add_lanes(Float* sums) {
     return sums[0];
 }
 
-// The rows of a tile of keys or values: where they are, or turned, widened and padded in `room`.
-class TileRows {
- public:
-  TileRows(const Rows& from, Range tile, float* room, const char** addresses) : addresses_(addresses) {
-    const bool in_place = !from.cos && from.head_dim % LANES == 0 && (PYNLP_F16C || from.dtype != Dtype::float16);
-    const int64_t size = round_up(from.head_dim, LANES);
-    dtype = in_place ? from.dtype : Dtype::float32;
-    for (int64_t j = tile.first; j < tile.last; ++j) {
-      float* row = room + (j - tile.first) * size;
-      addresses[j - tile.first] = in_place ? from.address(j) : reinterpret_cast<const char*>(row);
-      if (in_place) continue;
-      from.read(j, row);
-      for (int64_t d = from.head_dim; d < size; ++d) row[d] = 0;
-    }
-    // Whoever takes several rows at once may look a few further.
-    for (int64_t n = tile.last - tile.first; n < tile.last - tile.first + LANES; ++n)
-      addresses[n] = addresses[tile.last - tile.first - 1];
-  }
-  const char* const* from(int64_t n) const { return addresses_ + n; }
+// Rows of a tile of keys or values of one head: row n starts `offset` bytes behind rows[n].
+struct TileRows {
+  const char* const* rows;
+  int64_t offset;
   Dtype dtype;
+  TileRows from(int64_t n) const { return {rows + n, offset, dtype}; }
+};
+
+// The keys, or the values, of all heads of a sequence, a tile at a time.
+class HeadRows {
+ public:
+  HeadRows(Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
+           const AttentionInputs& in, const Sequence& sequence)
+      : rows_of_(rows_of),
+        in_(in),
+        sequence_(sequence),
+        first_(rows_of(in, sequence, 0)),
+        head_bytes_(view.head_stride * first_.value_size()),
+        row_bytes_(first_.head_dim * first_.value_size()),
+        in_place_(!first_.cos && first_.head_dim % LANES == 0 && (PYNLP_F16C || first_.dtype != Dtype::float16)) {}
+
+  // Where the rows of the first head are; then the last one again, for whoever takes several at once.
+  void locate(Range tile, const char** rows) const {
+    for (int64_t j = tile.first; j < tile.last; ++j) *rows++ = first_.address(j);
+    for (int n = 0; n < LANES; ++n) rows[n] = rows[-1];
+  }
+
+  // Brings rows to the second-level cache.
+  void prefetch(const char* const* located, int64_t count, int64_t head) const {
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t byte = 0; byte < row_bytes_; byte += 64)
+        __builtin_prefetch(located[n] + head * head_bytes_ + byte, 0, 2);
+  }
+
+  // A head's rows where they are, or turned, widened and padded in `room`.
+  TileRows of(int64_t head, Range tile, const char* const* located, float* room, const char** room_rows) const {
+    if (in_place_) return {located, head * head_bytes_, first_.dtype};
+    const Rows rows = rows_of_(in_, sequence_, head);
+    const int64_t size = round_up(rows.head_dim, LANES), count = tile.last - tile.first;
+    for (int64_t n = 0; n < count + LANES; ++n) {
+      float* row = room + smaller(n, count - 1) * size;
+      room_rows[n] = reinterpret_cast<const char*>(row);
+      if (n >= count) continue;
+      rows.read(tile.first + n, row);
+      for (int64_t d = rows.head_dim; d < size; ++d) row[d] = 0;
+    }
+    return {room_rows, 0, Dtype::float32};
+  }
 
  private:
-  const char** addresses_;
+  Rows (*rows_of_)(const AttentionInputs&, const Sequence&, int64_t);
+  const AttentionInputs& in_;
+  const Sequence& sequence_;
+  Rows first_;
+  int64_t head_bytes_, row_bytes_;
+  bool in_place_;
 };
 
 class Scorer {
@@ -78,18 +111,18 @@ class Scorer {
   }
 
   // Scores of query i of ROWS heads from `head` on with `keys`, in log2 units: scores[r * SCORES + n] is that of key
-  // keys.first + n; -inf up to a whole vector. `rows` are the addresses of the keys, from keys.first on.
+  // keys.first + n; -inf up to a whole vector. `rows` are those of the keys, from keys.first on.
   template <int ROWS>
   void score(const Sequence& sequence, const Visibility& visible, int64_t i, int64_t head, Range keys,
-             const char* const* rows, Dtype dtype, const float* queries, float* scores, float* line) const {
+             const TileRows& rows, const float* queries, float* scores, float* line) const {
     const int64_t count = keys.last - keys.first;
-    if (dtype == Dtype::float32)
-      dots<ReadFloat, ROWS>(rows, count, queries, scores);
-    else if (dtype == Dtype::bfloat16)
-      dots<ReadBf16, ROWS>(rows, count, queries, scores);
+    if (rows.dtype == Dtype::float32)
+      dots_of<ReadFloat, ROWS>(rows, count, queries, scores);
+    else if (rows.dtype == Dtype::bfloat16)
+      dots_of<ReadBf16, ROWS>(rows, count, queries, scores);
 #if PYNLP_F16C
     else
-      dots<ReadHalf, ROWS>(rows, count, queries, scores);
+      dots_of<ReadHalf, ROWS>(rows, count, queries, scores);
 #endif
     for (int r = 0; r < ROWS; ++r) {
       float* row = scores + r * SCORES;
@@ -101,21 +134,34 @@ class Scorer {
   const int64_t size;  // of a query's row
 
  private:
-  // scores[r][key] = queries[r] . key. LANES products at once, which are then summed together.
+  // The usual sizes of heads as constants: their loops take half of the time.
   template <class Read, int ROWS>
-  void dots(const char* const* keys, int64_t count, const float* queries, float* scores) const {
+  void dots_of(const TileRows& keys, int64_t count, const float* queries, float* scores) const {
+    if (size == 64)
+      dots<Read, ROWS, 64>(keys, count, queries, scores, 64);
+    else if (size == 128)
+      dots<Read, ROWS, 128>(keys, count, queries, scores, 128);
+    else
+      dots<Read, ROWS, 0>(keys, count, queries, scores, size);
+  }
+
+  // scores[r][key] = queries[r] . key. LANES products at once, which are then summed together.
+  template <class Read, int ROWS, int SIZE>
+  static void dots(const TileRows& keys, int64_t count, const float* queries, float* scores, int64_t size) {
     constexpr int AT_ONCE = LANES / ROWS;
+    const int64_t channels = SIZE ? SIZE : size;
     for (int64_t j = 0; j < count; j += AT_ONCE) {
       Float sums[LANES];
 #pragma GCC unroll 16
       for (int n = 0; n < AT_ONCE; ++n) {
-        const char* key = keys[j + n];
+        const char* key = keys.rows[j + n] + keys.offset;
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] = Float{};
-        for (int64_t d = 0; d < size; d += LANES) {
+#pragma GCC unroll 8
+        for (int64_t d = 0; d < channels; d += LANES) {
           const Float x = Read::load(key, d);
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] += x * load(queries + r * size + d);
+          for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] += x * load(queries + r * channels + d);
         }
       }
       const Float products = add_lanes(sums);

@@ -24,13 +24,14 @@ class Weights {
  private:
   struct Scratch {
     float *query, *scores, *line, *keys;
-    const char** key_rows;
+    const char **key_rows, **room_rows;
     Scratch(const Weights& w, Arena& arena) {
       query = arena.take<float>(w.scorer_.size);
       scores = arena.take<float>(SCORES);
       line = arena.take<float>(SCORES);
       keys = arena.take<float>(TILE_KEYS * w.scorer_.size);
       key_rows = arena.take<const char*>(TILE_KEYS + LANES);
+      room_rows = arena.take<const char*>(TILE_KEYS + LANES);
     }
   };
 
@@ -43,15 +44,16 @@ class Weights {
     const Scratch s(*this, arena);
     const Visibility visible(in_, sequence);
     const Range keys = visible.of_any(i, i + 1);
-    const Rows k = keys_of(in_, sequence, kv_head);
+    const HeadRows k(keys_of, in_.k, in_, sequence);
     for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
       float* row = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
       memset(row, 0, sequence.keys * sizeof(float));
       scorer_.read_query(sequence, head, i, s.query);
       for (int64_t first = keys.first; first < keys.last; first += TILE_KEYS) {
         const Range tile{first, smaller(first + TILE_KEYS, keys.last)};
-        const TileRows rows(k, tile, s.keys, s.key_rows);
-        scorer_.score<1>(sequence, visible, i, head, tile, rows.from(0), rows.dtype, s.query, s.scores, s.line);
+        k.locate(tile, s.key_rows);
+        const TileRows rows = k.of(kv_head, tile, s.key_rows, s.keys, s.room_rows);
+        scorer_.score<1>(sequence, visible, i, head, tile, rows, s.query, s.scores, s.line);
         memcpy(row + first, s.scores, (tile.last - first) * sizeof(float));
       }
       if (!keys.empty()) normalise(sequence, head, i, row + keys.first, keys.last - keys.first);

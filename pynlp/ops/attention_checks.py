@@ -1,6 +1,6 @@
 """What the public attention functions ask of their arguments; every error names the argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -177,17 +177,17 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int 
         lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
     )
     if cu_seqlens.shape[0] > 1:
-        lengths = cu_seqlens.diff()
+        shortest, longest = extremes(cu_seqlens.diff())
         check(
-            lengths.min() >= 0,
+            shortest >= 0,
             f"cu_seqlens_{name}: expected values that never fall",
-            lambda: f"got one {-lengths.min().item()} below the one before",
+            lambda: f"got one {-shortest} below the one before",
         )
         if max_seqlen is not None:
             check(
-                lengths.max() <= max_seqlen,
+                longest <= max_seqlen,
                 f"max_seqlen_{name}: expected at least the longest sequence",
-                lambda: f"got {max_seqlen} and a sequence of {lengths.max().item()}",
+                lambda: f"got {max_seqlen} and a sequence of {longest}",
             )
     return int32(cu_seqlens)
 
@@ -245,24 +245,24 @@ def check_packed_rotary(
         check_no_offset(rotary_offset)
         return None, None, None, 0
     cos, sin = check_tables(rotary, q)
-    shortfall = (lengths[1] - lengths[0]).clamp(max=0)  # (B,): 0, or less where there are more queries than keys
+    fewest, most = 0, 0  # keys beyond the queries, and keys, of any sequence
+    if lengths[0].numel():
+        fewest, most = extremes(lengths[1] - lengths[0])[0], extremes(lengths[1])[1]
     if isinstance(rotary_offset, Tensor):
         check_position_ids(rotary_offset, (total_k,), cos, q)
-        if shortfall.numel():
-            message = "rotary_offset: position ids need as many keys as queries in each sequence, or more"
-            check(shortfall.min() == 0, message, lambda: f"got {-shortfall.min().item()} too few")
+        message = "rotary_offset: position ids need as many keys as queries in each sequence, or more"
+        check(fewest >= 0, message, lambda: f"got {-fewest} too few")
         return cos, sin, int32(rotary_offset)[None], 0
-    if shortfall.numel():
-        check(
-            shortfall.min() + rotary_offset >= 0,
-            "rotary_offset: expected no position below 0",
-            lambda: f"got {shortfall.min().item() + rotary_offset} for the first query",
-        )
-        check(
-            lengths[1].max() + rotary_offset <= cos.shape[0],
-            "rotary: expected tables that reach the last position of the longest sequence",
-            lambda: f"got {cos.shape[0]} positions, needed {lengths[1].max().item() + rotary_offset}",
-        )
+    check(
+        (fewest + rotary_offset >= 0) & (rotary_offset >= 0),
+        "rotary_offset: expected no position below 0",
+        lambda: f"got {min(fewest, 0) + rotary_offset} for the first query or key",
+    )
+    check(
+        most + rotary_offset <= cos.shape[0],
+        "rotary: expected tables that reach the last position of the longest sequence",
+        lambda: f"got {cos.shape[0]} positions, needed {most + rotary_offset}",
+    )
     return cos, sin, None, rotary_offset
 
 
@@ -281,18 +281,28 @@ def check_position_ids(positions: Tensor, shape: tuple[int, ...], cos: Tensor, q
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
     if x.numel() == 0:
         return
-    smallest, largest = torch.aminmax(x)
+    smallest, largest = extremes(x)
     check(
         (smallest >= low) & (largest <= high),
         f"{name}: expected values of {low} to {high}",
-        lambda: f"got {smallest.item()} to {largest.item()}",
+        lambda: f"got {smallest} to {largest}",
     )
 
 
-def check(condition: Tensor, expected: str, got) -> None:
+def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
+    smallest, largest = torch.aminmax(x)
+    return (smallest.item(), largest.item()) if _at_once(x) else (smallest, largest)
+
+
+def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
     """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not condition.item():
+    if isinstance(condition, bool) or _at_once(condition):
+        if not condition:
             raise ValueError(f"{expected}, {got()}")
     else:
         torch._assert_async(condition, expected)
+
+
+def _at_once(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

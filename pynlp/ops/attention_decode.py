@@ -218,16 +218,15 @@ def _check_rotary(
     if isinstance(rotary_offset, Tensor):
         raise TypeError("rotary_offset: expected an int, the position of each entry's key 0, got a tensor")
     if cache_lengths.numel():
-        shortest, longest = torch.aminmax(cache_lengths)
+        shortest, longest = checks.extremes(cache_lengths)
         first = shortest + (appended - q.shape[1] + rotary_offset)
         checks.check(
-            first >= 0,
-            "rotary_offset: expected no position below 0",
-            lambda: f"got {first.item()} for the first query",
+            first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query"
         )
+        last = longest + (appended + rotary_offset)
         checks.check(
-            longest + (appended + rotary_offset) <= cos.shape[0],
+            last <= cos.shape[0],
             "rotary: expected tables that reach the last position",
-            lambda: f"got {cos.shape[0]} positions, needed {longest.item() + appended + rotary_offset}",
+            lambda: f"got {cos.shape[0]} positions, needed {last}",
         )
     return cos, sin
