@@ -41,34 +41,73 @@ FEATURES = {
     "window, lengths": dict(window=(512, 64), lengths=True),
     "ALiBi": dict(window=(-1, -1), slopes=True),
     "T5": dict(window=(-1, -1), table=True),
+    "causal, sinks": dict(sinks=True),
+    "causal, dropout": dict(dropout=0.1),
+    "causal, varlen": dict(packed=True),
     "causal, softcap": dict(softcap=30.0),
     "causal, GPT-NeoX RoPE 1/4": dict(rotary=0.25),
     "causal, interleaved RoPE, ids": dict(rotary=1.0, interleaved=True, ids=True),
     "causal, lengths, unaligned": dict(lengths=True, unaligned=True),
     "window, ALiBi, T5": dict(window=(512, 64), slopes=True, table=True),
+    "causal, values of half": dict(values=0.5),
     "window, all": dict(
-        window=(512, 64), lengths=True, slopes=True, table=True, rotary=1.0, softcap=30.0, interleaved=True, ids=True
+        window=(512, 64),
+        lengths=True,
+        sinks=True,
+        slopes=True,
+        table=True,
+        rotary=1.0,
+        softcap=30.0,
+        interleaved=True,
+        ids=True,
+        dropout=0.1,
+    ),
+    "varlen, all": dict(
+        window=(512, 64),
+        packed=True,
+        sinks=True,
+        slopes=True,
+        table=True,
+        rotary=1.0,
+        softcap=30.0,
+        ids=True,
+        dropout=0.1,
     ),
 }
-# n/s of the loop without mask, bf16, causal, forward: (chips, features, head size) -> bar.
-HOPPER, AMPERE = ("sm_90", "sm_100"), ("sm_80",)
+# n/s of the loop without mask, bf16, forward: (chips, features, head size) -> bar. Sinks and packed sequences are free.
+HOPPER, AMPERE, CDNA = ("sm_90", "sm_100"), ("sm_80",), ("gfx942",)
+FREE = {
+    (HOPPER, 64): 7.2,
+    (HOPPER, 128): 7.8,
+    (AMPERE, 64): 8.2,
+    (AMPERE, 128): 12.0,
+    (CDNA, 64): 12.5,
+    (CDNA, 128): 15.0,
+}
 BARS = {
-    (HOPPER, "causal", 64): 7.2,
-    (HOPPER, "causal", 128): 7.8,
     (HOPPER, "causal, ALiBi", 64): 8.2,
     (HOPPER, "causal, ALiBi", 128): 8.8,
     (HOPPER, "causal, T5", 64): 10.5,
     (HOPPER, "causal, T5", 128): 11.0,
-    (AMPERE, "causal", 64): 8.2,
-    (AMPERE, "causal", 128): 12.0,
+    (HOPPER, "causal, dropout", 64): 19.5,
+    (HOPPER, "causal, dropout", 128): 19.5,
+    (AMPERE, "causal, dropout", 64): 23.0,
+    (AMPERE, "causal, dropout", 128): 26.0,
+    (CDNA, "causal, dropout", 64): 26.0,
+    (CDNA, "causal, dropout", 128): 29.0,
 }
+for _name in ("causal", "causal, sinks", "causal, varlen"):
+    BARS |= {(chips, _name, head_dim): bar for (chips, head_dim), bar in FREE.items()}
+# Products over the channels of q and k, and over those of v and out.
 PRODUCTS = {
-    "attention_forward_kernel": 2,
-    "attention_backward_queries_kernel": 3,
-    "attention_backward_keys_kernel": 4,
+    "attention_forward_kernel": (1, 1),
+    "attention_backward_queries_kernel": (2, 1),
+    "attention_backward_keys_kernel": (2, 2),
 }
 # What the hot loops may read in pieces: T5's line, position ids, slopes, a row's statistics.
 NARROW_LOADS = ("p_line + base", "p_line + side", "p_positions", "p_slopes", "p_pivot", "p_delta")
+# Lines that select or compare without being a mask.
+SELECTING = ("tl.dot(", "2.0 / (", "tl.gather(", "m_upper", "tl.load(p_block", "kept_weights")
 SOURCES = {path.name: path.read_text().splitlines() for path in Path(attention.__file__).parent.glob("attention*.py")}
 
 
@@ -108,33 +147,55 @@ HEADER = (
 def attention_launches(chip: str, head_dim: int, dtype: torch.dtype, backward: bool, **features) -> list:
     """What the attention launchers start for these features: (kernel name, arguments, compiled kernel)."""
     batch, seqlen, heads = 4, 4096, 16
+    packed = features.get("packed", False)
+    sequences = 64 if packed else batch
+    if packed:
+        batch, seqlen = 1, batch * seqlen
 
     def tensor(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    row = head_dim + (1 if features.get("unaligned") else 0)
-    q, k = (tensor(batch, seqlen, h, row, dtype=dtype)[..., :head_dim] for h in (heads, heads // 2))
-    half = max(1, int(head_dim * features.get("rotary", 0)) // 2)
-    cos = tensor(2 * seqlen, half) if features.get("rotary") else None
-    options = (
-        head_dim**-0.5, *features.get("window", (-1, 0)), features.get("softcap", 0.0),
-        tensor(batch, dtype=torch.int32) if features.get("lengths") else None,
-        tensor(heads) if features.get("slopes") else None,
-        tensor(32, heads) if features.get("table") else None,
-        tensor(257, dtype=torch.int32) if features.get("table") else None,
-        cos, cos, tensor(batch, seqlen, dtype=torch.int32) if features.get("ids") else None, 0,
-        features.get("interleaved", False),
-    )  # fmt: skip
+    def optional(name: str, *shape, dtype=torch.float32):
+        return tensor(*shape, dtype=dtype) if features.get(name) else None
+
+    padding = 1 if features.get("unaligned") else 0
+    head_dim_v = int(head_dim * features.get("values", 1.0))
+    q, k, v, out = (
+        tensor(batch, seqlen, h, size + padding, dtype=dtype)[..., :size]
+        for h, size in ((heads, head_dim), (heads // 2, head_dim), (heads // 2, head_dim_v), (heads, head_dim_v))
+    )
+    cos = optional("rotary", 2 * seqlen, max(1, int(head_dim * features.get("rotary", 0)) // 2))
+    left, right = features.get("window", (-1, 0))
+    options = attention.Options(
+        softmax_scale=head_dim**-0.5,
+        window_left=left,
+        window_right=right,
+        softcap=features.get("softcap", 0.0),
+        key_lengths=optional("lengths", sequences, dtype=torch.int32),
+        cu_seqlens_q=optional("packed", sequences + 1, dtype=torch.int32),
+        cu_seqlens_k=optional("packed", sequences + 1, dtype=torch.int32),
+        sinks=optional("sinks", heads),
+        alibi_slopes=optional("slopes", heads),
+        relative_bias=optional("table", 32, heads),
+        relative_buckets=optional("table", 257, dtype=torch.int32),
+        rotary_cos=cos,
+        rotary_sin=cos,
+        rotary_positions=optional("ids", batch, seqlen, dtype=torch.int32),
+        rotary_offset=0,
+        rotary_interleaved=features.get("interleaved", False),
+        dropout_p=features.get("dropout", 0.0),
+        dropout_seed=optional("dropout", 1, dtype=torch.int64),
+    )
     chip_of = attention.chip_of
     attention.chip_of = lambda _: chip
     try:
         with sass.compiled_launches(chip) as launches:
             if backward:
-                needs = (options[5] is not None, options[6] is not None)
-                out, lse = tensor(*q.shape, dtype=dtype), tensor(batch, heads, seqlen)
-                attention.attention_backward(out, lse, q, k, k, out, lse, *options, *needs)
+                needs = [x is not None for x in (options.alibi_slopes, options.relative_bias, options.sinks)]
+                lse = tensor(batch, heads, seqlen)
+                attention.attention_backward(out, lse, q, k, v, out, lse, *options, *needs)
             else:
-                attention.attention_forward(q, k, k, *options)
+                attention.attention_forward(q, k, v, *options)
     finally:
         attention.chip_of = chip_of
     return launches
@@ -182,14 +243,20 @@ def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: t
     if missed or not products:
         fail(f"{missed} of {products} products miss {TENSOR_CORE[unit]}")
     scores = tile[0] * tile[1] / (warps * width)
-    padded = triton.cdiv(head_dim, arguments["F"].BLOCK_D) * arguments["F"].BLOCK_D
+    head_dim_v, block = arguments["F"].HEAD_DIM_V, arguments["F"].BLOCK_D
+    channels = sum(
+        count * triton.cdiv(size, block) * block
+        for count, size in zip(PRODUCTS[name], (head_dim, head_dim_v), strict=True)
+    )
+    # Programs of packed sequences may end early; what jumps back from behind the last end waits for a barrier.
+    end = max(i.address for i in code.instructions if i.opcode in ("EXIT", "s_endpgm"))
     for loop in code.loops(TENSOR_CORE[unit]):
         kind = kind_of(loop)
-        if kind not in ("unmasked", "near"):
+        if loop.instructions[-1].address > end or kind not in ("unmasked", "near"):
             continue
         total = sum(i.opcode not in ("NOP", "s_nop") for i in loop.instructions)
         density = (total - loop.count(TENSOR_CORE[unit])) / scores
-        flop = PRODUCTS[name] * 2 * tile[0] * tile[1] * padded * (1 if dtype.itemsize == 2 else 6)
+        flop = 2 * tile[0] * tile[1] * channels * (1 if dtype.itemsize == 2 else 6)
         row.loops[kind] = (density, *bounds(limits, loop, flop, total, warps))
         for problem in narrow_loads(loop, arguments, warps * width, dtype.itemsize) + masks(chip, loop, scores):
             fail(f"{kind} loop: {problem}")
@@ -274,23 +341,25 @@ def masks(chip: str, loop: sass.Loop, scores: float) -> list[str]:
         return []  # exp2 itself compares and selects there
     count = 0
     for instruction in loop.instructions:
-        source = source_of(instruction)
-        # Splitting fp32 into TF32, dividing, summing diagonals, and heads that fill no power of two select too.
-        exempt = any(text in source for text in ("tl.dot(", "2.0 / (", "tl.gather(", "m_upper", "tl.load(p_block"))
+        file, source = (instruction.line or ("", 0))[0], source_of(instruction)
+        # Splitting fp32 into TF32, dividing, summing diagonals, heads that fill no power of two, and dropout select.
+        exempt = any(text in source for text in SELECTING) or file == "attention_dropout.py"
         count += bool(re.match(r"FSEL|SEL|ISETP", instruction.opcode)) and not exempt
     return [f"{count} selections and comparisons"] if count > scores / 2 + 16 else []
 
 
 def cases(full: bool):
-    """(chip, head size, dtype, backward, name of the features); without `full` what has a bar, and plain backward."""
+    """(chip, head size, dtype, backward, name of the features); without `full` forward where it has a bar, and some
+    backward."""
     for chip in CHIPS:
         for head_dim in (16, 64, 80, 128, 256) if full else (64, 128):
             for dtype in (torch.bfloat16, torch.float32) if full else (torch.bfloat16,):
                 for name in FEATURES:
-                    bar = any(chip in c and n == name and d == head_dim for c, n, d in BARS)
-                    if full or bar or (chip == "gfx942" and name == "causal"):
+                    if full or any(chip in c and n == name and d == head_dim for c, n, d in BARS):
                         yield chip, head_dim, dtype, False, name
-                    if full or (name == "causal" and head_dim == (128 if chip in HOPPER else 64)):
+                    usual = ("causal", "causal, sinks", "causal, dropout", "causal, varlen")
+                    chosen = name in usual[: 4 if chip == "sm_90" else 1]
+                    if full or (chosen and head_dim == (128 if chip in HOPPER else 64)):
                         yield chip, head_dim, dtype, True, name
 
 

@@ -13,7 +13,11 @@ from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
 from .attention_configs import Config, chip_of, configs
 from .attention_forward import attention_forward_kernel
-from .attention_sums import attention_statistics_kernel, attention_table_gradient_kernel
+from .attention_sums import (
+    attention_slopes_gradient_kernel,
+    attention_statistics_kernel,
+    attention_table_gradient_kernel,
+)
 from .attention_tiles import Features, Tile
 from .choice import choose
 
@@ -22,14 +26,17 @@ STATISTICS_ROWS = 128  # rows of statistics are padded to a multiple of every ti
 STATISTICS_BLOCK = 32
 
 
-class Scores(NamedTuple):
-    """How scores are made: the arguments of the ops behind q, k and v."""
+class Options(NamedTuple):
+    """The arguments of the ops behind q, k and v."""
 
     softmax_scale: float
     window_left: int
     window_right: int
     softcap: float
     key_lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    sinks: Tensor | None
     alibi_slopes: Tensor | None
     relative_bias: Tensor | None
     relative_buckets: Tensor | None
@@ -38,31 +45,57 @@ class Scores(NamedTuple):
     rotary_positions: Tensor | None
     rotary_offset: int
     rotary_interleaved: bool
+    dropout_p: float
+    dropout_seed: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def dropped(self) -> int:
+        """How many of 65536 random numbers drop a weight."""
+        return min(round(self.dropout_p * 65536), 65535)
+
+    @property
+    def kept_share(self) -> float:
+        return 1 - self.dropped / 65536
+
+    def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
+        """The number of packed sequences, and of the tensors' rows."""
+        return self.cu_seqlens_q.numel() - 1 if self.packed else 0, q.shape[1], k.shape[1]
+
+    def blocks(self, x: Tensor, rows: int) -> int:
+        """How many blocks of so many rows hold those of a head of q (k, v), wherever packed sequences start."""
+        batch, *_ = self.sizes(x, x)
+        return x.shape[1] // rows + batch if self.packed else triton.cdiv(x.shape[1], rows)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *score_arguments) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
     """(out, lse) as pynlp.reference.attention.attention_forward."""
-    scores = Scores(*score_arguments)
+    options = Options(*options)
     batch, seqlen_q, heads, _ = q.shape
-    seqlen_k, kv_heads = k.shape[1], k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = heads // max(1, k.shape[2])
+    out = torch.empty((batch, seqlen_q, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    if out.numel() == 0 or k.numel() == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    left, right, scale = _numbers(q, k, scores)
+    if q.numel() == 0 or k.numel() == 0:
+        lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
+        return out.zero_(), lse
+    left, right, scale = _numbers(q, k, options)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_n, k, v)
-        line, radius = _bias_line(scores, config)
+        line, radius = _bias_line(options, config)
         return _start(
-            attention_forward_kernel, triton.cdiv(seqlen_q, config.block_m) * batch * heads, config, compile_only,
-            q, k, v, out, lse, *descriptors, *_tables(scores, line),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(scores.alibi_slopes),
-            seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, radius, scores.rotary_offset, scale,
-            float(scores.softcap), _features(q, scores, config), _tile(config, config.block_n, descriptors, q, k, v),
+            attention_forward_kernel, options.blocks(q, config.block_m) * batch * heads, config, compile_only,
+            q, k, v, out, lse, *descriptors, options.sinks, *_tables(options, line),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(options.alibi_slopes),
+            *options.sizes(q, k), heads, group, left, right, radius, options.rotary_offset, scale,
+            float(options.softcap), options.dropped, options.kept_share,
+            _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v),
         )  # fmt: skip
 
-    start(_choose("forward", start, scores, q, k, v))
+    start(_choose("forward", start, options, q, k, v))
     return out, lse
 
 
@@ -74,146 +107,184 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *score_arguments,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(grad_q, grad_k, grad_v, grad_slopes, grad_table) as pynlp.reference.attention.attention_backward.
+    *options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks) as pynlp.reference.attention.attention_backward.
 
-    The last two arguments tell whether the gradients of the slopes and of the table are needed.
+    The last three arguments tell which of the last three gradients are needed.
     """
-    *score_arguments, needs_slopes, needs_table = score_arguments
-    scores = Scores(*score_arguments)
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1], k.shape[2]
+    *options, needs_slopes, needs_table, needs_sinks = options
+    options = Options(*options)
+    batch, _, heads, _ = q.shape
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    nothing = torch.empty(0, dtype=torch.float32, device=q.device)
+    grad_slopes = grad_table = grad_sinks = torch.empty(0, dtype=torch.float32, device=q.device)
+    pivot, delta = _statistics(out, grad_out, lse, grad_lse, options)
+    if needs_sinks:  # a key whose value is 0: its ds is p (0 - delta)
+        weight = torch.exp2(options.sinks[:, None] * LOG2E - pivot)  # (B, H, padded rows)
+        grad_sinks = (weight * delta).sum((0, 2)) / -options.kept_share
     if q.numel() == 0 or k.numel() == 0:
-        grad_slopes = torch.zeros_like(scores.alibi_slopes) if needs_slopes else nothing
-        grad_table = torch.zeros_like(scores.relative_bias) if needs_table else nothing
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_slopes, grad_table
+        grad_slopes = torch.zeros_like(options.alibi_slopes) if needs_slopes else grad_slopes
+        grad_table = torch.zeros_like(options.relative_bias) if needs_table else grad_table
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_slopes, grad_table, grad_sinks
 
-    padded_q = triton.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS
-    pivot = torch.empty((batch, heads, padded_q), dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(pivot)
-    attention_statistics_kernel[(padded_q // STATISTICS_BLOCK * batch * heads,)](
-        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), pivot, delta,
-        *out.stride()[:3], *grad_out.stride()[:3], seqlen_q, padded_q, heads,
-        HEAD_DIM=head_dim, BLOCK_D=_block(head_dim), HAS_GRAD_LSE=grad_lse is not None,
-        LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
-    )  # fmt: skip
-
-    left, right, scale = _numbers(q, k, scores)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-    strides = (*strides, _batch_stride(scores.alibi_slopes))
+    left, right, scale = _numbers(q, k, options)
+    kv_heads = k.shape[2]
     group = heads // kv_heads
+    padded_q = pivot.shape[2]
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
+    strides = (*strides, _batch_stride(options.alibi_slopes))
+    grad_scale = options.softmax_scale / options.kept_share
 
     def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_m, q, grad_out)
-        line, radius = _bias_line(scores, config)
+        line, radius = _bias_line(options, config)
         return _start(
-            attention_backward_keys_kernel, triton.cdiv(seqlen_k, config.block_n) * batch * kv_heads, config,
-            compile_only,
-            q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(scores, line), *strides,
-            seqlen_q, seqlen_k, padded_q, heads, group, left, right, radius, scores.rotary_offset, scale,
-            float(scores.softcap), scores.softmax_scale,
-            _features(q, scores, config), _tile(config, config.block_m, descriptors, q, k, v, grad_out),
+            attention_backward_keys_kernel, options.blocks(k, config.block_n) * batch * kv_heads, config, compile_only,
+            q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(options, line), *strides,
+            *options.sizes(q, k), padded_q, heads, group, left, right, radius, options.rotary_offset, scale,
+            float(options.softcap), options.dropped, grad_scale, options.kept_share,
+            _features(q, v, options, config), _tile(config, config.block_m, descriptors, q, k, v, grad_out),
         )  # fmt: skip
 
-    start_keys(_choose("keys", start_keys, scores, q, k, v, grad_out))
-    grad_slopes = grad_table = nothing
+    start_keys(_choose("keys", start_keys, options, q, k, v, grad_out))
 
     def start_queries(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         nonlocal grad_slopes, grad_table
         descriptors = _descriptors(config, config.block_n, k, v)
-        line, radius = _bias_line(scores, config)
-        blocks = triton.cdiv(seqlen_q, config.block_m)
+        line, radius = _bias_line(options, config)
+        allocate = torch.zeros if options.packed else torch.empty  # blocks that are not there write nothing
+        sums = (batch, heads, options.blocks(q, config.block_m))
         partial_slopes = partial_far = partial_near = None
         if needs_slopes:
-            partial_slopes = torch.empty((batch, heads, blocks), dtype=torch.float32, device=q.device)
-        near_base = segments = 0
+            partial_slopes = allocate(sums, dtype=torch.float32, device=q.device)
+        near_first, segments, segment = _near_segments(q, k, options, radius, config)
         if needs_table:
-            # Distances of the first key to the first query over the tiles that hold pairs nearer than the radius.
-            shift = seqlen_k - seqlen_q
-            near_base = (shift - radius - config.block_n) // config.block_n * config.block_n - shift
-            segments = (radius + config.block_m - near_base) // config.block_n + 1
-            partial_far = torch.empty((batch, heads, blocks, 2), dtype=torch.float32, device=q.device)
-            shape = (batch, heads, blocks, segments, 2, config.block_n)
-            partial_near = torch.zeros(shape, dtype=torch.float32, device=q.device)
+            partial_far = allocate((*sums, 2), dtype=torch.float32, device=q.device)
+            partial_near = torch.zeros((*sums, segments, segment), dtype=torch.float32, device=q.device)
         compiled = _start(
-            attention_backward_queries_kernel, blocks * batch * heads, config, compile_only,
+            attention_backward_queries_kernel, sums[2] * batch * heads, config, compile_only,
             q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
-            *_tables(scores, line), *strides,
-            seqlen_q, seqlen_k, padded_q, heads, group, left, right, radius, near_base, segments, scores.rotary_offset,
-            scale, float(scores.softcap), scores.softmax_scale,
-            _features(q, scores, config), _tile(config, config.block_n, descriptors, q, k, v, grad_out),
+            *_tables(options, line), *strides,
+            *options.sizes(q, k), padded_q, heads, group, left, right, radius, near_first, segments * segment,
+            options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
+            _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v, grad_out),
             needs_slopes, needs_table,
         )  # fmt: skip
         if compile_only:
             return compiled
         if needs_slopes:
-            grad_slopes = partial_slopes.sum(2)  # (B, H)
-            grad_slopes = grad_slopes.sum(0) if scores.alibi_slopes.dim() == 1 else grad_slopes
+            grad_slopes = _slopes_gradient(partial_slopes, options, config)
         if needs_table:
-            grad_table = _table_gradient(partial_far, partial_near, near_base, radius, scores)
+            grad_table = _table_gradient(partial_far, partial_near, near_first, radius, options, config)
 
     kind = "table" if needs_table else "queries"
-    start_queries(_choose(kind, start_queries, scores, q, k, v, grad_out, needs_slopes=needs_slopes))
-    return grad_q, grad_k, grad_v, grad_slopes, grad_table
+    start_queries(_choose(kind, start_queries, options, q, k, v, grad_out, needs_slopes=needs_slopes))
+    return grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks
+
+
+def _statistics(
+    out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The pivot and the delta of each row, padded: (B, H, rows)."""
+    batch, rows, heads, head_dim = out.shape
+    blocks = options.blocks(out, STATISTICS_ROWS)
+    pivot, delta = (
+        torch.empty((batch, heads, blocks * STATISTICS_ROWS), dtype=torch.float32, device=out.device) for _ in range(2)
+    )
+    attention_statistics_kernel[(blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK)](
+        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), options.cu_seqlens_q,
+        pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], *options.sizes(out, out)[:2], pivot.shape[2], heads,
+        options.kept_share, HEAD_DIM=head_dim, BLOCK_D=_block(head_dim), HAS_GRAD_LSE=grad_lse is not None,
+        PACKED=options.packed, LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return pivot, delta
+
+
+def _slopes_gradient(partial: Tensor, options: Options, config: Config) -> Tensor:
+    """Sums over the blocks (B, H, blocks) of a sequence, or of all."""
+    slopes = options.alibi_slopes
+    if slopes.dim() == 1:
+        return partial.sum((0, 2))
+    if not options.packed:
+        return partial.sum(2)
+    grad = torch.empty(slopes.shape, dtype=torch.float32, device=slopes.device)
+    attention_slopes_gradient_kernel[(grad.numel(),)](
+        partial, options.cu_seqlens_q, grad, *partial.shape[2:], grad.shape[1], BLOCK_M=config.block_m, BLOCK=512,
+        num_warps=4,
+    )  # fmt: skip
+    return grad
+
+
+def _near_segments(q: Tensor, k: Tensor, options: Options, radius: int, config: Config) -> tuple[int, int, int]:
+    """Of the sums by distance: the first segment's distance, of a tile's first key to its first query, their number and
+    their size."""
+    size = config.block_n
+    first, sides = -radius - size, 3
+    if not options.packed:  # all tiles have distances that differ by multiples of their size
+        shift = k.shape[1] - q.shape[1]
+        first, sides = (shift + first) // size * size - shift, 2
+    return first, (radius + config.block_m - first) // size + 1, sides * size
 
 
 def _table_gradient(
     partial_far: Tensor,  # (B, H, blocks, 2)
-    partial_near: Tensor,  # (B, H, blocks, segments, 2, BLOCK_N)
-    near_base: int,
+    partial_near: Tensor,  # (B, H, blocks, segments, segment)
+    near_first: int,
     radius: int,
-    scores: Scores,
+    options: Options,
+    config: Config,
 ) -> Tensor:
     """Sums by distance, then by bucket, each in a fixed order."""
-    buckets = scores.relative_buckets
-    segments, block_n = partial_near.shape[3], partial_near.shape[5]
-    start = torch.arange(segments, device=buckets.device)[:, None, None] * block_n + near_base
-    side = torch.arange(-1, 1, device=buckets.device)[:, None] * block_n
-    distance = (start + side + torch.arange(block_n, device=buckets.device)).flatten().clamp(-radius, radius)
+    buckets = options.relative_buckets
+    segments, segment = partial_near.shape[3:]
+    start = torch.arange(segments, device=buckets.device)[:, None] * config.block_n + near_first - config.block_n
+    distance = (start + torch.arange(segment, device=buckets.device)).flatten().clamp(-radius, radius)
     bucket = torch.cat((buckets[distance + radius], buckets[:1], buckets[-1:]))
     sums = torch.cat((partial_near.sum((0, 2)).flatten(1), partial_far.sum((0, 2))), dim=1)  # (H, entries)
-    grad = torch.empty(scores.relative_bias.shape, dtype=torch.float32, device=buckets.device)
+    grad = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=buckets.device)
     attention_table_gradient_kernel[(grad.numel(),)](
-        sums, bucket, grad, sums.shape[1], grad.shape[1], BLOCK=512, num_warps=4
+        sums, bucket, grad, sums.shape[1], grad.shape[1], options.kept_share, BLOCK=512, num_warps=4
     )
     return grad
 
 
-def _numbers(q: Tensor, k: Tensor, scores: Scores) -> tuple[int, int, float]:
+def _numbers(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, float]:
     """The window's sides and the scale, as the kernels take them."""
     reach = q.shape[1] + k.shape[1]
-    scale = scores.softmax_scale / scores.softcap if scores.softcap > 0 else scores.softmax_scale * LOG2E
-    return min(scores.window_left, reach), min(scores.window_right, reach), scale
+    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
+    return min(options.window_left, reach), min(options.window_right, reach), scale
 
 
-def _tables(scores: Scores, line: Tensor | None) -> tuple[Tensor | None, ...]:
+def _tables(options: Options, line: Tensor | None) -> tuple[Tensor | None, ...]:
     return (
-        scores.key_lengths, scores.alibi_slopes, line, scores.rotary_cos, scores.rotary_sin, scores.rotary_positions,
+        options.key_lengths, options.cu_seqlens_q, options.cu_seqlens_k, options.alibi_slopes, line,
+        options.rotary_cos, options.rotary_sin, options.rotary_positions, options.dropout_seed,
     )  # fmt: skip
 
 
-def _features(q: Tensor, scores: Scores, config: Config) -> Features:
-    head_dim = q.shape[3]
-    half = 0 if scores.rotary_cos is None else scores.rotary_cos.shape[1]
+def _features(q: Tensor, v: Tensor, options: Options, config: Config) -> Features:
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    half = 0 if options.rotary_cos is None else options.rotary_cos.shape[1]
     return Features(
         HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
         HALF=half,
         BLOCK_HALF=min(_block(half), config.piece),
         BLOCK_REST=min(_block(head_dim - 2 * half), config.piece),
-        BLOCK_D=min(_block(head_dim), config.piece),
-        INTERLEAVED=half > 0 and scores.rotary_interleaved,
-        HAS_POSITIONS=scores.rotary_positions is not None,
-        HAS_LEFT=scores.window_left >= 0,
-        HAS_RIGHT=scores.window_right >= 0,
-        CAUSAL=scores.window_right == 0,
-        HAS_SOFTCAP=scores.softcap > 0,
-        HAS_SLOPES=scores.alibi_slopes is not None,
-        HAS_TABLE=scores.relative_bias is not None,
-        HAS_LENGTHS=scores.key_lengths is not None,
-        POSITIVE_SCALE=scores.softmax_scale > 0,
+        BLOCK_D=min(_block(head_dim_v), config.piece),
+        INTERLEAVED=half > 0 and options.rotary_interleaved,
+        HAS_POSITIONS=options.rotary_positions is not None,
+        HAS_LEFT=options.window_left >= 0,
+        HAS_RIGHT=options.window_right >= 0,
+        CAUSAL=options.window_right == 0,
+        HAS_SOFTCAP=options.softcap > 0,
+        HAS_SLOPES=options.alibi_slopes is not None,
+        HAS_TABLE=options.relative_bias is not None,
+        HAS_LENGTHS=options.key_lengths is not None,
+        HAS_SINKS=options.sinks is not None,
+        HAS_DROPOUT=options.dropped > 0,
+        PACKED=options.packed,
+        POSITIVE_SCALE=options.softmax_scale > 0,
         PRECISION=config.precision if q.dtype == torch.float32 else None,
     )
 
@@ -230,13 +301,13 @@ def _tile(config: Config, columns: int, descriptors: list, *tensors: Tensor) -> 
     )
 
 
-def _choose(kernel: str, start: Callable, scores: Scores, *tensors: Tensor, needs_slopes: bool = False) -> Config:
-    q, k = tensors[:2]
+def _choose(kernel: str, start: Callable, options: Options, *tensors: Tensor, needs_slopes: bool = False) -> Config:
+    q, k, v = tensors[:3]
     chip = chip_of(q)
-    candidates = configs(kernel, chip, q.shape[3], q.element_size())
+    candidates = configs(kernel, chip, max(q.shape[3], v.shape[3]), q.element_size())
     aligned = all(_strides_of_tma(x) is not None for x in tensors)
     long = _long(STATISTICS_ROWS, *tensors)
-    features = _features(q, scores, candidates[0])
+    features = _features(q, v, options, candidates[0])
     return choose(
         kernel, candidates, (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1]),
         start,
@@ -276,7 +347,7 @@ def _strides_of_tma(x: Tensor) -> list[int] | None:
 def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
     """TMA descriptors of tensors seen as (batch, heads, seqlen, head_dim); None where TMA cannot read one of them."""
     strides = [_strides_of_tma(x) for x in tensors]
-    if not config.descriptors or None in strides or config.piece < tensors[0].shape[3]:
+    if not config.descriptors or None in strides or config.piece < max(x.shape[3] for x in tensors):
         return [None] * len(tensors)
     described = []
     for x, (batch, head, row) in zip(tensors, strides, strict=True):
@@ -285,13 +356,13 @@ def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDesc
     return described
 
 
-def _bias_line(scores: Scores, config: Config) -> tuple[Tensor | None, int]:
+def _bias_line(options: Options, config: Config) -> tuple[Tensor | None, int]:
     """T5's bias by distance, a line for each head in log2 units, continued beyond the largest distance; and that."""
-    if scores.relative_bias is None:
+    if options.relative_bias is None:
         return None, 0
-    buckets = scores.relative_buckets
+    buckets = options.relative_buckets
     radius = buckets.numel() // 2
     reach = radius + config.block_m + config.block_n
     distance = torch.arange(-reach, reach + 1, device=buckets.device).clamp_(-radius, radius)
-    line = scores.relative_bias.t()[:, buckets[distance + radius].long()]  # (H, 2 reach + 1)
+    line = options.relative_bias.t()[:, buckets[distance + radius].long()]  # (H, 2 reach + 1)
     return (line.float() * LOG2E).contiguous(), radius

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .attention_dropout import Dropout, head_dropout, kept_weights_on_end
+from .attention_sequences import contiguous_rows, head_rows, key_block, sequence_rotary
 from .attention_tiles import (
     LOG2E,
     Rotary,
@@ -12,16 +14,13 @@ from .attention_tiles import (
     Score,
     Span,
     add_product,
-    batch_rotary,
     biased_scores,
     block_ranges,
     capped_scores,
     far_span,
     finite_or_zero,
     has_nonfinite,
-    head_rows,
     keep_pieces,
-    key_limit,
     load_head,
     load_pieces,
     near_range,
@@ -37,9 +36,10 @@ from .attention_tiles import (
 
 
 class Group(NamedTuple):
-    """The query heads that share a head of k and v; pointers are those of the batch's first head."""
+    """The query heads that share a head of k and v; pointers are those of the sequence's first head and query."""
 
     i_b: tl.tensor
+    start_q: tl.tensor
     i_h: tl.tensor  # the first head
     heads: tl.tensor
     p_q: tl.tensor
@@ -57,11 +57,12 @@ class Group(NamedTuple):
     p_slopes: tl.tensor
     p_line: tl.tensor
     line: tl.tensor  # values of a head's line of biases
+    dropout: Dropout  # of the sequence's first head
 
 
 @triton.jit
 def _visit_queries(
-    b_grad_k, b_grad_v, b_k, b_v, span, group, scale, softcap, radius, rotary, first, left, right, side,
+    b_grad_k, b_grad_v, b_k, b_v, span, group, scale, softcap, radius, rotary, i_n, first, left, right, side,
     F: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """grad_v += p^T grad_out and grad_k += ds^T q over the blocks of queries of a span, in all heads of a group.
@@ -95,12 +96,12 @@ def _visit_queries(
             if F.HAS_LEFT:
                 m_pair = m_pair & (o_m[None, :] <= (b_upper - i_m)[:, None])
         queries = Rows(
-            group.p_q + i_h.to(tl.int64) * group.stride_qh, group.descriptor_q, group.i_b, i_h, group.stride_qs,
-            group.seqlen_q,
+            group.p_q + i_h.to(tl.int64) * group.stride_qh, group.descriptor_q, group.i_b, i_h, group.start_q,
+            group.stride_qs, group.seqlen_q,
         )  # fmt: skip
         grads = Rows(
-            group.p_grad_out + i_h.to(tl.int64) * group.stride_gh, group.descriptor_g, group.i_b, i_h, group.stride_gs,
-            group.seqlen_q,
+            group.p_grad_out + i_h.to(tl.int64) * group.stride_gh, group.descriptor_g, group.i_b, i_h, group.start_q,
+            group.stride_gs, group.seqlen_q,
         )  # fmt: skip
         slope = 0.0
         if F.HAS_SLOPES:
@@ -128,14 +129,21 @@ def _visit_queries(
         b_p = tl.exp2(b_x - b_pivot[None, :])
         if MASKED:
             b_p = tl.where(m_pair, b_p, 0.0)
-        b_grad = load_pieces(grads, i_m, 0, F.HEAD_DIM, F.BLOCK_D, DESCRIPTOR, BLOCK_M, True, TILE.LONG)
+        b_grad = load_pieces(grads, i_m, 0, F.HEAD_DIM_V, F.BLOCK_D, DESCRIPTOR, BLOCK_M, True, TILE.LONG)
         b_grad_p = pieces_product(b_v, b_grad, F.PRECISION)  # (BLOCK_N, BLOCK_M)
         if KIND == "careful":
             b_grad_v = spoil_rows(b_grad_v, m_pair & nonfinite_rows(b_grad)[None, :])
             b_grad = finite_or_zero(b_grad)
-        b_grad_v = add_product(b_grad_v, b_p, b_grad, F.PRECISION)  # (BLOCK_N, BLOCK_D) each
+        b_kept = b_p
+        if F.HAS_DROPOUT:
+            dropout = Dropout(group.dropout.seed, group.dropout.i_h + i_h, group.dropout.dropped)
+            b_kept = tl.where(kept_weights_on_end(dropout, i_m, i_n, BLOCK_M, BLOCK_N), b_p, 0.0)
+        b_grad_v = add_product(b_grad_v, b_kept, b_grad, F.PRECISION)  # (BLOCK_N, BLOCK_D) each
         b_delta = tl.load(group.p_delta + i_row + o_m)  # (BLOCK_M,)
-        b_ds = b_p * (b_grad_p - b_delta[None, :])
+        if F.HAS_DROPOUT:
+            b_ds = b_kept * b_grad_p - b_p * b_delta[None, :]
+        else:
+            b_ds = b_p * (b_grad_p - b_delta[None, :])
         if F.HAS_SOFTCAP:
             b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         if MASKED:
@@ -153,62 +161,71 @@ def _visit_queries(
 @triton.jit
 def attention_backward_keys_kernel(
     p_q, p_k, p_v, p_grad_out, p_pivot, p_delta, p_grad_k, p_grad_v, descriptor_q, descriptor_g,
-    p_key_lengths, p_slopes, p_line, p_cos, p_sin, p_positions,
+    p_key_lengths, p_cu_q, p_cu_k, p_slopes, p_line, p_cos, p_sin, p_positions, p_seed,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_slopes,
-    seqlen_q, seqlen_k, padded_q, heads, group, left, right, radius, rotary_offset, scale, softcap, grad_scale,
+    batch, rows_q, rows_k, padded_q, heads, group, left, right, radius, rotary_offset, scale, softcap, dropped,
+    grad_scale, kept_share,
     F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """grad_v = sum_i p_i grad_out_i and grad_k = scale sum_i ds_i q_i over the queries of all heads of a group."""
+    """grad_v = sum_i p_i grad_out_i and grad_k = scale sum_i ds_i q_i over the queries of all heads of a group.
+
+    Dropout is as in the kernel of q.
+    """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     MASKED_M: tl.constexpr = TILE.MASKED
     kv_heads = heads // group
-    blocks_n = tl.cdiv(seqlen_k, BLOCK_N)
-    i_n = tl.program_id(0) % blocks_n * BLOCK_N
-    i_bg = tl.program_id(0) // blocks_n
-    i_b = i_bg // kv_heads
-    i_g = i_bg % kv_heads
-    limit = key_limit(p_key_lengths, i_b, seqlen_k, F.HAS_LENGTHS)
+    sequence, i_g, i_n = key_block(p_key_lengths, p_cu_q, p_cu_k, batch, rows_q, rows_k, kv_heads, F, BLOCK_N)
+    i, i_b, start_q, start_k, start_statistics, seqlen_q, seqlen_k, limit = sequence
+    if F.PACKED:
+        if i_n >= seqlen_k:
+            return
     shift = seqlen_k - seqlen_q
     first = i_n - shift  # the query that stands at the block's first key
     last = tl.minimum(i_n + BLOCK_N, limit) - 1 - shift
+    # TMA must not read the queries of the next sequence: there the last ones take a mask and no descriptor.
+    MASK_TAIL: tl.constexpr = F.PACKED and TILE.DESCRIPTOR
     # Seen from a key the window's sides change places.
     masked, full_start, full_end = block_ranges(
-        first, last, tl.where(i_n < limit, seqlen_q, 0), right, left, F.HAS_RIGHT, F.HAS_LEFT, False, BLOCK_M, MASKED_M
-    )
-    keys = head_rows(p_k, None, i_b, i_g, stride_kb, stride_ks, stride_kh, limit)
-    values = head_rows(p_v, None, i_b, i_g, stride_vb, stride_vs, stride_vh, limit)
-    rotary_k = batch_rotary(p_cos, p_sin, p_positions, i_b, seqlen_k, rotary_offset, F.HAS_POSITIONS)
+        first, last, tl.where(i_n < limit, seqlen_q, 0), right, left, F.HAS_RIGHT, F.HAS_LEFT, MASK_TAIL,
+        BLOCK_M, MASKED_M,
+    )  # fmt: skip
+    keys = head_rows(p_k, None, i_b, start_k, i_g, stride_kb, stride_ks, stride_kh, limit)
+    values = head_rows(p_v, None, i_b, start_k, i_g, stride_vb, stride_vs, stride_vh, limit)
+    rotary_k = sequence_rotary(p_cos, p_sin, p_positions, sequence, rows_k, rotary_offset, F.HAS_POSITIONS)
     rotary = Rotary(rotary_k.p_cos, rotary_k.p_sin, rotary_k.p_positions, rotary_offset + shift)
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
     if F.HAS_SLOPES:
-        p_slopes += i_b * stride_slopes
+        p_slopes += i * stride_slopes
     if F.HAS_TABLE:
         p_line += radius + BLOCK_M + BLOCK_N
-    o_row = (i_b * heads).to(tl.int64) * padded_q
+    o_row = (i_b * heads).to(tl.int64) * padded_q + start_statistics
+    p_q += i_b.to(tl.int64) * stride_qb + start_q.to(tl.int64) * stride_qs
+    p_grad_out += i_b.to(tl.int64) * stride_gb + start_q.to(tl.int64) * stride_gs
     group_heads = Group(
-        i_b, i_g * group, group, p_q + i_b.to(tl.int64) * stride_qb, p_grad_out + i_b.to(tl.int64) * stride_gb,
-        p_pivot + o_row, p_delta + o_row, descriptor_q, descriptor_g, stride_qs, stride_qh, stride_gs, stride_gh,
+        i_b, start_q, i_g * group, group, p_q, p_grad_out, p_pivot + o_row, p_delta + o_row,
+        descriptor_q, descriptor_g, stride_qs, stride_qh, stride_gs, stride_gh,
         padded_q, seqlen_q, p_slopes, p_line, 2 * (radius + BLOCK_M + BLOCK_N) + 1,
+        head_dropout(p_seed, i * heads, dropped, F.HAS_DROPOUT),
     )  # fmt: skip
 
     b_k = load_head(keys, rotary_k, i_n, F, False, BLOCK_N, True, TILE.LONG)
-    b_v = load_pieces(values, i_n, 0, F.HEAD_DIM, F.BLOCK_D, False, BLOCK_N, True, TILE.LONG)
+    b_v = load_pieces(values, i_n, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_N, True, TILE.LONG)
     b_grad_k = zero_head(F, BLOCK_N)
-    b_grad_v = zero_pieces(F.HEAD_DIM, F.BLOCK_D, BLOCK_N)
+    b_grad_v = zero_pieces(F.HEAD_DIM_V, F.BLOCK_D, BLOCK_N)
 
-    if F.HAS_LEFT or F.HAS_RIGHT:
+    if F.HAS_LEFT or F.HAS_RIGHT or MASK_TAIL:
         b_grad_k, b_grad_v = _visit_queries(
-            b_grad_k, b_grad_v, b_k, b_v, masked, group_heads, scale, softcap, radius, rotary, first, left, right, 0.0,
-            F, TILE, TILE.DESCRIPTOR and MASKED_M == BLOCK_M, MASKED_M, "masked",
+            b_grad_k, b_grad_v, b_k, b_v, masked, group_heads, scale, softcap, radius, rotary, i_n, first, left, right,
+            0.0, F, TILE, TILE.DESCRIPTOR and not F.PACKED and MASKED_M == BLOCK_M, MASKED_M, "masked",
         )  # fmt: skip
         if has_nonfinite(b_grad_k) | has_nonfinite(b_grad_v):
-            NARROW_M: tl.constexpr = min(MASKED_M, 32 if F.HEAD_DIM <= 64 else 16)
+            NARROW_M: tl.constexpr = min(MASKED_M, 32 if max(F.HEAD_DIM, F.HEAD_DIM_V) <= 64 else 16)
             b_grad_k, b_grad_v = _visit_queries(
-                zero_head(F, BLOCK_N), zero_pieces(F.HEAD_DIM, F.BLOCK_D, BLOCK_N), b_k, b_v, masked,
-                group_heads, scale, softcap, radius, rotary, first, left, right, 0.0,
+                zero_head(F, BLOCK_N), zero_pieces(F.HEAD_DIM_V, F.BLOCK_D, BLOCK_N), b_k, b_v, masked,
+                group_heads, scale, softcap, radius, rotary, i_n, first, left, right, 0.0,
                 F, TILE, False, NARROW_M, "careful",
             )  # fmt: skip
 
@@ -222,22 +239,23 @@ def attention_backward_keys_kernel(
     for i_side in tl.range(0, SIDES):
         far, side = far_span(i_side, near_end, full_end, full_start, near_start)
         b_grad_k, b_grad_v = _visit_queries(
-            b_grad_k, b_grad_v, b_k, b_v, far, group_heads, scale, softcap, radius, rotary, first, left, right,
+            b_grad_k, b_grad_v, b_k, b_v, far, group_heads, scale, softcap, radius, rotary, i_n, first, left, right,
             side, F, TILE, TILE.DESCRIPTOR, BLOCK_M, "far",
         )  # fmt: skip
     if F.HAS_TABLE or (F.HAS_SLOPES and not F.CAUSAL):
         near = Span(near_start, near_end, 0, near_end)
         b_grad_k, b_grad_v = _visit_queries(
-            b_grad_k, b_grad_v, b_k, b_v, near, group_heads, scale, softcap, radius, rotary, first, left, right, 0.0,
-            F, TILE, TILE.DESCRIPTOR, BLOCK_M, "near",
+            b_grad_k, b_grad_v, b_k, b_v, near, group_heads, scale, softcap, radius, rotary, i_n, first, left, right,
+            0.0, F, TILE, TILE.DESCRIPTOR, BLOCK_M, "near",
         )  # fmt: skip
 
     # Keys beyond key_lengths got a product with zeros: nothing, or NaN.
     m_n = (i_n + tl.arange(0, BLOCK_N) < limit)[:, None]
-    o_block = (i_b.to(tl.int64) * seqlen_k * kv_heads + i_g) * F.HEAD_DIM
-    stride = kv_heads * F.HEAD_DIM
     b_grad_k = keep_pieces(scale_pieces(b_grad_k, grad_scale), m_n)
-    store_pieces(
-        p_grad_v + o_block, i_n, stride, seqlen_k, keep_pieces(b_grad_v, m_n), 0, F.HEAD_DIM, F.BLOCK_D, BLOCK_N
-    )
-    store_head(p_grad_k + o_block, rotary_k, i_n, stride, seqlen_k, b_grad_k, F, BLOCK_N)
+    b_grad_v = keep_pieces(b_grad_v, m_n)
+    if F.HAS_DROPOUT:
+        b_grad_v = scale_pieces(b_grad_v, 1.0 / kept_share)
+    p_grad_v = contiguous_rows(p_grad_v, i_b, start_k, i_g, rows_k, kv_heads, F.HEAD_DIM_V)
+    store_pieces(p_grad_v, i_n, kv_heads * F.HEAD_DIM_V, seqlen_k, b_grad_v, 0, F.HEAD_DIM_V, F.BLOCK_D, BLOCK_N)
+    p_grad_k = contiguous_rows(p_grad_k, i_b, start_k, i_g, rows_k, kv_heads, F.HEAD_DIM)
+    store_head(p_grad_k, rotary_k, i_n, kv_heads * F.HEAD_DIM, seqlen_k, b_grad_k, F, BLOCK_N)

@@ -63,6 +63,7 @@ def _mfma(block_m: int, block_n: int, warps: int = 4, masked: int = 16, piece: i
 _SQUARE = [_small(32, 32, masked=0), _small(16, 16, 4, masked=0, piece=64), _small(16, 16, masked=0)]
 _HOPPER_FORWARD = [
     Config(128, 128, 8, 2, True, 64),
+    Config(128, 128, 8, 2, True, 32),
     Config(128, 64, 8, 2, True, 32, False),
     Config(128, 32, 8, 2, True, 32, False),
     Config(128, 32, 8, 1, True, 16, False),
@@ -90,8 +91,8 @@ HALF = {
                 _small(16, 32, 4),
             ],
         },
-        "sm_90": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[2:]]},
-        "sm_100": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[2:]]},
+        "sm_90": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[3:]]},
+        "sm_100": {128: _HOPPER_FORWARD, 256: [Config(128, 64, 8, 2, True, 32), *_HOPPER_FORWARD[3:]]},
         "gfx942": {
             128: [Config(128, 64, 4, 2, False, 32), Config(128, 64, 4, 1, False, 32), _small(64, 32, 4)],
             256: [_small(64, 32, 4), _small(32, 32, 4)],

@@ -18,7 +18,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 class Features(NamedTuple):
     """What a call computes."""
 
-    HEAD_DIM: int
+    HEAD_DIM: int  # of q and k
+    HEAD_DIM_V: int  # of v and out
     HALF: int  # pairs of channels that rotary embeddings turn
     BLOCK_HALF: int  # channels of a piece of first, and of second channels of the pairs
     BLOCK_REST: int  # channels of a piece of those that are not turned
@@ -32,6 +33,9 @@ class Features(NamedTuple):
     HAS_SLOPES: bool
     HAS_TABLE: bool
     HAS_LENGTHS: bool
+    HAS_SINKS: bool
+    HAS_DROPOUT: bool
+    PACKED: bool  # sequences of unequal lengths, one after the other in tensors of batch 1
     POSITIVE_SCALE: bool
     PRECISION: str | None  # of products of fp32
 
@@ -48,12 +52,13 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One head of a tensor."""
+    """One head of a sequence."""
 
     p: tl.tensor  # of row 0
-    descriptor: tl.tensor | None  # of the whole tensor, and the head's place in it
+    descriptor: tl.tensor | None  # of the whole tensor, and the place of row 0 in it
     i_b: tl.tensor
     i_h: tl.tensor
+    start: tl.tensor
     stride: tl.tensor
     limit: tl.tensor  # rows from here on are zeros, and are not read
 
@@ -136,45 +141,11 @@ def far_span(i_side, left_start, left_end, right_start, right_end):
 
 
 @triton.jit
-def query_block(p_key_lengths, seqlen_q, seqlen_k, heads, HAS_LENGTHS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The program's (batch, head, first query), the keys at which its first and last query stand, and all keys."""
-    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
-    i_m = (blocks_m - 1 - tl.program_id(0) % blocks_m) * BLOCK_M  # causal: the longest rows start first
-    i_bh = tl.program_id(0) // blocks_m
-    i_b = i_bh // heads
-    shift = seqlen_k - seqlen_q
-    last = tl.minimum(i_m + BLOCK_M, seqlen_q) - 1 + shift
-    return i_b, i_bh % heads, i_m, i_m + shift, last, key_limit(p_key_lengths, i_b, seqlen_k, HAS_LENGTHS)
-
-
-@triton.jit
-def key_limit(p_key_lengths, i_b, seqlen_k, HAS_LENGTHS: tl.constexpr):
-    limit = seqlen_k
-    if HAS_LENGTHS:
-        limit = tl.minimum(tl.maximum(tl.load(p_key_lengths + i_b), 0), seqlen_k)
-    return limit
-
-
-@triton.jit
-def head_rows(p_x, descriptor, i_b, i_h, stride_b, stride_s, stride_h, limit):
-    """One head of a tensor (batch, seqlen, heads, head_dim)."""
-    return Rows(p_x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h, descriptor, i_b, i_h, stride_s, limit)
-
-
-@triton.jit
-def batch_rotary(p_cos, p_sin, p_positions, i_b, seqlen_k, start, HAS_POSITIONS: tl.constexpr):
-    """Position ids are a row of seqlen_k for each batch."""
-    if HAS_POSITIONS:
-        p_positions += i_b.to(tl.int64) * seqlen_k
-    return Rotary(p_cos, p_sin, p_positions, start)
-
-
-@triton.jit
-def head_score(p_slopes, p_line, i_b, i_h, stride_slopes, scale, softcap, radius, F: tl.constexpr, REACH: tl.constexpr):
+def head_score(p_slopes, p_line, i, i_h, stride_slopes, scale, softcap, radius, F: tl.constexpr, REACH: tl.constexpr):
     """The head's scores, and T5's bias far to the left and far to the right."""
     slope = 0.0
     if F.HAS_SLOPES:
-        slope = tl.load(p_slopes + i_b * stride_slopes + i_h) * LOG2E
+        slope = tl.load(p_slopes + i * stride_slopes + i_h) * LOG2E
     left = 0.0
     right = 0.0
     if F.HAS_TABLE:
@@ -222,7 +193,7 @@ def load_pieces(
     """Channels FIRST .. COLUMNS of rows i_r .. i_r + ROWS, in pieces of BLOCK_C."""
     b_x = ()
     if DESCRIPTOR:  # of all channels, which are one piece
-        b_x = b_x + (tl.reshape(rows.descriptor.load([rows.i_b, rows.i_h, i_r, 0]), [ROWS, BLOCK_C]),)
+        b_x = b_x + (tl.reshape(rows.descriptor.load([rows.i_b, rows.i_h, rows.start + i_r, 0]), [ROWS, BLOCK_C]),)
     else:
         for i_c in tl.static_range(FIRST, COLUMNS, BLOCK_C):
             b_x = b_x + (

@@ -120,17 +120,19 @@ def test_tiles_stay_what_the_kernels_can_do(stopwatch):
 
 def test_the_launchers_use_what_was_found(stopwatch, monkeypatch):
     q, k, v = (torch.randn(1, 40, 2, 16, device="cuda" if torch.cuda.is_available() else "cpu") for _ in range(3))
-    arguments = (0.25, -1, 0, 0.0, *[None] * 7, 0, False)
+    causal = dict(softmax_scale=0.25, window_left=-1, window_right=0, softcap=0.0, rotary_offset=0)
+    options = dict.fromkeys(attention.Options._fields) | causal | dict(rotary_interleaved=False, dropout_p=0.0)
+    arguments = options.values()
     monkeypatch.setenv("PYNLP_AUTOTUNE", "0")
     out, lse = attention.attention_forward(q, k, v, *arguments)
-    gradients = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False)
+    gradients = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False, False)
 
     monkeypatch.setenv("PYNLP_AUTOTUNE", "1")
     monkeypatch.setattr(choice, "_time", lambda run: (run(), stopwatch.append(1), -len(stopwatch))[2])  # later: faster
     monkeypatch.setattr(choice, "LARGEST_BLOCK", 32)
     tuned = attention.attention_forward(q, k, v, *arguments)
     torch.testing.assert_close(tuned, (out, lse))
-    tuned = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False)
+    tuned = attention.attention_backward(q, None, q, k, v, out, lse, *arguments, False, False, False)
     torch.testing.assert_close(tuned, gradients)
     kept = json.loads(choice.cache_file().read_text())
     assert [key.split(" | ")[1] for key in kept] == ["forward", "keys", "queries"]
