@@ -1,296 +1,31 @@
-"""The attention kernels against the reference in fp64: in Triton's interpreter, on a GPU where there is one.
-
-Every input lies in a sea of NaN (padding between rows and heads, keys beyond key_lengths, unused table rows), and every
-tensor the launcher allocates is poisoned and has guard zones, so that a stray read or write shows.
-"""
-
-import contextlib
+"""The attention kernels against the reference in fp64: in Triton's interpreter, on a GPU where there is one."""
 
 import pytest
 import torch
+from pynlp.kernels.attention_dropout import philox as philox_in_kernels
+from triton import language as tl
+from triton_cases import (
+    DEVICE,
+    GPU,
+    NAMES,
+    attention,
+    check_against_oracle,
+    make_case,
+    needs,
+    run_kernels,
+    sequences_of,
+    tiles,
+    triton,
+)
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-triton = pytest.importorskip("triton")
-
-from pynlp.kernels import attention  # noqa: E402
-from pynlp.ops.positions import relative_position_buckets  # noqa: E402
-from pynlp.reference import attention as reference  # noqa: E402
-from pynlp.reference.attention import Options  # noqa: E402
-from pynlp.reference.random import attention_keeps, dropped_parts  # noqa: E402
-
-if not GPU:
-    for function in (attention.attention_forward_kernel, triton.language.sum):
-        if type(function).__name__ != "InterpretedFunction":
-            raise RuntimeError("Triton was imported before conftest.py chose its interpreter: set TRITON_INTERPRET=1")
+from pynlp.reference.random import attention_keeps, philox
 
 # NumPy, which the interpreter computes with, warns of log2(0) and of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: the kernels' machine code runs nowhere else")
-GUARD = 64  # elements
-NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_slopes", "grad_table", "grad_sinks")
 
-
-def in_a_sea_of_nan(x: torch.Tensor) -> torch.Tensor:
-    """x with NaN around every row of the last dimension, strides that TMA can read, and a contiguous last dimension."""
-    wider = [size + 1 for size in x.shape[:-1]] + [(x.shape[-1] // 8 + 2) * 8]
-    sea = torch.full([2, *wider], torch.nan, dtype=x.dtype, device=x.device)[1]
-    view = sea[tuple(slice(0, size) for size in x.shape)]
-    view.copy_(x)
-    return view
-
-
-class GuardedAllocations:
-    """torch.empty and torch.zeros with guard zones; what is empty starts as NaN."""
-
-    def __init__(self):
-        self.zones = []
-
-    def _allocate(self, shape, value, dtype, device):
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        size = torch.Size(shape).numel()
-        # Guards of NaN show a stray read too; their bits are compared.
-        flat = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
-        flat[GUARD : GUARD + size] = value
-        self.zones.append((flat, size))
-        return flat[GUARD : GUARD + size].view(shape)
-
-    @contextlib.contextmanager
-    def active(self):
-        empty, zeros, like = torch.empty, torch.zeros, torch.empty_like
-        torch.empty = lambda shape, *, dtype, device: self._allocate(shape, torch.nan, dtype, device)
-        torch.zeros = lambda shape, *, dtype, device: self._allocate(shape, 0.0, dtype, device)
-        torch.empty_like = lambda x: self._allocate(x.shape, torch.nan, x.dtype, x.device)
-        try:
-            yield self
-        finally:
-            torch.empty, torch.zeros, torch.empty_like = empty, zeros, like
-
-    def check(self):
-        assert self.zones
-        for flat, size in self.zones:
-            bits = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16)
-            clean = torch.full((GUARD,), torch.nan, dtype=flat.dtype, device=flat.device).view(bits.dtype)
-            for guard in (bits[:GUARD], bits[GUARD + size :]):
-                assert torch.equal(guard, clean), "a write outside an output"
-
-
-def tiles(monkeypatch, forward=(16, 32, 16), queries=(16, 16), keys=(16, 32), descriptors=False, piece=256):
-    """Small tiles, so that small shapes reach every loop; on a GPU the launcher's own."""
-    if GPU:
-        return
-
-    def config(block_m, block_n, masked=0):
-        return attention.Config(block_m, block_n, 1, 1, descriptors, masked, precision="ieee", piece=piece)
-
-    small = dict(forward=config(*forward), queries=config(*queries), table=config(*queries), keys=config(*keys))
-    monkeypatch.setattr(attention, "configs", lambda kernel, *_: [small[kernel]])
-
-
-def make_case(
-    batch=None, seqlen_q=37, seqlen_k=70, heads=2, kv_heads=1, head_dim=20, head_dim_v=None, window=(-1, -1),
-    softcap=0.0, lengths=None, packed=None, sinks=False, slopes=None, table=False, rotary_dim=0, interleaved=False,
-    position_ids=False, offset=0, dropout=0.0, scale=None, max_distance=12, grad_lse=True, dtype=torch.float32, seed=0,
-):  # fmt: skip
-    """(q, k, v, grad_out, grad_lse) and the options of attention_forward, everything finite.
-
-    packed: the numbers of queries and of keys of each sequence.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if batch is None:
-        batch = 2 if lengths or slopes == 2 or position_ids else 1
-    sequences, positions = batch, seqlen_k
-    cu_seqlens = [None, None]
-    if packed:
-        batch, sequences, positions = 1, len(packed), max(keys for _, keys in packed)
-        cu_seqlens = [torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in zip(*packed, strict=True)]
-        seqlen_q, seqlen_k = (int(cu[-1]) for cu in cu_seqlens)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-    head_dim_v = head_dim_v or head_dim
-    q = normal(batch, seqlen_q, heads, head_dim)
-    k = normal(batch, seqlen_k, kv_heads, head_dim)
-    v = normal(batch, seqlen_k, kv_heads, head_dim_v)
-    grad_out = normal(batch, seqlen_q, heads, head_dim_v)
-    grad = normal(batch, heads, seqlen_q).float() if grad_lse else None
-    alibi = bias = buckets = cos = sin = ids = None
-    if slopes:
-        alibi = torch.rand((heads,) if slopes == 1 else (sequences, heads), generator=generator).to(DEVICE) * 0.3
-    if table:
-        bias = torch.randn(8, heads, generator=generator).to(DEVICE)
-        buckets = relative_position_buckets(8, max_distance, window[1] != 0, DEVICE)
-    if rotary_dim:
-        angle = torch.rand(positions + offset + 5, rotary_dim // 2, generator=generator).to(DEVICE) * 6
-        cos, sin = angle.cos(), angle.sin()
-        cos[positions + offset :] = sin[positions + offset :] = torch.nan  # rows that no key needs
-        if position_ids:
-            size = (batch, seqlen_k)
-            ids = torch.randint(0, positions, size, generator=generator, dtype=torch.int32).to(DEVICE)
-    options = Options(
-        softmax_scale=head_dim**-0.5 if scale is None else scale,
-        window_left=window[0],
-        window_right=window[1],
-        softcap=softcap,
-        key_lengths=None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        cu_seqlens_q=cu_seqlens[0],
-        cu_seqlens_k=cu_seqlens[1],
-        sinks=torch.randn(heads, generator=generator).to(DEVICE) if sinks else None,
-        alibi_slopes=alibi,
-        relative_bias=bias,
-        relative_buckets=buckets,
-        rotary_cos=cos,
-        rotary_sin=sin,
-        rotary_positions=ids,
-        rotary_offset=offset,
-        rotary_interleaved=interleaved,
-        dropout_p=dropout,
-        dropout_seed=torch.tensor([-(3**37)], device=DEVICE) if dropout else None,
-    )
-    return [q, k, v, grad_out, grad], options
-
-
-def double(x):
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
-def needs(options):
-    """Which gradients of biases are asked for: of all there are."""
-    return [x is not None for x in (options.alibi_slopes, options.relative_bias, options.sinks)]
-
-
-def sequences_of(tensors, options):
-    """(number, slices of the rows of q and of k) of each packed sequence, or of each entry of the batch."""
-    q, k, *_ = tensors
-    if options.cu_seqlens_q is None:
-        return [(i, (i, slice(None)), (i, slice(None))) for i in range(q.shape[0])]
-    starts = [cu.tolist() for cu in (options.cu_seqlens_q, options.cu_seqlens_k)]
-    return [(i, *((0, slice(cu[i], cu[i + 1])) for cu in starts)) for i in range(len(starts[0]) - 1)]
-
-
-def run_kernels(tensors, options):
-    """The launchers on poisoned inputs and guarded outputs: (out, lse, *gradients)."""
-    q, k, v, grad_out, grad_lse = [x if x is None else in_a_sea_of_nan(x) for x in tensors]
-    if options.key_lengths is not None:
-        for i, _, keys in sequences_of(tensors, options):
-            for x in (k, v):
-                x[keys][options.key_lengths[i] :] = torch.nan
-    allocations = GuardedAllocations()
-    with allocations.active():
-        out, lse = attention.attention_forward(q, k, v, *options)
-        gradients = attention.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, *needs(options))
-    allocations.check()
-    return out, lse, *gradients
-
-
-def oracle(tensors, options):
-    """The same from the reference in fp64."""
-    q, k, v, grad_out, grad_lse = map(double, tensors)
-    options = Options(*map(double, options))
-    out, lse = reference.attention_forward(q, k, v, *options)
-    gradients = reference.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, *needs(options))
-    return out, lse, *gradients
-
-
-def plain_pytorch(tensors, options):
-    """What PyTorch's own operators and autograd give in the inputs' dtype: their error is the measure."""
-    *leaves, grad_out, grad_lse = tensors
-    leaves += [options.alibi_slopes, options.relative_bias, options.sinks]
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in leaves]
-    q, k, v, slopes, bias, sinks = leaves
-    options = options._replace(alibi_slopes=slopes, relative_bias=bias, sinks=sinks)
-    results = []
-    for i, queries, keys in sequences_of(tensors, options):
-        lengths, positions = options.key_lengths, options.rotary_positions
-        own = options._replace(
-            key_lengths=None if lengths is None else lengths[i],
-            alibi_slopes=slopes[i] if slopes is not None and slopes.dim() == 2 else slopes,
-            rotary_positions=None if positions is None else positions[keys].long(),
-        )
-        results.append(plain_sequence(q[queries], k[keys], v[keys], own, i))
-    out, lse, empty = ([result[n] for result in results] for n in range(3))
-    if options.cu_seqlens_q is None:
-        out, lse, empty = map(torch.stack, (out, lse, empty))
-    else:
-        out, lse, empty = torch.cat(out)[None], torch.cat(lse, dim=1)[None], torch.cat(empty, dim=1)[None]
-    loss = (out * grad_out).sum()
-    if grad_lse is not None:
-        loss = loss + (lse.masked_fill(empty, 0.0) * grad_lse).sum()
-    needed = [x for x in leaves if x is not None]
-    gradients = iter(torch.autograd.grad(loss, needed))
-    gradients = [next(gradients) if x is not None else torch.empty(0) for x in leaves]
-    return out, lse.masked_fill(empty, -torch.inf), *gradients
-
-
-def plain_sequence(q, k, v, options, i):
-    """out (Sq, H, Dv), lse (H, Sq), and whether a row sees nothing (H, Sq), of sequence i."""
-    dtype, (seqlen_q, heads, _), seqlen_k = q.dtype, q.shape, k.shape[0]
-    if options.rotary_cos is not None:
-        key = options.rotary_positions
-        place = torch.arange(seqlen_q, device=k.device) + seqlen_k - seqlen_q
-        if key is None:
-            key, query = torch.arange(seqlen_k, device=k.device) + options.rotary_offset, place + options.rotary_offset
-        else:
-            query = key[place]
-        tables = options.rotary_cos, options.rotary_sin
-        q, k = (
-            reference.rotate(x[None], *(table[None, at] for table in tables), options.rotary_interleaved)[0]
-            for x, at in ((q, query), (k, key))
-        )
-    keys, values = (x.repeat_interleave(heads // k.shape[1], dim=1).transpose(0, 1) for x in (k, v))
-    scores = q.transpose(0, 1) @ keys.transpose(1, 2) * options.softmax_scale
-    if options.softcap > 0:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    distance = reference.relative_distance(seqlen_q, seqlen_k, q.device)
-    if options.alibi_slopes is not None:
-        scores = scores - (options.alibi_slopes[:, None, None] * distance.abs()).to(dtype)
-    if options.relative_bias is not None:
-        bucket = reference.bucket_of(distance, options.relative_buckets)
-        scores = scores + options.relative_bias[bucket].permute(2, 0, 1).to(dtype)
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if options.window_left >= 0:
-        visible = visible & (distance >= -options.window_left)
-    if options.window_right >= 0:
-        visible = visible & (distance <= options.window_right)
-    if options.key_lengths is not None:
-        visible = visible & (torch.arange(seqlen_k, device=q.device) < options.key_lengths)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    # One score more without a value: the sink, or a 0 in the rows that would be NaN, for they see nothing.
-    empty = ~visible.any(-1).expand(heads, -1)
-    sink = torch.where(empty, 0.0, -torch.inf)
-    if options.sinks is not None:
-        sink, empty = options.sinks[:, None].expand(heads, seqlen_q), torch.zeros_like(empty)
-    scores = torch.cat((scores, sink[..., None].to(dtype)), dim=-1)
-    weights = torch.softmax(scores, -1)[..., :-1]
-    if options.dropout_p:
-        entry = torch.tensor([i], device=q.device)
-        keeps = attention_keeps(options.dropout_seed, options.dropout_p, entry, heads, seqlen_q, seqlen_k)[0]
-        weights = weights * keeps / (1 - dropped_parts(options.dropout_p) / 65536)
-    return (weights @ values).transpose(0, 1), torch.logsumexp(scores, -1), empty
-
-
-def largest_error(x, exact):
-    """Of the finite values; what is infinite must be so in both."""
-    assert x.shape == exact.shape
-    if x.numel() == 0:
-        return 0.0
-    x, finite = x.double(), exact.isfinite()
-    assert torch.equal(x[~finite], exact[~finite])
-    return (x - exact)[finite].abs().max().item() if finite.any() else 0.0
-
-
-def check_against_oracle(tensors, options):
-    ours, exact, theirs = (run(tensors, options) for run in (run_kernels, oracle, plain_pytorch))
-    for name, x, e, p in zip(NAMES, ours, exact, theirs, strict=True):
-        assert x.dtype == (tensors[0].dtype if name in ("out", "grad_q", "grad_k", "grad_v") else torch.float32), name
-        size = e[e.isfinite()].abs().max().item() if e.isfinite().any() else 0.0
-        allowed = (3 if name.startswith("grad") else 2) * largest_error(p.to(e.device), e) + 3e-6 * size  # 25 roundings
-        error = largest_error(x, e)
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-    return ours
-
-
+# Queries and keys: more of either, none, both none; no start is a multiple of a tile.
+SEQUENCES = [(18, 37), (17, 5), (0, 9), (6, 0), (0, 0), (3, 20)]
 CASES = {
     "plain": dict(),
     "more_queries_than_keys": dict(seqlen_q=70, seqlen_k=37),
@@ -333,12 +68,28 @@ CASES = {
     "values_of_more_channels": dict(head_dim=9, head_dim_v=40, rotary_dim=4, window=(7, 3)),
     "dropout": dict(dropout=0.3),
     "dropout_causal_lengths": dict(dropout=0.5, window=(-1, 0), lengths=[48, 64], seqlen_k=66),
-    "packed": dict(packed=[(20, 37), (17, 5), (0, 9), (6, 0), (0, 0), (31, 33)]),
-    "packed_causal": dict(packed=[(18, 18), (3, 21), (1, 0), (40, 9)], window=(-1, 0)),
+    "dropout_of_almost_all": dict(dropout=0.999, seqlen_k=33, sinks=True),
+    "packed": dict(packed=SEQUENCES),
+    "packed_causal": dict(packed=SEQUENCES, window=(-1, 0), grad_lse=False),
+    "packed_window_sinks": dict(packed=SEQUENCES, window=(6, 3), sinks=True),
+    "packed_lengths": dict(packed=[(20, 37), (17, 5), (6, 0)], lengths=[30, 0, 0]),
+    "packed_alibi": dict(packed=SEQUENCES, slopes=2),
+    "packed_alibi_of_heads_causal": dict(packed=SEQUENCES, slopes=1, window=(-1, 0)),
+    "packed_table": dict(packed=SEQUENCES, table=True),
+    "packed_table_causal": dict(packed=[(18, 18), (3, 40), (5, 0), (21, 9)], table=True, window=(-1, 0)),
+    "packed_rotary": dict(packed=SEQUENCES, rotary_dim=12, interleaved=True, offset=14, head_dim_v=12),
+    "packed_positions": dict(packed=[(20, 37), (0, 9), (18, 18)], rotary_dim=16, position_ids=True),
+    "packed_dropout": dict(packed=SEQUENCES, dropout=0.4, window=(-1, 0)),
+    "packed_one": dict(packed=[(19, 34)]),
     "everything": dict(
-        heads=4, kv_heads=2, window=(33, 17), softcap=5.0, lengths=[66, 40], slopes=2, table=True, rotary_dim=12
+        heads=4, kv_heads=2, head_dim_v=24, window=(33, 17), softcap=5.0, lengths=[66, 40], sinks=True, slopes=2,
+        table=True, rotary_dim=12,
     ),
-}
+    "packed_everything": dict(
+        packed=[(18, 37), (17, 9), (0, 9), (6, 0)], head_dim_v=12, window=(20, 17), softcap=5.0, sinks=True, slopes=2,
+        table=True, rotary_dim=12, offset=8, dropout=0.2,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -349,7 +100,19 @@ def test_forward_and_gradients_match_the_reference(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "causal_lengths", "alibi_causal", "table", "softcap", "rotary", "everything"]
+    "name",
+    [
+        "plain",
+        "causal_lengths",
+        "alibi_causal",
+        "table",
+        "softcap",
+        "rotary",
+        "sinks",
+        "dropout",
+        "packed_causal",
+        "everything",
+    ],  # fmt: skip
 )
 def test_half_precision_is_as_good_as_pytorch(name, monkeypatch):
     tiles(monkeypatch)
@@ -367,11 +130,16 @@ def test_half_precision_is_as_good_as_pytorch(name, monkeypatch):
         ("alibi", 16, torch.float32),
         ("table_and_alibi_window", 16, torch.float32),
         ("rotary_part_causal", 24, torch.float16),
+        ("values_of_fewer_channels", 16, torch.float16),
+        ("packed", 16, torch.float16),
+        ("packed_causal", 24, torch.float16),
+        ("packed_dropout", 16, torch.float32),
     ],
 )
 def test_tensor_descriptors_read_the_same(name, head_dim, dtype, monkeypatch):
     tiles(monkeypatch, descriptors=True)
-    tensors, options = make_case(**{**CASES[name], "head_dim": head_dim}, dtype=dtype)
+    sizes = dict(head_dim=head_dim) | (dict(head_dim_v=8) if "head_dim_v" in CASES[name] else {})
+    tensors, options = make_case(**CASES[name] | sizes, dtype=dtype)
     seen = []
     describe = attention._descriptors
 
@@ -398,15 +166,18 @@ def test_tensors_that_tma_cannot_read_take_the_pointer_path(monkeypatch):
     check_against_oracle([x if x is None else x.contiguous() for x in tensors], options)
 
 
-@pytest.mark.parametrize("name", ["causal", "alibi", "rotary", "rotary_interleaved_positions", "everything"])
+@pytest.mark.parametrize(
+    "name", ["causal", "alibi", "rotary", "rotary_interleaved_positions", "values_of_more_channels", "everything"]
+)
 def test_heads_in_pieces_give_the_same(name, monkeypatch):
     tiles(monkeypatch, piece=16)
-    sizes = dict(head_dim=72) | (dict(rotary_dim=40) if "rotary_dim" in CASES[name] else {})
+    sizes = dict(head_dim=40) if name == "everything" else dict(head_dim=72)
+    sizes |= dict(rotary_dim=sizes["head_dim"] // 2) if "rotary_dim" in CASES[name] else {}
     tensors, options = make_case(**CASES[name] | sizes)
     check_against_oracle(tensors, options)
 
 
-@pytest.mark.parametrize("name", ["causal", "table_and_alibi_window", "everything"])
+@pytest.mark.parametrize("name", ["causal", "table_and_alibi_window", "packed_everything"])
 def test_other_tiles_give_the_same(name, monkeypatch):
     tiles(monkeypatch, forward=(32, 16, 0), queries=(32, 32), keys=(32, 16))
     tensors, options = make_case(**CASES[name], seed=1)
@@ -423,20 +194,35 @@ def test_offsets_within_a_tile_can_need_64_bits(monkeypatch):
     check_against_oracle(tensors, options)
 
 
-@pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k", "heads"])
-def test_nothing_in_nothing_out(empty, monkeypatch):
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k", "heads", "packed"])
+def test_nothing_in_nothing_out(empty, sinks, monkeypatch):
     tiles(monkeypatch)
-    sizes = dict(batch=2, seqlen_q=5, seqlen_k=7, slopes=1, table=True) | {empty: 0}
+    sizes = dict(batch=2, seqlen_q=5, seqlen_k=7, slopes=1, table=True, sinks=sinks)
+    sizes |= dict(packed=[(3, 0), (0, 0)]) if empty == "packed" else {empty: 0}
     if empty == "heads":
         sizes["kv_heads"] = 0
     tensors, options = make_case(**sizes)
     q, k, v, grad_out, grad_lse = tensors
     out, lse = attention.attention_forward(q, k, v, *options)
     assert out.shape == q.shape and (out == 0).all()
-    assert lse.shape == grad_lse.shape and (lse == -torch.inf).all()
-    gradients = attention.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, True, True, False)
+    expected = options.sinks[:, None] if sinks else torch.tensor(-torch.inf)
+    assert lse.shape == grad_lse.shape and (lse == expected.to(DEVICE)).all()
+    gradients = attention.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, *needs(options))
     for x, expected in zip(gradients, (q, k, v, options.alibi_slopes, options.relative_bias), strict=False):
         assert x.shape == expected.shape and (x == 0).all()
+    if sinks:  # all that rows without keys have
+        torch.testing.assert_close(gradients[5], grad_lse.sum((0, 2)))
+
+
+def test_no_sequences_at_all():
+    tensors, options = make_case(packed=[(0, 0)], table=True)
+    nowhere = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    options = options._replace(cu_seqlens_q=nowhere, cu_seqlens_k=nowhere)
+    q, k, v, grad_out, grad_lse = tensors
+    out, lse = attention.attention_forward(q, k, v, *options)
+    gradients = attention.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, False, True, False)
+    assert out.numel() == lse.numel() == 0 and (gradients[4] == 0).all()
 
 
 def test_rows_that_see_nothing_are_zero_and_give_no_gradient(monkeypatch):
@@ -449,7 +235,15 @@ def test_rows_that_see_nothing_are_zero_and_give_no_gradient(monkeypatch):
     assert (grad_k[1, 15:] == 0).all() and (grad_v[1, 15:] == 0).all() and (grad_v[1, :15] != 0).all()
 
 
-@pytest.mark.parametrize(("bad", "extra"), [(torch.nan, dict()), (torch.inf, dict(rotary_dim=8))])
+def test_rows_that_see_only_a_sink(monkeypatch):
+    tiles(monkeypatch)
+    tensors, options = make_case(**CASES["sinks_causal_more_queries"])
+    out, lse, grad_q, *_ = check_against_oracle(tensors, options)
+    assert (out[0, :29] == 0).all() and (grad_q[0, :29] == 0).all()
+    torch.testing.assert_close(lse[0, :, :29], options.sinks[:, None].expand(-1, 29))
+
+
+@pytest.mark.parametrize(("bad", "extra"), [(torch.nan, dict(sinks=True)), (torch.inf, dict(rotary_dim=8))])
 @pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
 def test_nan_reaches_only_the_rows_that_may_see_it(which, bad, extra, monkeypatch):
     """A bad row in a partly masked block: whatever may not see it keeps the value it has without it."""
@@ -484,9 +278,92 @@ def test_nan_reaches_only_the_rows_that_may_see_it(which, bad, extra, monkeypatc
             assert (~x[1, reach[name]].isfinite()).flatten(1).any(1).all(), f"{name} hides the bad row"
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 2)])
+def test_what_is_not_finite_stays_in_its_packed_sequence(window, descriptors, monkeypatch):
+    """Also where blocks reach beyond the end of a sequence, into the rows of the next: bit for bit, so that no block is
+    computed again in narrower ones."""
+    tiles(monkeypatch, forward=(16, 64, 0), queries=(16, 64), keys=(64, 16), descriptors=descriptors)
+    tensors, options = make_case(packed=[(41, 42), (18, 19), (17, 37)], heads=1, head_dim=8, window=window)
+    clean = run_kernels(tensors, options)
+    _, queries, keys = sequences_of(tensors, options)[1]
+    for x, rows in zip(tensors[:4], (queries, keys, keys, queries), strict=True):
+        x[rows] = torch.tensor([torch.nan, torch.inf]).repeat(4).to(x)
+    spoiled = run_kernels(tensors, options)
+    for name, x, y in zip(NAMES[:5], spoiled, clean, strict=False):
+        rows = keys if name in ("grad_k", "grad_v") else queries
+        if name == "lse":
+            x, y = x.transpose(1, 2), y.transpose(1, 2)
+        assert not x[rows].isfinite().any(), name
+        x[rows] = y[rows] = 0.0
+        assert torch.equal(x, y), name
+
+
+def test_packed_sequences_are_found_among_many(monkeypatch):
+    """The forward pass gives the bits of each sequence alone, and the backward pass what the reference gives."""
+    tiles(monkeypatch)
+    lengths = torch.randint(0, 9, (2, 40), generator=torch.Generator().manual_seed(0)) ** 2 // 12
+    lengths[:, 25:29] = 0
+    tensors, options = make_case(packed=lengths.T.tolist(), heads=1, head_dim=8, window=(-1, 0), slopes=2)
+    out, lse, *_ = check_against_oracle(tensors, options)
+    q, k, v, *_ = tensors
+    for i, queries, keys in sequences_of(tensors, options)[::3]:
+        own = options._replace(cu_seqlens_q=None, cu_seqlens_k=None, alibi_slopes=options.alibi_slopes[i])
+        expected, expected_lse = attention.attention_forward(q[queries][None], k[keys][None], v[keys][None], *own)
+        assert torch.equal(out[queries], expected[0]) and torch.equal(lse[0][:, queries[1]], expected_lse[0])
+
+
+@triton.jit
+def philox_kernel(p_counters, p_seed, p_words, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    counters = ()
+    for i in tl.static_range(3):
+        counters = counters + (tl.load(p_counters + i * SIZE + offsets),)
+    words = philox_in_kernels(tl.load(p_seed), counters[0], counters[1], counters[2])
+    for i in tl.static_range(4):
+        tl.store(p_words + i * SIZE + offsets, words[i])
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(3**37), 2**40 + 5])
+def test_philox_is_that_of_the_reference(seed):
+    counters = torch.randint(-(2**31), 2**31, (3, 64), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    counters[:, 0] = 0
+    words = torch.empty(4, 64, dtype=torch.int32, device=DEVICE)
+    key = torch.tensor([seed], device=DEVICE)
+    philox_kernel[(1,)](counters.int(), key, words, SIZE=64)
+    unsigned = (*counters & 0xFFFFFFFF, torch.zeros_like(counters[0]))
+    expected = torch.stack(philox(unsigned, (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF)))
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+    if seed == 0:  # of Random123's published test vectors
+        assert expected[:, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("packed", [None, [(17, 9), (5, 20)]])
+def test_dropout_drops_the_weights_that_the_reference_drops(packed, monkeypatch):
+    """Values, and incoming gradients, of which each is the unit vector of its key or query show single weights."""
+    tiles(monkeypatch)
+    sizes = dict(batch=2, seqlen_q=22, seqlen_k=29, heads=2, head_dim=8, head_dim_v=32, dropout=0.4, grad_lse=False)
+    (q, k, v, grad_out, _), options = make_case(**sizes, packed=packed)
+    q.zero_()
+    for _, queries, keys in sequences_of((q, k), options):
+        seqlen_q, seqlen_k = q[queries].shape[0], k[keys].shape[0]
+        v[keys] = torch.eye(32)[:seqlen_k, None].to(v)
+        grad_out[queries] = torch.eye(32)[:seqlen_q, None].to(v)
+    out, lse = attention.attention_forward(q, k, v, *options)
+    grads = attention.attention_backward(grad_out, None, q, k, v, out, lse, *options, *needs(options))
+    for i, queries, keys in sequences_of((q, k), options):
+        seqlen_q, seqlen_k = q[queries].shape[0], k[keys].shape[0]
+        entry = torch.tensor([i], device=DEVICE)
+        keeps = attention_keeps(options.dropout_seed, options.dropout_p, entry, 2, seqlen_q, seqlen_k)[0]
+        weights = keeps / (1 - 26214 / 65536) / seqlen_k  # (H, Sq, Sk)
+        torch.testing.assert_close(out[queries].transpose(0, 1)[..., :seqlen_k], weights)
+        grad_v = grads[2][keys][:, 0, :seqlen_q]  # (Sk, Sq): both query heads share the head of v
+        torch.testing.assert_close(grad_v, weights.sum(0).T)
+
+
 def test_every_run_gives_the_same_bits(monkeypatch):
     tiles(monkeypatch)
-    tensors, options = make_case(**CASES["everything"], batch=2, seqlen_q=20)
+    tensors, options = make_case(**CASES["packed_everything"])
     first, second = (run_kernels(tensors, options) for _ in range(2))
     for name, x, y in zip(NAMES, first, second, strict=True):
         assert torch.equal(x, y), name
@@ -507,10 +384,27 @@ def test_the_heads_of_a_group_add_up(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", ["causal", "window", "alibi_causal", "table", "rotary", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal",
+        "window",
+        "alibi_causal",
+        "table",
+        "rotary",
+        "sinks",
+        "dropout",
+        "values_of_fewer_channels",
+        "packed_causal",
+        "everything",
+        "packed_everything",
+    ],  # fmt: skip
+)
 def test_on_a_gpu(name, dtype, head_dim):
     sizes = dict(seqlen_q=500, seqlen_k=777, head_dim=head_dim, dtype=dtype)
     if "lengths" in CASES[name]:
         sizes["lengths"] = [700, 333]
+    if "packed" in CASES[name]:
+        sizes |= dict(packed=[(500, 777), (300, 20), (0, 9), (6, 0), (64, 64)], offset=280)
     tensors, options = make_case(**CASES[name] | sizes)
     check_against_oracle(tensors, options)
