@@ -61,14 +61,14 @@ class Options(NamedTuple):
     def kept_share(self) -> float:
         return 1 - self.dropped / 65536
 
-    def sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int]:
-        """The number of packed sequences, and of the tensors' rows."""
-        return self.cu_seqlens_q.numel() - 1 if self.packed else 0, q.shape[1], k.shape[1]
+    @property
+    def sequences(self) -> int:
+        """How many are packed."""
+        return self.cu_seqlens_q.numel() - 1 if self.packed else 0
 
     def blocks(self, x: Tensor, rows: int) -> int:
-        """How many blocks of so many rows hold those of a head of q (k, v), wherever packed sequences start."""
-        batch, *_ = self.sizes(x, x)
-        return x.shape[1] // rows + batch if self.packed else triton.cdiv(x.shape[1], rows)
+        """How many blocks of so many rows a head of q (k, v) takes, wherever packed sequences start."""
+        return x.shape[1] // rows + self.sequences if self.packed else triton.cdiv(x.shape[1], rows)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
             attention_forward_kernel, options.blocks(q, config.block_m) * batch * heads, config, compile_only,
             q, k, v, out, lse, *descriptors, options.sinks, *_tables(options, line),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(options.alibi_slopes),
-            *options.sizes(q, k), heads, group, left, right, radius, options.rotary_offset, scale,
+            options.sequences, q.shape[1], k.shape[1], heads, group, left, right, radius, options.rotary_offset, scale,
             float(options.softcap), options.dropped, options.kept_share,
             _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v),
         )  # fmt: skip
@@ -122,6 +122,7 @@ def attention_backward(
     if needs_sinks:  # a key whose value is 0: its ds is p (0 - delta)
         weight = torch.exp2(options.sinks[:, None] * LOG2E - pivot)  # (B, H, padded rows)
         grad_sinks = (weight * delta).sum((0, 2)) / -options.kept_share
+    options = options._replace(sinks=None)  # whose part in the weights the lse tells
     if q.numel() == 0 or k.numel() == 0:
         grad_slopes = torch.zeros_like(options.alibi_slopes) if needs_slopes else grad_slopes
         grad_table = torch.zeros_like(options.relative_bias) if needs_table else grad_table
@@ -141,8 +142,8 @@ def attention_backward(
         return _start(
             attention_backward_keys_kernel, options.blocks(k, config.block_n) * batch * kv_heads, config, compile_only,
             q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(options, line), *strides,
-            *options.sizes(q, k), padded_q, heads, group, left, right, radius, options.rotary_offset, scale,
-            float(options.softcap), options.dropped, grad_scale, options.kept_share,
+            options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
+            options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
             _features(q, v, options, config), _tile(config, config.block_m, descriptors, q, k, v, grad_out),
         )  # fmt: skip
 
@@ -165,8 +166,9 @@ def attention_backward(
             attention_backward_queries_kernel, sums[2] * batch * heads, config, compile_only,
             q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
             *_tables(options, line), *strides,
-            *options.sizes(q, k), padded_q, heads, group, left, right, radius, near_first, segments * segment,
-            options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
+            options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
+            near_first, segments * segment, options.rotary_offset, scale, float(options.softcap), options.dropped,
+            grad_scale, options.kept_share,
             _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v, grad_out),
             needs_slopes, needs_table,
         )  # fmt: skip
@@ -193,7 +195,7 @@ def _statistics(
     )
     attention_statistics_kernel[(blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK)](
         out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), options.cu_seqlens_q,
-        pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], *options.sizes(out, out)[:2], pivot.shape[2], heads,
+        pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], options.sequences, rows, pivot.shape[2], heads,
         options.kept_share, HEAD_DIM=head_dim, BLOCK_D=_block(head_dim), HAS_GRAD_LSE=grad_lse is not None,
         PACKED=options.packed, LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
     )  # fmt: skip

@@ -56,8 +56,8 @@ def _diagonal_sums(b_x, p_sums, SIZE: tl.constexpr):
 def _sums_of_tile(sums, distance, PACKED: tl.constexpr, SIZE: tl.constexpr):
     """Where the sums of a tile start whose first key has this distance to its first query.
 
-    Tiles overlap in distances, so each has a segment of its own. Distances of packed sequences are those of the first
-    segment's by no multiple of SIZE: they start somewhere inside a segment, which has room for three times SIZE.
+    Tiles overlap in distances, so each has a segment of its own, of twice SIZE. Those of packed sequences may differ in
+    distance by any number: they start anywhere in the first third of a segment of three times SIZE.
     """
     SEGMENT: tl.constexpr = (3 if PACKED else 2) * SIZE
     steps = distance - sums.first

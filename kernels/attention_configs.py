@@ -75,6 +75,7 @@ HALF = {
         "sm_80": {
             64: [
                 Config(128, 128, 8, 2, False, 64),
+                Config(128, 128, 8, 2, False, 32, False),
                 Config(128, 64, 8, 2, False, 32, False),
                 Config(128, 64, 8, 1, False, 32, False),
                 _small(64, 32),
@@ -119,6 +120,7 @@ HALF = {
             ],
             256: [
                 Config(128, 32, 8, 2, True, 32, False),
+                Config(64, 64, 8, 1, True, 32, False),
                 _small(64, 32),
                 _small(32, 32, piece=64),
                 _small(16, 16, 4, piece=64),
@@ -139,6 +141,7 @@ HALF = {
         "sm_80": {
             64: [
                 Config(64, 128, 8, 2, False, 32),
+                Config(64, 128, 8, 1, False, 32, False),
                 Config(64, 64, 8, 1, False, 32, False),
                 _small(32, 64, piece=64),
                 _small(32, 64, piece=32),

@@ -18,6 +18,7 @@ from triton_cases import (
     triton,
 )
 
+from pynlp.reference.attention import Options
 from pynlp.reference.random import attention_keeps, philox
 
 # NumPy, which the interpreter computes with, warns of log2(0) and of NaN.
@@ -213,6 +214,10 @@ def test_nothing_in_nothing_out(empty, sinks, monkeypatch):
         assert x.shape == expected.shape and (x == 0).all()
     if sinks:  # all that rows without keys have
         torch.testing.assert_close(gradients[5], grad_lse.sum((0, 2)))
+
+
+def test_options_are_those_of_the_reference():
+    assert attention.Options._fields == Options._fields
 
 
 def test_no_sequences_at_all():
