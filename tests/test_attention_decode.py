@@ -309,6 +309,17 @@ def test_no_gradients():
     assert not (out.requires_grad or lse.requires_grad or step.k_cache.requires_grad or step.v_cache.requires_grad)
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_follows_the_cache(kept):
+    step = Step(FEATURES["causal"], kept, 2)
+    expected = step.run()
+    q, rows = step.q.float(), {name: x.float() for name, x in step.new_rows().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        results = attention_decode(q, step.k_cache, step.v_cache, step.lengths, causal=True, return_lse=True, **rows)
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y) and x.dtype == y.dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("page_size", [None, 4])
 def test_opcheck(dtype, page_size):

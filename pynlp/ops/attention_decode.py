@@ -107,7 +107,8 @@ def attention_decode(
 
     Source: Flash-Decoding (Dao et al., 2023); pages: PagedAttention (Kwon et al., arXiv 2309.06180).
     """
-    q, k, v = (None if x is None else checks.autocast(x)[0] for x in (q, k, v))
+    if torch.is_autocast_enabled(q.device.type):  # the cache keeps its dtype
+        q, k, v = (None if x is None else x.to(k_cache.dtype) for x in (q, k, v))
     _check_cache(q, k_cache, v_cache, block_table)
     batch, seqlen_q, heads, head_dim = q.shape
     appended = _check_new_rows(q, k, v, k_cache, v_cache)
