@@ -13,7 +13,7 @@
 #include "../parallel.h"
 #include "bias_gradients.h"
 #include "dropout.h"
-#include "units.h"
+#include "schedule.h"
 
 namespace pynlp {
 namespace {
@@ -35,15 +35,12 @@ class Backward {
         tiles_(tiles_of(most(in, &Sequence::queries))),
         units_(in),
         in_flight_(larger(1, smaller(units_.count(), thread_count()))),
-        blocks_(units_.blocks() * sizeof(Block)),
-        query_tiles_(units_.tiles_of_a_head() * sizeof(QueryTile)),
-        first_turns_(units_.tiles() * sizeof(int32_t)),
+        schedule_(in, units_, in_flight_, tiles_),
         biases_(in, units_),
         delta_(in.entries * in.heads * in.rows_q * sizeof(float)),
         grad_q_(in_flight_ * group_ * tiles_ * TILE_QUERIES * columns_ * sizeof(float)),
         tickets_(in_flight_ * group_ * tiles_ * sizeof(int32_t)) {
     memset(tickets_.data, 0, in_flight_ * group_ * tiles_ * sizeof(int32_t));
-    list_work();
     Arena sizes{nullptr};
     Scratch(*this, sizes);
     scratch_bytes_ = sizes.used;
@@ -59,42 +56,6 @@ class Backward {
   }
 
  private:
-  struct Block {
-    int64_t unit, number;
-  };
-  struct QueryTile {
-    int64_t sequence, number;
-  };
-
-  // Blocks in the order of their tasks: as many units at once as there are threads, a block of each in turn. And for
-  // each unit's tiles the ticket that its first block waits for, since units one after the other share a slot's sums.
-  void list_work() {
-    Block* block = static_cast<Block*>(blocks_.data);
-    int32_t* first_turn = static_cast<int32_t*>(first_turns_.data);
-    const Buffer sums(in_flight_ * tiles_ * sizeof(int32_t));
-    int32_t* sum = static_cast<int32_t*>(sums.data);
-    memset(sum, 0, in_flight_ * tiles_ * sizeof(int32_t));
-    for (int64_t first = 0; first < units_.count(); first += in_flight_) {
-      const int64_t last = smaller(first + in_flight_, units_.count());
-      int64_t most_blocks = 0;
-      for (int64_t n = first; n < last; ++n) {
-        const Unit unit = units_[n];
-        most_blocks = larger(most_blocks, unit.blocks);
-        for (int64_t t = 0; t < unit.tiles; ++t) {
-          const Range turns = unit.turns(in_, t);
-          *first_turn++ = sum[(n - first) * tiles_ + t];
-          sum[(n - first) * tiles_ + t] += static_cast<int32_t>(turns.last - turns.first);
-        }
-      }
-      for (int64_t number = 0; number < most_blocks; ++number)
-        for (int64_t n = first; n < last; ++n)
-          if (number < units_[n].blocks) *block++ = {n, number};
-    }
-    QueryTile* tile = static_cast<QueryTile*>(query_tiles_.data);
-    for (int64_t b = 0; b < in_.batch; ++b)
-      for (int64_t t = 0; t < tiles_of(in_.sequence(b).queries); ++t) *tile++ = {b, t};
-  }
-
   struct Scratch {
     int32_t *keys, *values, *clean_keys, *keys_right;  // as rows; without spoiled rows; as a right-hand side
     int32_t *rows, *queries, *queries_right, *grads, *grads_right;  // transposed, and as a right-hand side
@@ -148,7 +109,7 @@ class Backward {
 
   // delta of one tile of queries; zeros for queries that see no key and so never get a turn.
   void prepare(int64_t task) {
-    const QueryTile one = static_cast<const QueryTile*>(query_tiles_.data)[task / in_.heads];
+    const Schedule::Tile one = schedule_.tile(task / in_.heads);
     const Sequence sequence = in_.sequence(one.sequence);
     const int64_t head = task % in_.heads;
     const int64_t first = one.number * TILE_QUERIES, last = smaller(first + TILE_QUERIES, sequence.queries);
@@ -177,7 +138,7 @@ class Backward {
   }
 
   void run_task(int64_t task) {
-    const Block block = static_cast<const Block*>(blocks_.data)[task];
+    const Schedule::Block block = schedule_.block(task);
     const Unit u = units_[block.unit];
     const int64_t slot = block.unit % in_flight_;
     const Sequence& sequence = u.sequence;
@@ -236,7 +197,7 @@ class Backward {
         // grad_q: this task's turn comes after that of the blocks before.
         const Range turn = u.turns(in_, t);
         int32_t* ticket = static_cast<int32_t*>(tickets_.data) + place;
-        const int32_t first_turn = static_cast<const int32_t*>(first_turns_.data)[u.first_tile + t];
+        const int32_t first_turn = schedule_.first_turn(u, t);
         const int32_t mine = first_turn + static_cast<int32_t>(block.number - turn.first);
         wait_for(ticket, mine);
         if (block.number == turn.first && tile.rows() <= 0)
@@ -540,7 +501,7 @@ class Backward {
   int64_t block_keys_, words_, words_v_, columns_, columns_v_, group_, tiles_;
   Units units_;
   int64_t in_flight_;
-  Buffer blocks_, query_tiles_, first_turns_;
+  Schedule schedule_;
   BiasGradients biases_;
   size_t scratch_bytes_;
   Buffer delta_, grad_q_, tickets_;
