@@ -146,9 +146,10 @@ HALF = {
                 _small(32, 64, piece=64),
                 _small(32, 64, piece=32),
                 _small(32, 64, 4),
+                _small(32, 16, 4),
             ],
             128: [Config(64, 64, 8, 2, False, 32), _small(64, 64), _small(32, 32), _small(32, 16)],
-            256: [_small(32, 32, 4), _small(32, 16)],
+            256: [_small(32, 32, 4), _small(32, 16), _small(32, 16, piece=64)],
         },
         "sm_90": {
             64: [Config(64, 128, 8, 2, True, 32), Config(32, 128, 8, 1, True, 16, False), _small(32, 64)],
