@@ -51,27 +51,10 @@ FEATURES = {
     "window, ALiBi, T5": dict(window=(512, 64), slopes=True, table=True),
     "causal, values of half": dict(values=0.5),
     "window, all": dict(
-        window=(512, 64),
-        lengths=True,
-        sinks=True,
-        slopes=True,
-        table=True,
-        rotary=1.0,
-        softcap=30.0,
-        interleaved=True,
-        ids=True,
-        dropout=0.1,
+        window=(512, 64), lengths=True, slopes=True, table=True, rotary=1.0, softcap=30.0, interleaved=True, ids=True
     ),
     "varlen, all": dict(
-        window=(512, 64),
-        packed=True,
-        sinks=True,
-        slopes=True,
-        table=True,
-        rotary=1.0,
-        softcap=30.0,
-        ids=True,
-        dropout=0.1,
+        window=(512, 64), packed=True, sinks=True, slopes=True, table=True, rotary=1.0, softcap=30.0, dropout=0.1
     ),
 }
 # n/s of the loop without mask, bf16, forward: (chips, features, head size) -> bar. Sinks and packed sequences are free.
