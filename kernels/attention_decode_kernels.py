@@ -11,6 +11,7 @@ from .attention_rows import (
     load_turned_rows,
     row_score,
     row_scores,
+    seen_keys,
     softmax_step,
     store_rows,
 )
@@ -22,7 +23,6 @@ from .attention_tiles import (
     finite_or_zero,
     has_nonfinite,
     nonfinite_rows,
-    pieces_product,
     scale_pieces,
     spoil_rows,
     zero_pieces,
@@ -115,15 +115,59 @@ def _key_rows(cache, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.cons
 
 
 @triton.jit
-def _load_keys(p_k, o_k, m_n, F: tl.constexpr, BOUND: tl.constexpr):
-    """The pieces of the keys: those before the values that are a part of them, the values', and those behind."""
+def _add_key_product(
+    b_s, b_q, p_k, o_k, m_n, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s + q k^T over channels FIRST .. END, whose pieces in q these are, and the pieces of k."""
+    b_k = ()
+    for i_c in tl.static_range(FIRST, END, BLOCK_C):
+        b_k = b_k + load_rows(p_k + i_c, o_k, m_n, 0, min(END - i_c, BLOCK_C), BLOCK_C, BOUND)
+        b_s = tl.dot(b_q[(i_c - FIRST) // BLOCK_C], tl.trans(b_k[len(b_k) - 1]), b_s, input_precision=PRECISION)
+    return b_s, b_k
+
+
+@triton.jit
+def _score_keys(b_q, p_k, o_k, m_n, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.constexpr):
+    """q k^T (BLOCK_M, BLOCK_N), and the pieces of k that are values too."""
+    b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_v = ()
     if F.INSIDE >= 0:
-        b_k = load_rows(p_k, o_k, m_n, 0, F.INSIDE, F.BLOCK_D, BOUND)
-        b_k = b_k + load_rows(p_k, o_k, m_n, F.INSIDE, F.INSIDE + F.HEAD_DIM_V, F.BLOCK_V, BOUND)
-        b_k = b_k + load_rows(p_k, o_k, m_n, F.INSIDE + F.HEAD_DIM_V, F.HEAD_DIM, F.BLOCK_D, BOUND)
+        BEFORE: tl.constexpr = (F.INSIDE + F.BLOCK_D - 1) // F.BLOCK_D  # pieces
+        BEHIND: tl.constexpr = BEFORE + (F.HEAD_DIM_V + F.BLOCK_V - 1) // F.BLOCK_V
+        END: tl.constexpr = F.INSIDE + F.HEAD_DIM_V
+        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, 0, F.INSIDE, F.BLOCK_D, BOUND, F.PRECISION)
+        b_s, b_v = _add_key_product(
+            b_s, b_q[BEFORE:BEHIND], p_k, o_k, m_n, F.INSIDE, END, F.BLOCK_V, BOUND, F.PRECISION
+        )  # fmt: skip
+        b_s, _ = _add_key_product(b_s, b_q[BEHIND:], p_k, o_k, m_n, END, F.HEAD_DIM, F.BLOCK_D, BOUND, F.PRECISION)
     else:
-        b_k = load_rows(p_k, o_k, m_n, 0, F.HEAD_DIM, F.BLOCK_D, BOUND)
-    return b_k
+        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, 0, F.HEAD_DIM, F.BLOCK_D, BOUND, F.PRECISION)
+    return b_s, b_v
+
+
+@triton.jit
+def _add_values(
+    b_acc, b_p, b_inside, p_v, o_v, m_n, m_pair, F: tl.constexpr, BOUND: tl.constexpr, CAREFUL: tl.constexpr
+):  # fmt: skip
+    """acc + p v. CAREFUL: a value that is not finite makes NaN of the rows that see it, and leaves the others alone."""
+    END: tl.constexpr = F.HEAD_DIM_V
+    BLOCK_C: tl.constexpr = F.BLOCK_V
+    b_w = b_p.to(p_v.dtype.element_ty)
+    b_bad = tl.zeros([b_p.shape[1]], tl.int1)  # (BLOCK_N,)
+    b_y = ()
+    for i_c in tl.static_range(0, END, BLOCK_C):
+        if F.INSIDE >= 0:
+            b_v = (b_inside[i_c // BLOCK_C],)
+        else:
+            b_v = load_rows(p_v + i_c, o_v, m_n, 0, min(END - i_c, BLOCK_C), BLOCK_C, BOUND)
+        if CAREFUL:
+            b_bad = b_bad | nonfinite_rows(b_v)
+            b_v = finite_or_zero(b_v)
+        b_y = b_y + add_product((b_acc[i_c // BLOCK_C],), b_w, b_v, F.PRECISION)  # (BLOCK_M, BLOCK_V)
+    if CAREFUL:
+        b_y = spoil_rows(b_y, m_pair & b_bad[None, :])
+    return b_y
 
 
 @triton.jit
@@ -155,9 +199,6 @@ def _visit_keys(
     """
     MASKED: tl.constexpr = KIND != "full"
     ACCURATE: tl.constexpr = b_q[0].dtype == tl.float32
-    BEFORE: tl.constexpr = (F.INSIDE + F.BLOCK_D - 1) // F.BLOCK_D  # pieces of the keys before the values
-    VALUES: tl.constexpr = (F.HEAD_DIM_V + F.BLOCK_V - 1) // F.BLOCK_V
-    o_n = tl.arange(0, BLOCK_N)
     for i_block in tl.range(
         start, end, BLOCK_N, num_stages=1 if KIND == "careful" else None, disable_licm=not TILE.HOIST
     ):  # fmt: skip
@@ -165,28 +206,16 @@ def _visit_keys(
         if MASKED:
             i_n += tl.where(i_block >= split, gap, 0)
         p_k, p_v, o_k, o_v, m_n = _key_rows(cache, i_n, F, BLOCK_N, MASKED, TILE.LONG)
-        b_k = _load_keys(p_k, o_k, m_n, F, MASKED)
-        b_s = pieces_product(b_q, b_k, F.PRECISION)  # (BLOCK_M, BLOCK_N)
+        b_s, b_inside = _score_keys(b_q, p_k, o_k, m_n, F, TILE.BLOCK_M, BLOCK_N, MASKED)
         b_x = row_scores(b_s, score, i_n, F, ACCURATE, BLOCK_N)
+        m_pair = m_n[None, :]
         if MASKED:
-            m_pair = m_n[None, :]
             if not F.EVEN:
-                b_distance = (i_n + o_n)[None, :] - score.b_place[:, None]
-                if F.HAS_LEFT:
-                    m_pair = m_pair & (b_distance >= -left)
-                if F.HAS_RIGHT:
-                    m_pair = m_pair & (b_distance <= right)
+                m_pair = m_pair & seen_keys(score, i_n, left, right, F, BLOCK_N)
             b_x = tl.where(m_pair, b_x, -float("inf"))
         b_p, b_m, b_l, b_alpha = softmax_step(b_m, b_l, b_x)
         b_acc = scale_pieces(b_acc, b_alpha[:, None])
-        if F.INSIDE >= 0:
-            b_v = b_k[BEFORE : BEFORE + VALUES]
-        else:
-            b_v = load_rows(p_v, o_v, m_n, 0, F.HEAD_DIM_V, F.BLOCK_V, MASKED)
-        if KIND == "careful":
-            b_acc = spoil_rows(b_acc, m_pair & nonfinite_rows(b_v)[None, :])
-            b_v = finite_or_zero(b_v)
-        b_acc = add_product(b_acc, b_p, b_v, F.PRECISION)  # (BLOCK_M, BLOCK_V) each
+        b_acc = _add_values(b_acc, b_p, b_inside, p_v, o_v, m_n, m_pair, F, MASKED, KIND == "careful")
     return b_m, b_l, b_acc
 
 

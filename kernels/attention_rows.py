@@ -139,6 +139,18 @@ def row_scores(b_s, score, i_n, F: tl.constexpr, ACCURATE: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def seen_keys(score, i_n, left, right, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(ROWS, BLOCK_N): which of keys i_n .. i_n + BLOCK_N a row's window shows."""
+    b_distance = (i_n + tl.arange(0, BLOCK_N))[None, :] - score.b_place[:, None]
+    m_pair = tl.full([score.b_place.shape[0], BLOCK_N], True, tl.int1)
+    if F.HAS_LEFT:
+        m_pair = m_pair & (b_distance >= -left)
+    if F.HAS_RIGHT:
+        m_pair = m_pair & (b_distance <= right)
+    return m_pair
+
+
+@triton.jit
 def softmax_step(b_m, b_l, b_x):
     """The exponentials of more scores of rows with running maximum m and sum l, then m, l, and the factor of old sums.
 

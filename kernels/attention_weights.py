@@ -10,8 +10,8 @@ from triton.compiler import CompiledKernel
 
 from .attention import Options
 from .attention_configs import Config, chip_of
-from .attention_rows import LOG2E, Rotary, bias_line, load_turned_rows, row_score, row_scores, softmax_step
-from .attention_tiles import pieces_product
+from .attention_rows import Rotary, bias_line, load_turned_rows, row_score, row_scores, seen_keys, softmax_step
+from .attention_tiles import LOG2E, pieces_product
 from .choice import choose
 
 
@@ -66,12 +66,7 @@ def _scores(
     b_k = load_turned_rows(keys.p, o_k, m_key, rotary, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
     b_s = pieces_product(b_q, b_k, F.PRECISION)  # (BLOCK_M, BLOCK_N)
     b_x = row_scores(b_s, score, i_n, F, b_q[0].dtype == tl.float32, BLOCK_N)
-    b_distance = b_key[None, :] - score.b_place[:, None]
-    m_pair = m_key[None, :]
-    if F.HAS_LEFT:
-        m_pair = m_pair & (b_distance >= -left)
-    if F.HAS_RIGHT:
-        m_pair = m_pair & (b_distance <= right)
+    m_pair = m_key[None, :] & seen_keys(score, i_n, left, right, F, BLOCK_N)
     return tl.where(m_pair, b_x, -float("inf"))
 
 
@@ -156,7 +151,7 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
         return weights
     reach = seqlen_q + seqlen_k
     left, right = min(options.window_left, reach), min(options.window_right, reach)
-    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
+    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E.value
     line, radius = bias_line(options.relative_bias, options.relative_buckets)
 
     def features(config: Config) -> Features:
