@@ -15,6 +15,9 @@ struct View {
   int64_t batch_stride, row_stride, head_stride;
 };
 
+// Always inlined: a copy that was compiled for one instruction set must not be merged with that of another.
+#define PYNLP_INLINE __attribute__((always_inline)) inline
+
 // One batch entry: its rows in the tensors, which are those of entry 0 when sequences are packed.
 struct Sequence {
   int64_t number, entry;
@@ -53,9 +56,9 @@ struct AttentionInputs {
   int32_t dropped;  // dropout drops weights whose 16-bit random number is below this; 0 = none
   uint64_t dropout_seed;
 
-  bool biased() const { return alibi_slopes || relative_bias; }
-  float kept_share() const { return 1.0f - static_cast<float>(dropped) / 65536.0f; }
-  Sequence sequence(int64_t b) const {
+  PYNLP_INLINE bool biased() const { return alibi_slopes || relative_bias; }
+  PYNLP_INLINE float kept_share() const { return 1.0f - static_cast<float>(dropped) / 65536.0f; }
+  PYNLP_INLINE Sequence sequence(int64_t b) const {
     if (!cu_seqlens_q) return {b, b, 0, rows_q, 0, cache_lengths ? cache_lengths[b] + appended : rows_k};
     return {b,
             0,
@@ -66,13 +69,13 @@ struct AttentionInputs {
   }
   // Index of a row of one head in statistics (entries, heads, rows_q), and of its first channel in (entries, rows_q,
   // heads, size).
-  int64_t statistic(const Sequence& s, int64_t head, int64_t query) const {
+  PYNLP_INLINE int64_t statistic(const Sequence& s, int64_t head, int64_t query) const {
     return (s.entry * heads + head) * rows_q + s.first_query + query;
   }
-  int64_t query_row(const Sequence& s, int64_t head, int64_t query, int64_t size) const {
+  PYNLP_INLINE int64_t query_row(const Sequence& s, int64_t head, int64_t query, int64_t size) const {
     return ((s.entry * rows_q + s.first_query + query) * heads + head) * size;
   }
-  int64_t key_row(const Sequence& s, int64_t kv_head, int64_t key, int64_t size) const {
+  PYNLP_INLINE int64_t key_row(const Sequence& s, int64_t kv_head, int64_t key, int64_t size) const {
     return ((s.entry * rows_k + s.first_key + key) * kv_heads + kv_head) * size;
   }
 };
