@@ -193,7 +193,7 @@ def test_without_extension(prelude, reason):
         + "    try: call()\n"
         + "    except RuntimeError as error: print(error)\n"
         + "torch.library.opcheck(torch.ops.pynlp.attention_forward.default,\n"
-        + "    (q, q, q, 0.3, -1, 0, 0.0, None, None, None, None, None, None, None, 0, False))\n"
+        + "    (q, q, q, 0.3, -1, 0, 0.0, *(None,) * 10, 0, False, 0.0, None))\n"
         + "compiled = torch.compile(attention, fullgraph=True, backend='aot_eager')\n"
         + "assert torch.equal(compiled(q, q, q, causal=True), out)\n",
         PYNLP_ISA="portable",
