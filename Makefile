@@ -1,4 +1,4 @@
-# make demo | bench | test | sanitize: each is complete on a fresh machine. It creates .venv, installs what
+# make demo | bench | test | fuzz | sanitize: each is complete on a fresh machine. It creates .venv, installs what
 # constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ PY := .venv/bin/python
 APT := apt-get install -y python3-venv python3-dev g++
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo bench test sanitize lint install clean FORCE
+.PHONY: demo bench test fuzz sanitize lint install clean FORCE
 
 demo: install
 	$(PY) examples/language_model.py
@@ -20,6 +20,10 @@ bench: install build/.models
 test: install build/.models lint
 	$(PY) -m pytest --durations=15
 
+# Calls drawn at random, other ones every time: so many of each op, and so many that must be refused.
+fuzz: install
+	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PY) -m pytest -s -o faulthandler_timeout=0 tests/test_fuzz.py
+
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: install
@@ -27,7 +31,9 @@ sanitize: install
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib .venv/bin/pytest -q \
-		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py -k "not compile"
+		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py \
+		tests/test_attention_varlen.py tests/test_attention_decode.py tests/test_attention_weights.py \
+		tests/test_attention_offsets.py tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile"
 
 lint: install
 	$(PY) -m ruff check .
