@@ -130,7 +130,7 @@ def attention_decode(
     candidates = configs(chip, seqlen_q * group, max(q.shape[3], head_dim_v), q.element_size())
     aligned = all(x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3]) for x in (k_cache, v_cache))
     features = _features(q, k_cache, v_cache, options, candidates[0], 1)
-    work = (chip, q.dtype, q.device, aligned, *features, seqlen_q * group, capacity)
+    work = (chip, q.dtype, q.device, aligned, group, *features, seqlen_q * group, capacity)
     start(choose("decode", candidates, work, start))
     return out, lse
 

@@ -91,17 +91,24 @@ def _key_rows(cache, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.cons
     p_k = cache.p_k
     p_v = cache.p_v
     if F.PAGE % BLOCK_N > 0:  # keys of several pages
-        if BOUND:
-            b_page = tl.load(cache.p_pages + (i_n + o_n) // F.PAGE, mask=m_n, other=0).to(tl.int64)
+        if BLOCK_N % F.PAGE == 0:  # what changes with the block is a scalar
+            p_pages = cache.p_pages + i_n // F.PAGE + o_n // F.PAGE
+            b_row = o_n % F.PAGE
         else:
-            b_page = tl.load(cache.p_pages + (i_n + o_n) // F.PAGE).to(tl.int64)
-        b_row = ((i_n + o_n) % F.PAGE).to(tl.int64)
+            p_pages = cache.p_pages + (i_n + o_n) // F.PAGE
+            b_row = (i_n + o_n) % F.PAGE
+        if BOUND:
+            b_page = tl.load(p_pages, mask=m_n, other=0).to(tl.int64)
+        else:
+            b_page = tl.load(p_pages).to(tl.int64)
+        b_row = b_row.to(tl.int64)
         o_k = b_page * cache.stride_kb + b_row * cache.stride_ks
         o_v = b_page * cache.stride_vb + b_row * cache.stride_vs
     else:
         i_row = i_n
         if F.PAGE > 0:
-            i_page = tl.load(cache.p_pages + i_n // F.PAGE).to(tl.int64)
+            some = (i_n < cache.end) & (i_n + BLOCK_N > cache.start)
+            i_page = tl.load(cache.p_pages + i_n // F.PAGE, mask=some, other=0).to(tl.int64)
             p_k += i_page * cache.stride_kb
             p_v += i_page * cache.stride_vb
             i_row = i_n % F.PAGE

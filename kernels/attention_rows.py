@@ -83,7 +83,7 @@ def load_turned_rows(
             b_sin = tl.where(m_first[None, :], -b_sin, b_sin)
             b_other = tl.load(p_x + o_row[:, None] + o_other[None, :], mask=m_turned, other=0.0)
             b_turned = b_own.to(tl.float32) * b_cos + b_other.to(tl.float32) * b_sin
-            b_y = b_y + (b_turned.to(b_own.dtype),)
+            b_y = b_y + (tl.where(m_turned, b_turned.to(b_own.dtype), b_own),)
         else:
             b_y = b_y + (b_own,)
     return b_y
