@@ -94,6 +94,7 @@ def attention_decode(
     left, right = min(options.window_left, reach), min(options.window_right, reach)
     scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
     line, radius = bias_line(options.relative_bias, options.relative_buckets)
+    unit = _unit(k_cache, v_cache)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         splits = _splits(q, kv_heads, capacity, options, config, _multiprocessors(q))
@@ -107,10 +108,10 @@ def attention_decode(
         arguments = (
             q, k_cache, v_cache, results, lse, maxima, sums, cache_lengths, options.block_table, options.sinks,
             options.alibi_slopes, line, options.rotary_cos, options.rotary_sin,
-            *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], _page_stride(options.block_table),
+            *q.stride()[:3], *_strides(k_cache, unit), *_strides(v_cache, unit), _page_stride(options.block_table),
             _batch_stride(options.alibi_slopes), seqlen_q, options.appended, heads, group, splits, left, right, radius,
             options.rotary_offset, scale, float(options.softcap), features,
-            Tile(config.block_m, config.block_n, config.hoist, _long(config.block_n, k_cache, v_cache)),
+            Tile(config.block_m, config.block_n, config.hoist, _long(config.block_n, k_cache, v_cache), unit),
         )  # fmt: skip
         # Pages are looked up as far ahead of the loads that wait for them as those are ahead of the products.
         stages = config.num_stages * 2 - 1 if options.block_table is not None else config.num_stages
@@ -128,9 +129,9 @@ def attention_decode(
 
     chip = chip_of(q)
     candidates = configs(chip, seqlen_q * group, max(q.shape[3], head_dim_v), q.element_size())
-    aligned = all(x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3]) for x in (k_cache, v_cache))
+    aligned = all(x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
     features = _features(q, k_cache, v_cache, options, candidates[0], 1)
-    work = (chip, q.dtype, q.device, aligned, group, *features, seqlen_q * group, capacity)
+    work = (chip, q.dtype, q.device, aligned, unit, group, *features, seqlen_q * group, capacity)
     start(choose("decode", candidates, work, start))
     return out, lse
 
@@ -212,6 +213,16 @@ def _page_stride(block_table: Tensor | None) -> int:
 
 def _batch_stride(slopes: Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+
+
+def _unit(*caches: Tensor) -> int:
+    """16 bytes in elements if all strides are multiples of them, else 1."""
+    unit = 16 // caches[0].element_size()
+    return unit if all(stride % unit == 0 for x in caches for stride in x.stride()[:3]) else 1
+
+
+def _strides(cache: Tensor, unit: int) -> list[int]:
+    return [stride // unit for stride in cache.stride()[:3]]
 
 
 def _long(keys: int, *caches: Tensor) -> bool:

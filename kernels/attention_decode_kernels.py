@@ -58,6 +58,7 @@ class Tile(NamedTuple):
     BLOCK_N: int  # keys
     HOIST: bool  # whether loops may compute their constants, such as the parts of fp32 queries, before they start
     LONG: bool  # whether offsets within a block of keys need 64 bits
+    UNIT: int  # elements in which the caches' strides are told, so that the compiler sees that they are multiples
 
 
 class Cache(NamedTuple):
@@ -321,10 +322,17 @@ def attention_decode_kernel(
     end = seen.end + seen.gap
     share = _share_of_keys(seen.start, end, full_start, full_end, i_split, splits, BLOCK_N)
 
+    if TILE.LONG:
+        stride_ks = tl.cast(stride_ks, tl.int64)
+        stride_vs = tl.cast(stride_vs, tl.int64)
+    stride_ks *= TILE.UNIT
+    stride_vs *= TILE.UNIT
+    stride_kb = tl.cast(stride_kb, tl.int64) * TILE.UNIT
+    stride_vb = tl.cast(stride_vb, tl.int64) * TILE.UNIT
     i_b = i_b.to(tl.int64)
     i_g = i_g.to(tl.int64)
-    p_k += i_g * stride_kh
-    p_v += i_g * stride_vh
+    p_k += i_g * stride_kh * TILE.UNIT
+    p_v += i_g * stride_vh * TILE.UNIT
     if F.PAGE > 0:
         p_pages += i_b * stride_pages
     else:

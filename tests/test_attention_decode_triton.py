@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_cases import Case, eager_attention, errors, make_inputs
 from test_attention_decode import FEATURES, Step
+from test_attention_offsets import far_apart
 from triton_cases import DEVICE, GPU, GuardedAllocations, in_a_sea_of_nan, triton
 
 from pynlp.functional import attention_decode, attention_weights, rotary_tables
@@ -290,6 +291,17 @@ def test_strides(monkeypatch):
     assert kernels._long(128, x.as_strided((1, 2, 1, 64), (1, 2**24, 1, 1)))
     monkeypatch.setattr(kernels, "_long", lambda *_: True)
     for x, y in zip(other.run(), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(GPU, reason="needs a GPU to be absent: memory that nothing touches costs nothing")
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["entries or pages", "rows", "heads"])
+def test_offsets_beyond_31_bits(dim, page_size, monkeypatch):
+    tile(monkeypatch)
+    step, far = (KernelStep({}, torch.float16, 2, page_size, (20, 5), (4, 2), (16, 16)) for _ in range(2))
+    far.k_cache, far.v_cache = (far_apart(x, dim) for x in (far.k_cache, far.v_cache))
+    for x, y in zip(far.run(), step.run(), strict=True):
         assert torch.equal(x, y)
 
 
