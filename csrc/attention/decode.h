@@ -44,6 +44,8 @@ class Decode {
   }
 
  private:
+  static constexpr int64_t PART_KEYS = 64;  // parts are multiples
+
   template <int COUNT>
   struct Count {
     static constexpr int count = COUNT;
@@ -57,17 +59,17 @@ class Decode {
   };
   const First& first(int64_t b) const { return static_cast<const First*>(firsts_.data)[b]; }
 
-  // Keys of a part, whole tiles: enough parts to share, but not so many that they cost.
+  // Keys of a part: enough parts to share, but not so many that they cost.
   static int64_t keys_of_part(int64_t keys, int64_t num_splits) {
     const int64_t wanted = num_splits ? num_splits : larger(1, smaller(16, keys / 128));
     const int64_t size = (keys + wanted - 1) / wanted;
-    return larger(1, round_up(num_splits ? size : smaller(size, 1024), TILE_KEYS));
+    return larger(1, round_up(num_splits ? size : smaller(size, 1024), PART_KEYS));
   }
 
   // Keys that some query of the sequence sees.
   static Range seen(const AttentionInputs& in, const Sequence& s) {
     const Range keys = Visibility(in, s).of_any(0, s.queries);
-    return {keys.first / TILE_KEYS * TILE_KEYS, keys.last};
+    return {keys.first / PART_KEYS * PART_KEYS, keys.last};
   }
 
   static int64_t count(const AttentionForward& in, const Buffer& firsts) {
@@ -94,32 +96,18 @@ class Decode {
     return static_cast<float*>(partials_.data) + first(part.sequence).partial + (part.number * rows + row) * floats;
   }
 
-  // Addresses of a tile's rows, of the next tile's, and of rows in scratch.
-  struct Pointers {
-    const char **rows, **next, **room;
-    void take(Arena& arena) {
-      rows = arena.take<const char*>(TILE_KEYS + LANES);
-      next = arena.take<const char*>(TILE_KEYS + LANES);
-      room = arena.take<const char*>(TILE_KEYS + LANES);
-    }
-    void advance() {
-      const char** done = rows;
-      rows = next;
-      next = done;
-    }
-  };
-
   struct Scratch {
-    float *queries, *scores, *line, *keys, *values;
-    Pointers key_rows, value_rows;
+    float *queries, *scores, *line, *room;
+    const char **rows, **near, **far, **room_rows;
     Scratch(const Decode& d, Arena& arena) {
       queries = arena.take<float>(d.longest_ * d.in_.heads * d.scorer_.size);
-      scores = arena.take<float>(MOST_ROWS * SCORES);
+      scores = arena.take<float>(d.longest_ * d.in_.heads * SCORES);
       line = arena.take<float>(SCORES);
-      keys = arena.take<float>(TILE_KEYS * d.scorer_.size);
-      values = arena.take<float>(TILE_KEYS * d.size_v_);
-      key_rows.take(arena);
-      value_rows.take(arena);
+      room = arena.take<float>(BLOCK_KEYS * larger(d.scorer_.size, d.size_v_));
+      rows = arena.take<const char*>(2 * (TILE_KEYS + FAR));
+      near = arena.take<const char*>(BLOCK_KEYS * d.in_.kv_heads);
+      far = arena.take<const char*>(BLOCK_KEYS * d.in_.kv_heads);
+      room_rows = arena.take<const char*>(BLOCK_KEYS);
     }
   };
 
@@ -133,81 +121,77 @@ class Decode {
 
     Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
     const Scratch s(*this, arena);
-    for (int64_t head = 0; head < in_.heads; ++head) {
-      for (int64_t i = 0; i < sequence.queries; ++i) {
-        const int64_t row = i * in_.heads + head;
-        scorer_.read_query(sequence, head, i, s.queries + row * scorer_.size);
-        float* result = partial(part, rows, row);
-        memset(result, 0, (size_v_ + LANES) * sizeof(float));
-        result[0] = -__builtin_inff();
-      }
+    for (int64_t row = 0; row < rows; ++row) {
+      scorer_.read_query(sequence, row % in_.heads, row / in_.heads, s.queries + row * scorer_.size);
+      float* result = partial(part, rows, row);
+      memset(result, 0, (size_v_ + LANES) * sizeof(float));
+      result[0] = -__builtin_inff();
     }
     const HeadRows k(keys_of, in_.k, in_, sequence), v(values_of, in_.v, in_, sequence);
-    Pointers at = s.key_rows, values_at = s.value_rows;
-    const auto tile_from = [&](int64_t start) { return Range{start, smaller(start + TILE_KEYS, keys.last)}; };
-    k.locate(tile_from(keys.first), at.rows);
-    v.locate(tile_from(keys.first), values_at.rows);
     for (int64_t start = keys.first; start < keys.last; start += TILE_KEYS) {
-      const Range tile = tile_from(start), next = tile_from(start + TILE_KEYS);
-      const int64_t coming = larger(0, next.last - next.first);
-      if (coming > 0) {
-        k.locate(next, at.next);
-        v.locate(next, values_at.next);
+      const Range tile{start, smaller(start + TILE_KEYS, keys.last)};
+      const int64_t count = tile.last - start;
+      // Where keys of the first head lie, then values, then the next tile's first keys; the last again, to be fetched.
+      const char** located = v.locate(tile, k.locate(tile, s.rows));
+      located = k.locate({tile.last, smaller(tile.last + FAR, keys.last)}, located);
+      for (int n = 0; n < FAR; ++n) located[n] = located[-1];
+
+      visit_heads(s, sequence, visible, tile, k, s.rows,
+                  [&](auto at_once, const BlockRows& some, int64_t i, int64_t head, Range own) {
+                    const int64_t row = i * in_.heads + head;
+                    scorer_.multiply<at_once.count>(some, own.last - own.first, s.queries + row * scorer_.size,
+                                                    s.scores + row * SCORES + own.first - start);
+                  });
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t i = row / in_.heads;
+        const Range own = both(tile, visible.of_any(i, i + 1));
+        if (own.empty()) continue;
+        float* scores = s.scores + row * SCORES;
+        scorer_.scale(sequence, visible, i, row % in_.heads, own, scores + own.first - start, s.line);
+        for (int64_t n = 0; n < own.first - start; ++n) scores[n] = -__builtin_inff();
+        for (int64_t n = own.last - start; n < round_up(count, LANES); ++n) scores[n] = -__builtin_inff();
+        softmax(scores, round_up(count, LANES), partial(part, rows, row));
       }
+      visit_heads(s, sequence, visible, tile, v, s.rows + count,
+                  [&](auto at_once, const BlockRows& some, int64_t i, int64_t head, Range own) {
+                    const int64_t row = i * in_.heads + head;
+                    add_values<at_once.count>(some, own.last - own.first, s.scores + row * SCORES + own.first - start,
+                                              partial(part, rows, row));
+                  });
+    }
+  }
+
+  static Range both(Range a, Range b) { return {larger(a.first, b.first), smaller(a.last, b.last)}; }
+
+  // Goes over the rows of a tile, a block for one head after the other: visit(Count<heads at once>, rows, query, first
+  // of those heads, keys of the rows), for the keys that the query sees.
+  template <class Visit>
+  PYNLP_INLINE void visit_heads(const Scratch& s, const Sequence& sequence, const Visibility& visible, Range tile,
+                                const HeadRows& all, const char* const* located, const Visit& visit) const {
+    for (int64_t first = tile.first; first < tile.last; first += BLOCK_KEYS, located += BLOCK_KEYS) {
+      const Range block{first, smaller(first + BLOCK_KEYS, tile.last)};
+      const int64_t count = block.last - first;
+      all.in_order(located + NEAR, count, s.near);
+      all.in_order(located + FAR, count, s.far);
       for (int64_t kv_head = 0; kv_head < in_.kv_heads; ++kv_head) {
-        k.prefetch(at.next, coming, kv_head);
-        v.prefetch(values_at.next, coming, kv_head);
-        visit(s, part, sequence, visible, kv_head, tile, k.of(kv_head, tile, at.rows, s.keys, at.room),
-              v.of(kv_head, tile, values_at.rows, s.values, values_at.room));
+        const BlockRows rows =
+            all.of(kv_head, block, located, s.near + kv_head * count, s.far + kv_head * count, s.room, s.room_rows);
+        for (int64_t i = 0; i < sequence.queries; ++i) {
+          const Range own = both(block, visible.of_any(i, i + 1));
+          if (own.empty()) continue;
+          const BlockRows some = rows.from(own.first - first);
+          int64_t head = kv_head * group_;
+          const int64_t last = head + group_;
+          for (; head + 4 <= last; head += 4) visit(Count<4>{}, some, i, head, own);
+          for (; head + 2 <= last; head += 2) visit(Count<2>{}, some, i, head, own);
+          for (; head < last; ++head) visit(Count<1>{}, some, i, head, own);
+        }
       }
-      at.advance();
-      values_at.advance();
     }
   }
 
-  // One tile of keys of one head, for all its queries.
-  void visit(const Scratch& s, const Part& part, const Sequence& sequence, const Visibility& visible, int64_t kv_head,
-             Range tile, const TileRows& keys, const TileRows& values) const {
-    for (int64_t i = 0; i < sequence.queries; ++i) {
-      const Range own = visible.of_any(i, i + 1);
-      const Range some{larger(tile.first, own.first), smaller(tile.last, own.last)};
-      if (some.empty()) continue;
-      const TileRows own_keys = keys.from(some.first - tile.first), own_values = values.from(some.first - tile.first);
-      const auto heads = [&](auto rows, int64_t member) __attribute__((always_inline)) {
-        attend<rows.count>(s, part, sequence, visible, i, kv_head * group_ + member, some, own_keys, own_values);
-      };
-      int64_t member = 0;
-      for (; member + 4 <= group_; member += 4) heads(Count<4>{}, member);
-      for (; member + 2 <= group_; member += 2) heads(Count<2>{}, member);
-      for (; member < group_; ++member) heads(Count<1>{}, member);
-    }
-  }
-
-  // Query i in ROWS heads from `head` on.
-  template <int ROWS>
-  void attend(const Scratch& s, const Part& part, const Sequence& sequence, const Visibility& visible, int64_t i,
-              int64_t head, Range some, const TileRows& keys, const TileRows& values) const {
-    const int64_t count = some.last - some.first, row = i * in_.heads + head;
-    scorer_.score<ROWS>(sequence, visible, i, head, some, keys, s.queries + row * scorer_.size, s.scores, s.line);
-    float rescale[ROWS];
-    float* results[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      results[r] = partial(part, sequence.queries * in_.heads, row + r);
-      rescale[r] = softmax(s.scores + r * SCORES, round_up(count, LANES), results[r]);
-    }
-    if (values.dtype == Dtype::float32)
-      add_values<ReadFloat, ROWS>(values, count, s.scores, rescale, results);
-    else if (values.dtype == Dtype::bfloat16)
-      add_values<ReadBf16, ROWS>(values, count, s.scores, rescale, results);
-#if PYNLP_F16C
-    else
-      add_values<ReadHalf, ROWS>(values, count, s.scores, rescale, results);
-#endif
-  }
-
-  // scores -> weights; what the result so far is to be multiplied by. Of the result first comes the maximum, then the
-  // sum.
-  static float softmax(float* scores, int64_t count, float* result) {
+  // scores -> weights; the result so far, behind its maximum and its sum, is brought to the new maximum.
+  void softmax(float* scores, int64_t count, float* result) const {
     Float highest = load(scores);
     for (int64_t n = LANES; n < count; n += LANES) highest = maximum(load(scores + n), highest);
     float best = result[0];
@@ -226,37 +210,64 @@ class Decode {
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-    const float rescale = exp2_of<6>(broadcast(result[0] - pivot))[0];
+    const Float rescale = exp2_of<6>(broadcast(result[0] - pivot));
     result[0] = best;
-    result[1] = result[1] * rescale + sum;
-    return rescale;
+    result[1] = result[1] * rescale[0] + sum;
+    if (rescale[0] == 1) return;
+    for (int64_t d = LANES; d < size_v_ + LANES; d += LANES) store(result + d, load(result + d) * rescale);
   }
 
-  // results[r] = results[r] * rescale[r] + weights[r] . values.
+  // results[r] += weights[r] . values, behind the results' maxima and sums.
+  template <int ROWS>
+  void add_values(const BlockRows& values, int64_t count, const float* weights, float* results) const {
+    if (values.dtype == Dtype::float32)
+      add_rows_of<ReadFloat, ROWS>(values, count, weights, results);
+    else if (values.dtype == Dtype::bfloat16)
+      add_rows_of<ReadBf16, ROWS>(values, count, weights, results);
+#if PYNLP_F16C
+    else
+      add_rows_of<ReadHalf, ROWS>(values, count, weights, results);
+#endif
+  }
+
   template <class Read, int ROWS>
-  void add_values(const TileRows& values, int64_t count, const float* weights, const float* rescale,
-                  float* const* results) const {
-    constexpr int64_t VECTORS = ROWS == 1 ? 8 : 16 / ROWS;
-    int64_t d = 0;
-    for (; d + VECTORS * LANES <= size_v_; d += VECTORS * LANES)
-      add_columns<Read, ROWS, VECTORS>(values, count, weights, rescale, results, d);
-    if constexpr (VECTORS > 4)
-      for (; d + 4 * LANES <= size_v_; d += 4 * LANES)
-        add_columns<Read, ROWS, 4>(values, count, weights, rescale, results, d);
-    for (; d < size_v_; d += LANES) add_columns<Read, ROWS, 1>(values, count, weights, rescale, results, d);
+  void add_rows_of(const BlockRows& values, int64_t count, const float* weights, float* results) const {
+    if (size_v_ == 64)
+      add_rows<Read, ROWS, 64>(values, count, weights, results, 64);
+    else
+      add_rows<Read, ROWS, 0>(values, count, weights, results, size_v_);
   }
 
+  template <class Read, int ROWS, int SIZE>
+  __attribute__((noinline)) static void add_rows(const BlockRows& values, int64_t count, const float* weights,
+                                                 float* results, int64_t size) {
+    constexpr int VECTORS = ROWS == 1 ? 8 : 16 / ROWS;
+    const int64_t channels = SIZE ? SIZE : size, row = channels + LANES;
+    int64_t d = 0;
+    for (; d + VECTORS * LANES <= channels; d += VECTORS * LANES)
+      add_columns<Read, ROWS, VECTORS>(values, count, weights, results, row, d);
+    if constexpr (VECTORS > 4)
+      for (; d + 4 * LANES <= channels; d += 4 * LANES)
+        add_columns<Read, ROWS, 4>(values, count, weights, results, row, d);
+    for (; d < channels; d += LANES) add_columns<Read, ROWS, 1>(values, count, weights, results, row, d);
+  }
+
+  // VECTORS vectors of channels from `column` on. Few of them wait for each other: then every other key has its own
+  // sums.
   template <class Read, int ROWS, int VECTORS>
-  static void add_columns(const TileRows& values, int64_t count, const float* weights, const float* rescale,
-                          float* const* results, int64_t column) {
-    Float sums[ROWS][VECTORS];
+  static PYNLP_INLINE void add_columns(const BlockRows& values, int64_t count, const float* weights, float* results,
+                                       int64_t row, int64_t column) {
+    constexpr int AT_ONCE = ROWS * VECTORS <= 4 ? 2 : 1;
+    Float totals[AT_ONCE][ROWS][VECTORS] = {};
+    const auto each = [&](auto work) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
+      for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < VECTORS; ++c)
-        sums[r][c] = load(results[r] + LANES + column + c * LANES) * broadcast(rescale[r]);
-    for (int64_t n = 0; n < count; ++n) {
+        for (int c = 0; c < VECTORS; ++c) work(r, c, results + r * row + LANES + column + c * LANES);
+    };
+    const auto add = [&](int64_t n, int own) __attribute__((always_inline)) {
       const char* value = values.rows[n] + values.offset;
+      values.fetch(n, column * Read::BYTES, VECTORS * LANES * Read::BYTES);
       Float weight[ROWS];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) weight[r] = broadcast(weights[r * SCORES + n]);
@@ -264,13 +275,18 @@ class Decode {
       for (int c = 0; c < VECTORS; ++c) {
         const Float x = Read::load(value, column + c * LANES);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) sums[r][c] += weight[r] * x;
+        for (int r = 0; r < ROWS; ++r) totals[own][r][c] += weight[r] * x;
       }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < VECTORS; ++c) store(results[r] + LANES + column + c * LANES, sums[r][c]);
+    };
+    each([&](int r, int c, const float* sum) __attribute__((always_inline)) { totals[0][r][c] = load(sum); });
+    int64_t n = 0;
+    for (; n + AT_ONCE <= count; n += AT_ONCE)
+#pragma GCC unroll 2
+      for (int own = 0; own < AT_ONCE; ++own) add(n + own, own);
+    if (n < count) add(n, 0);
+    each([&](int r, int c, float* sum) __attribute__((always_inline)) {
+      store(sum, AT_ONCE == 2 ? totals[0][r][c] + totals[AT_ONCE - 1][r][c] : totals[0][r][c]);
+    });
   }
 
   // Puts the parts of one query together, a sink with them, and writes its row of out and of lse.

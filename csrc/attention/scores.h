@@ -1,4 +1,4 @@
-// Scores of a few queries against a tile of keys: channels in the lanes, each key read once for several heads.
+// Scores of a few queries against blocks of keys: channels in the lanes, each key read once for several heads.
 #pragma once
 
 #include "blocks.h"
@@ -6,19 +6,26 @@
 namespace pynlp {
 namespace {
 
-constexpr int64_t TILE_KEYS = 64;
+constexpr int64_t TILE_KEYS = 256;             // keys of a softmax
+constexpr int64_t BLOCK_KEYS = 16;             // keys that are visited for one head after the other
 constexpr int64_t SCORES = TILE_KEYS + LANES;  // room for a row of scores
-constexpr int64_t MOST_ROWS = 4;               // queries whose scores are computed at once
+
+// A row is fetched, in the order in which rows lie in memory, when the work is NEAR rows before it. Where memory is the
+// bound the processor drops prefetches, so each row is asked for FAR rows before as well.
+constexpr int64_t NEAR = 20, FAR = 28;
 
 // LANES values from element i on, as fp32.
 struct ReadFloat {
+  static constexpr int64_t BYTES = 4;
   static Float load(const char* row, int64_t i) { return pynlp::load(reinterpret_cast<const float*>(row) + i); }
 };
 struct ReadBf16 {
+  static constexpr int64_t BYTES = 2;
   static Float load(const char* row, int64_t i) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + i); }
 };
 #if PYNLP_F16C
 struct ReadHalf {
+  static constexpr int64_t BYTES = 2;
   static Float load(const char* row, int64_t i) { return load_half(reinterpret_cast<const uint16_t*>(row) + i); }
 };
 #endif
@@ -42,15 +49,23 @@ inline Float add_lanes(Float* sums) {
     return sums[0];
 }
 
-// Rows of a tile of keys or values of one head: row n starts `offset` bytes behind rows[n].
-struct TileRows {
-  const char* const* rows;
+// Rows of one head: row n starts `offset` bytes behind rows[n]. near[n] and far[n] are rows that are wanted later on.
+struct BlockRows {
+  const char *const *rows, *const *near, *const *far;
   int64_t offset;
   Dtype dtype;
-  TileRows from(int64_t n) const { return {rows + n, offset, dtype}; }
+  BlockRows from(int64_t n) const { return {rows + n, near + n, far + n, offset, dtype}; }
+
+  // Brings bytes of later rows to the first-level cache, some with each row: all at once would hold up the work.
+  PYNLP_INLINE void fetch(int64_t n, int64_t first, int64_t bytes) const {
+    for (int64_t byte = first; byte < first + bytes; byte += 64) {
+      __builtin_prefetch(near[n] + byte, 0, 3);
+      __builtin_prefetch(far[n] + byte, 0, 3);
+    }
+  }
 };
 
-// The keys, or the values, of all heads of a sequence, a tile at a time.
+// The keys, or the values, of all heads of a sequence.
 class HeadRows {
  public:
   HeadRows(Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
@@ -60,38 +75,51 @@ class HeadRows {
         sequence_(sequence),
         first_(rows_of(in, sequence, 0)),
         head_bytes_(view.head_stride * first_.value_size()),
-        row_bytes_(first_.head_dim * first_.value_size()),
+        row_bytes_(view.row_stride * first_.value_size()),
         in_place_(!first_.cos && first_.head_dim % LANES == 0 && (PYNLP_F16C || first_.dtype != Dtype::float16)) {}
 
-  // Where the rows of the first head are; then the last one again, for whoever takes several at once.
-  void locate(Range tile, const char** rows) const {
-    for (int64_t j = tile.first; j < tile.last; ++j) *rows++ = first_.address(j);
-    for (int n = 0; n < LANES; ++n) rows[n] = rows[-1];
+  // Where the rows of the first head are.
+  const char** locate(Range keys, const char** rows) const {
+    for (int64_t j = keys.first; j < keys.last;) {
+      const char* row = first_.address(j);
+      const int64_t last = first_.pages ? smaller(keys.last, j - j % first_.page_size + first_.page_size) : keys.last;
+      for (; j < last; ++j, row += row_bytes_) *rows++ = row;
+    }
+    return rows;
   }
 
-  // Brings rows to the second-level cache.
-  void prefetch(const char* const* located, int64_t count, int64_t head) const {
-    for (int64_t n = 0; n < count; ++n)
-      for (int64_t byte = 0; byte < row_bytes_; byte += 64)
-        __builtin_prefetch(located[n] + head * head_bytes_ + byte, 0, 2);
+  // The rows of all heads in the order in which they lie in memory.
+  void in_order(const char* const* located, int64_t count, const char** to) const {
+    if (head_bytes_ <= row_bytes_) {
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t head = 0; head < in_.kv_heads; ++head) *to++ = located[n] + head * head_bytes_;
+    } else {
+      for (int64_t head = 0; head < in_.kv_heads; ++head)
+        for (int64_t n = 0; n < count; ++n) *to++ = located[n] + head * head_bytes_;
+    }
   }
 
   // A head's rows where they are, or turned, widened and padded in `room`.
-  TileRows of(int64_t head, Range tile, const char* const* located, float* room, const char** room_rows) const {
-    if (in_place_) return {located, head * head_bytes_, first_.dtype};
-    const Rows rows = rows_of_(in_, sequence_, head);
-    const int64_t size = round_up(rows.head_dim, LANES), count = tile.last - tile.first;
-    for (int64_t n = 0; n < count + LANES; ++n) {
-      float* row = room + smaller(n, count - 1) * size;
-      room_rows[n] = reinterpret_cast<const char*>(row);
-      if (n >= count) continue;
-      rows.read(tile.first + n, row);
-      for (int64_t d = rows.head_dim; d < size; ++d) row[d] = 0;
-    }
-    return {room_rows, 0, Dtype::float32};
+  PYNLP_INLINE BlockRows of(int64_t head, Range block, const char* const* located, const char* const* near,
+                            const char* const* far, float* room, const char** room_rows) const {
+    const BlockRows rows{located, near, far, head * head_bytes_, first_.dtype};
+    return in_place_ ? rows : widened(head, block, rows, room, room_rows);
   }
 
  private:
+  BlockRows widened(int64_t head, Range block, const BlockRows& narrow, float* room, const char** room_rows) const {
+    const Rows rows = rows_of_(in_, sequence_, head);
+    const int64_t size = round_up(rows.head_dim, LANES);
+    for (int64_t n = 0; n < block.last - block.first; ++n) {
+      float* row = room + n * size;
+      room_rows[n] = reinterpret_cast<const char*>(row);
+      narrow.fetch(n, 0, rows.head_dim * rows.value_size());
+      rows.read(block.first + n, row);
+      for (int64_t d = rows.head_dim; d < size; ++d) row[d] = 0;
+    }
+    return {room_rows, room_rows, room_rows, 0, Dtype::float32};
+  }
+
   Rows (*rows_of_)(const AttentionInputs&, const Sequence&, int64_t);
   const AttentionInputs& in_;
   const Sequence& sequence_;
@@ -110,69 +138,21 @@ class Scorer {
     for (int64_t d = in_.head_dim; d < size; ++d) to[d] = 0;
   }
 
-  // Scores of query i of ROWS heads from `head` on with `keys`, in log2 units: scores[r * SCORES + n] is that of key
-  // keys.first + n; -inf up to a whole vector. `rows` are those of the keys, from keys.first on.
+  // The products of a query of ROWS heads with `count` keys: products[r * SCORES + n]. Up to LANES more are
+  // overwritten.
   template <int ROWS>
-  void score(const Sequence& sequence, const Visibility& visible, int64_t i, int64_t head, Range keys,
-             const TileRows& rows, const float* queries, float* scores, float* line) const {
-    const int64_t count = keys.last - keys.first;
-    if (rows.dtype == Dtype::float32)
-      dots_of<ReadFloat, ROWS>(rows, count, queries, scores);
-    else if (rows.dtype == Dtype::bfloat16)
-      dots_of<ReadBf16, ROWS>(rows, count, queries, scores);
+  void multiply(const BlockRows& keys, int64_t count, const float* queries, float* products) const {
+    if (keys.dtype == Dtype::float32)
+      dots_of<ReadFloat, ROWS>(keys, count, queries, products);
+    else if (keys.dtype == Dtype::bfloat16)
+      dots_of<ReadBf16, ROWS>(keys, count, queries, products);
 #if PYNLP_F16C
     else
-      dots_of<ReadHalf, ROWS>(rows, count, queries, scores);
+      dots_of<ReadHalf, ROWS>(keys, count, queries, products);
 #endif
-    for (int r = 0; r < ROWS; ++r) {
-      float* row = scores + r * SCORES;
-      scale(sequence, visible, i, head + r, keys, row, line);
-      for (int64_t n = count; n < round_up(count, LANES); ++n) row[n] = -__builtin_inff();
-    }
   }
 
-  const int64_t size;  // of a query's row
-
- private:
-  // The usual sizes of heads as constants: their loops take half of the time.
-  template <class Read, int ROWS>
-  void dots_of(const TileRows& keys, int64_t count, const float* queries, float* scores) const {
-    if (size == 64)
-      dots<Read, ROWS, 64>(keys, count, queries, scores, 64);
-    else if (size == 128)
-      dots<Read, ROWS, 128>(keys, count, queries, scores, 128);
-    else
-      dots<Read, ROWS, 0>(keys, count, queries, scores, size);
-  }
-
-  // scores[r][key] = queries[r] . key. LANES products at once, which are then summed together.
-  template <class Read, int ROWS, int SIZE>
-  static void dots(const TileRows& keys, int64_t count, const float* queries, float* scores, int64_t size) {
-    constexpr int AT_ONCE = LANES / ROWS;
-    const int64_t channels = SIZE ? SIZE : size;
-    for (int64_t j = 0; j < count; j += AT_ONCE) {
-      Float sums[LANES];
-#pragma GCC unroll 16
-      for (int n = 0; n < AT_ONCE; ++n) {
-        const char* key = keys.rows[j + n] + keys.offset;
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] = Float{};
-#pragma GCC unroll 8
-        for (int64_t d = 0; d < channels; d += LANES) {
-          const Float x = Read::load(key, d);
-#pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] += x * load(queries + r * channels + d);
-        }
-      }
-      const Float products = add_lanes(sums);
-      float lanes[LANES];
-      store(lanes, products);
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) memcpy(scores + r * SCORES + j, lanes + r * AT_ONCE, AT_ONCE * sizeof(float));
-    }
-  }
-
-  // Products become scores in log2 units.
+  // Products of query i of a head with `keys` become scores in log2 units; whole vectors are overwritten.
   void scale(const Sequence& sequence, const Visibility& visible, int64_t i, int64_t head, Range keys, float* scores,
              float* line) const {
     const int64_t count = keys.last - keys.first;
@@ -187,6 +167,58 @@ class Scorer {
       bias_line(in_, sequence.number, head, i + visible.offset - (keys.last - 1), count, line);
       for (int64_t n = 0; n < count; ++n) scores[n] += line[count - 1 - n];
     }
+  }
+
+  const int64_t size;  // of a query's row
+
+ private:
+  // The usual sizes of heads as constants: their loops take half of the time.
+  template <class Read, int ROWS>
+  void dots_of(const BlockRows& keys, int64_t count, const float* queries, float* products) const {
+    if (size == 64)
+      dots<Read, ROWS, 64>(keys, count, queries, products, 64);
+    else if (size == 128)
+      dots<Read, ROWS, 128>(keys, count, queries, products, 128);
+    else
+      dots<Read, ROWS, 0>(keys, count, queries, products, size);
+  }
+
+  template <class Read, int ROWS, int SIZE>
+  __attribute__((noinline)) static void dots(const BlockRows& keys, int64_t count, const float* queries,
+                                             float* products, int64_t size) {
+    constexpr int AT_ONCE = LANES / ROWS;
+    int64_t j = 0;
+    for (; j + AT_ONCE <= count; j += AT_ONCE)
+      dots_at_once<Read, ROWS, SIZE>(keys.from(j), queries, products + j, size);
+    if (j == count) return;
+    const char* rows[AT_ONCE];  // the last key again, for those that are missing
+    for (int n = 0; n < AT_ONCE; ++n) rows[n] = keys.rows[smaller(j + n, count - 1)];
+    dots_at_once<Read, ROWS, SIZE>({rows, rows, rows, keys.offset, keys.dtype}, queries, products + j, size);
+  }
+
+  // products[r][key] = queries[r] . key: LANES products, which are summed together.
+  template <class Read, int ROWS, int SIZE>
+  static PYNLP_INLINE void dots_at_once(const BlockRows& keys, const float* queries, float* products, int64_t size) {
+    constexpr int AT_ONCE = LANES / ROWS;
+    const int64_t channels = SIZE ? SIZE : size;
+    Float sums[LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const char* key = keys.rows[n] + keys.offset;
+      keys.fetch(n, 0, channels * Read::BYTES);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] = Float{};
+#pragma GCC unroll 8
+      for (int64_t d = 0; d < channels; d += LANES) {
+        const Float x = Read::load(key, d);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sums[r * AT_ONCE + n] += x * load(queries + r * channels + d);
+      }
+    }
+    float lanes[LANES];
+    store(lanes, add_lanes(sums));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) memcpy(products + r * SCORES, lanes + r * AT_ONCE, AT_ONCE * sizeof(float));
   }
 
   const AttentionInputs& in_;

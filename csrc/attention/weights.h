@@ -29,9 +29,9 @@ class Weights {
       query = arena.take<float>(w.scorer_.size);
       scores = arena.take<float>(SCORES);
       line = arena.take<float>(SCORES);
-      keys = arena.take<float>(TILE_KEYS * w.scorer_.size);
-      key_rows = arena.take<const char*>(TILE_KEYS + LANES);
-      room_rows = arena.take<const char*>(TILE_KEYS + LANES);
+      keys = arena.take<float>(BLOCK_KEYS * w.scorer_.size);
+      key_rows = arena.take<const char*>(BLOCK_KEYS);
+      room_rows = arena.take<const char*>(BLOCK_KEYS);
     }
   };
 
@@ -49,12 +49,13 @@ class Weights {
       float* row = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
       memset(row, 0, sequence.keys * sizeof(float));
       scorer_.read_query(sequence, head, i, s.query);
-      for (int64_t first = keys.first; first < keys.last; first += TILE_KEYS) {
-        const Range tile{first, smaller(first + TILE_KEYS, keys.last)};
-        k.locate(tile, s.key_rows);
-        const TileRows rows = k.of(kv_head, tile, s.key_rows, s.keys, s.room_rows);
-        scorer_.score<1>(sequence, visible, i, head, tile, rows, s.query, s.scores, s.line);
-        memcpy(row + first, s.scores, (tile.last - first) * sizeof(float));
+      for (int64_t first = keys.first; first < keys.last; first += BLOCK_KEYS) {
+        const Range block{first, smaller(first + BLOCK_KEYS, keys.last)};
+        k.locate(block, s.key_rows);
+        const BlockRows rows = k.of(kv_head, block, s.key_rows, s.key_rows, s.key_rows, s.keys, s.room_rows);
+        scorer_.multiply<1>(rows, block.last - first, s.query, s.scores);
+        scorer_.scale(sequence, visible, i, head, block, s.scores, s.line);
+        memcpy(row + first, s.scores, (block.last - first) * sizeof(float));
       }
       if (!keys.empty()) normalise(sequence, head, i, row + keys.first, keys.last - keys.first);
     }

@@ -67,10 +67,14 @@ inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
 
 // LANES bf16 as fp32.
 inline Float load_bf16(const uint16_t* from) {
+#if PYNLP_AVX512  // the compiler would widen the halves apart
+  return as_float((Int)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16);
+#else
   typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
   Halves halves;
   memcpy(&halves, from, sizeof halves);
   return as_float(__builtin_convertvector(halves, Int) << 16);
+#endif
 }
 #if PYNLP_F16C
 inline Float load_half(const uint16_t* from) {
