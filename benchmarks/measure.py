@@ -15,25 +15,31 @@ from torch import Tensor
 RESULTS = Path("results")
 
 
-def best_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, float]:
-    """The shortest time of each function in seconds, called in turn so that noise meets all alike.
+def round_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, list[float]]:
+    """The times of each function in seconds, a round each, called in turn so that noise meets all alike.
 
-    There are at least three rounds after a warm-up, more while `seconds` last. In a round every function runs twice:
-    the first time it finds the caches and the thread pool as another one left them.
+    There are at least three rounds after a warm-up, more while `seconds` last. In a round every function runs twice and
+    the shorter time counts: the first time it finds the caches and the thread pool as another one left them.
     """
-    best = {}
-    for name, function in functions.items():
+    times = {name: [] for name in functions}
+    for function in functions.values():
         function()
-        best[name] = float("inf")
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
         for name, function in functions.items():
+            two = []
             for _ in range(2):
                 begin = time.perf_counter()
                 function()
-                best[name] = min(best[name], time.perf_counter() - begin)
+                two.append(time.perf_counter() - begin)
+            times[name].append(min(two))
         rounds += 1
-    return best
+    return times
+
+
+def best_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, float]:
+    """The shortest time of each function in seconds, from rounds in which they are called in turn."""
+    return {name: min(times) for name, times in round_times(functions, seconds).items()}
 
 
 def largest_error(values: list[Tensor], oracle: list[Tensor]) -> list[float]:

@@ -159,7 +159,7 @@ HALF = {
                 _small(32, 64),
                 _small(32, 16),
             ],
-            256: [Config(64, 64, 8, 1, True, 16, False), _small(32, 64, piece=64), _small(32, 16)],
+            256: [Config(64, 64, 8, 1, True, 16, False), _small(32, 64, piece=64), _small(32, 16), _small(16, 16)],
         },
         "sm_100": {
             128: [

@@ -53,10 +53,10 @@ class Rounded(TorchDispatchMode):
             terms = arguments[0].shape[-1] if products else arguments[0].numel() / max(1, result.numel())
             # Of what there is after each term: either a part of the result, or what has not yet cancelled out.
             sizes = function(*(x.abs() if isinstance(x, Tensor) else x for x in arguments), **(options or {}))
-            return result + (sizes + math.sqrt(terms / 3) * result) * self.random(result)
+            return result + torch.hypot(sizes, math.sqrt(terms / 3) * result) * self.random(result)
         if function is aten.logsumexp.default:
             terms = arguments[0].shape[-1]
-            return result + (result + math.sqrt(terms / 3)) * self.random(result)
+            return result + (result.abs() + math.sqrt(terms / 3)) * self.random(result)
         if function is aten._softmax.default:
             terms = arguments[0].shape[-1]
             row = math.sqrt(terms / 3) * self.random(result.sum(-1, keepdim=True))
