@@ -16,6 +16,7 @@ bench: install build/.models
 	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.generate
 	$(PY) -m benchmarks.audit
+	$(PY) -m benchmarks.audit_decode
 
 test: install build/.models lint
 	$(PY) -m pytest --durations=15

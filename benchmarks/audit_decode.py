@@ -221,30 +221,21 @@ def audit(chip: str, head_dim: int, dtype: torch.dtype, case: str) -> list[Decod
     return [judge(chip, *launch, head_dim, dtype, case) for launch in started]
 
 
-def rows(full: bool, chips: list[str] | None = None, only: str = "") -> Iterator[DecodeRow]:
-    for case in cases(full):
-        if (not chips or case[0] in chips) and only in case[-1]:
-            yield from audit(*case)
-
-
-def report(full: bool, chips: list[str] | None = None, only: str = "") -> tuple[int, int]:
-    """Prints a table; (kernels, failed)."""
-    print(HEADER, flush=True)
-    failed = total = 0
-    for row in rows(full, chips, only):
-        total += 1
-        failed += bool(row.failures)
-        print(row.markdown(), flush=True)
-    return total, failed
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every head size, dtype and case")
     parser.add_argument("--chip", choices=tuple(sass.CHIPS), action="append", help="only this chip")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args()
-    total, failed = report(options.full, options.chip, options.only)
+    print(HEADER, flush=True)
+    failed = total = 0
+    for case in cases(options.full):
+        if (options.chip and case[0] not in options.chip) or options.only not in case[-1]:
+            continue
+        for row in audit(*case):
+            total += 1
+            failed += bool(row.failures)
+            print(row.markdown(), flush=True)
     print(f"\n{total} kernels, {failed} failed", flush=True)
     return 1 if failed else 0
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.attention import PRODUCTS, peak
-from benchmarks.measure import RESULTS, largest_error, machine, round_times, table, write_json
+from benchmarks.measure import RESULTS, best_times, largest_error, machine, round_times, table, write_json
 from pynlp import probes
 from pynlp.functional import attention, attention_decode, attention_varlen
+from pynlp.nn import KVCache, LatentAttention, MultiHeadAttention
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -161,6 +162,35 @@ def dropout_case(dtype: torch.dtype, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def cached_modules() -> list[dict]:
+    """A decoding step of one layer by the kind of its heads: 2048 channels, batch 4, 4096 tokens cached, bf16."""
+    torch.manual_seed(0)
+    batch, cached, options = 4, 4096, dict(dtype=BF16, max_positions=4097, causal=True)
+    layers = {
+        "multi-head, 16 x 128": MultiHeadAttention(2048, 16, positions="rope", **options),
+        "grouped, 16 / 4 x 128": MultiHeadAttention(2048, 16, kv_heads=4, positions="rope", **options),
+        "latent, 16 on 512 + 64": LatentAttention(2048, 16, kv_rank=512, nope_dim=128, rope_dim=64, **options),
+    }
+    x = torch.randn(batch, 1, 2048, dtype=BF16)
+
+    def step_of(layer: torch.nn.Module) -> Callable[[], Tensor]:
+        cache = KVCache(batch, cached + 1, **layer.cache_shape, dtype=BF16)
+        layer.eval()(torch.randn(batch, cached, 2048, dtype=BF16), cache=cache.append(cached)[0])
+
+        def step() -> Tensor:
+            cache.truncate([cached] * batch)
+            return layer(x, cache=cache.append(1)[0])
+
+        return step
+
+    with torch.no_grad():
+        times = best_times({name: step_of(layer) for name, layer in layers.items()})
+    return [
+        {"layer": name, "cached bytes a token": layer.cache_bytes_per_token(), "ms a step": f"{times[name] * 1e3:.2f}"}
+        for name, layer in layers.items()
+    ]
+
+
 CASES = {
     **{
         f"varlen {mode} {dtype}": lambda dtype=dtype, backward=backward: varlen_case(dtype, backward)
@@ -252,7 +282,9 @@ def main() -> None:
     print(table(rows))
     if only:
         return
-    path = write_json("serving", {"machine": machine(), "cases": rows})
+    layers = cached_modules()
+    print(f"\n{table(layers)}")
+    path = write_json("serving", {"machine": machine(), "cases": rows, "layers": layers})
     plot(rows)
     print(f"\n{machine()}\nwritten: {path}, {RESULTS / 'serving.png'}")
 
