@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.attention import PRODUCTS, peak
 from benchmarks.measure import RESULTS, best_times, largest_error, machine, round_times, table, write_json
 from pynlp import probes
-from pynlp.functional import attention, attention_decode, attention_varlen
+from pynlp.functional import attention, attention_decode, attention_varlen, attention_weights
 from pynlp.nn import KVCache, LatentAttention, MultiHeadAttention
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -125,6 +125,43 @@ def decode_case(dtype: torch.dtype, batch: int, heads: tuple[int, int] = (8, 8),
     )  # fmt: skip
 
 
+def latent_case(dtype: torch.dtype) -> Case:
+    """One new token over latents: 16 heads on one of 512 + 64 channels, whose values are the first 512 of its keys."""
+    torch.manual_seed(0)
+    batch, length, heads = 4, 4096, 16
+    q, k = torch.randn(batch, 1, heads, 576).to(dtype), torch.randn(batch, length, 1, 576).to(dtype)
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    calls = {
+        "ours": lambda: [attention_decode(q, k, k[..., :512], lengths)],
+        "SDPA": lambda: [scaled(q, k, k[..., :512])],
+    }
+    return Case(
+        "decode, batch 4, 16 heads on latents, cache 4096", dtype, calls,
+        lambda: [scaled(q.double(), k.double(), k[..., :512].double())], {"SDPA": 2.0},
+        flop=2 * batch * heads * length * (576 + 512),
+    )  # fmt: skip
+
+
+def weights_case(dtype: torch.dtype) -> Case:
+    """The weights of 64 of 2048 queries, causal, 8 heads of 64."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2048, 8, 64).to(dtype) for _ in range(2))
+    rows = torch.arange(1024, 2048, 16)
+    hidden = torch.arange(2048) > rows[:, None]
+
+    def eager(q: Tensor, k: Tensor) -> list[Tensor]:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k).float() * 64**-0.5
+        return [scores.masked_fill(hidden, float("-inf")).softmax(-1)]
+
+    def oracle() -> list[Tensor]:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, rows].double(), k.double()) * 64**-0.5
+        return [scores.masked_fill(hidden, float("-inf")).softmax(-1)]
+
+    calls = {"ours": lambda: [attention_weights(q, k, rows=rows, causal=True)], "eager": lambda: eager(q, k)}
+    pairs = (rows + 1).sum().item()
+    return Case("weights of 64 queries, causal", dtype, calls, oracle, {}, flop=2 * 8 * 64 * pairs)
+
+
 def dropout_case(dtype: torch.dtype, backward: bool) -> Case:
     """Dropout 0.1, against the same without; causal, 8 heads of 64, 2048 tokens."""
     torch.manual_seed(0)
@@ -203,6 +240,8 @@ CASES = {
         for batch in (1, 16)
     },
     "decode grouped": lambda: decode_case(BF16, 1, (32, 8), 128),
+    "latent": lambda: latent_case(BF16),
+    "weights": lambda: weights_case(FP32),
     **{
         f"dropout {mode} {dtype}": lambda dtype=dtype, backward=backward: dropout_case(dtype, backward)
         for dtype in (FP32, BF16)

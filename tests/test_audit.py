@@ -29,6 +29,14 @@ def test_kernels_keep_their_limits_and_bars(chip, kernels):
     assert result.returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "kernels"), [("sm_80", 12), ("sm_90", 12), ("sm_100", 10), ("gfx942", 10)])
+def test_kernels_of_decoding_keep_their_limits_and_bars(chip, kernels):
+    result = run_python("-m", "benchmarks.audit_decode", "--chip", chip)
+    assert f"{kernels} kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
+    assert result.returncode == 0
+
+
 MISUSE = """
 from pynlp.kernels import attention
 from benchmarks import audit

@@ -63,18 +63,29 @@ class Weights {
 
   // Scores in log2 units -> weights.
   void normalise(const Sequence& sequence, int64_t head, int64_t i, float* row, int64_t count) const {
-    float pivot = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff(), factor = 1;
+    float pivot = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();
     if (in_.lse) {
-      pivot = in_.lse[in_.statistic(sequence, head, i)] * LOG2_E;
+      exponentiate(row, count, in_.lse[in_.statistic(sequence, head, i)] * LOG2_E);
     } else {
       const float sink = pivot;
       for (int64_t n = 0; n < count; ++n) pivot = row[n] > pivot ? row[n] : pivot;
       if (pivot == -__builtin_inff()) pivot = 0;
+      exponentiate(row, count, pivot);
       double sum = __builtin_exp2f(sink - pivot);
-      for (int64_t n = 0; n < count; ++n) sum += __builtin_exp2f(row[n] - pivot);
-      factor = sum == 0 ? 0.0f : static_cast<float>(1 / sum);
+      for (int64_t n = 0; n < count; ++n) sum += row[n];
+      const float factor = sum == 0 ? 0.0f : static_cast<float>(1 / sum);
+      for (int64_t n = 0; n < count; ++n) row[n] *= factor;
     }
-    for (int64_t n = 0; n < count; ++n) row[n] = __builtin_exp2f(row[n] - pivot) * factor;
+  }
+
+  // row[n] = 2^(row[n] - pivot).
+  static void exponentiate(float* row, int64_t count, float pivot) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) store(row + n, exp2_of<6>(load(row + n) - broadcast(pivot)));
+    float last[LANES] = {};
+    memcpy(last, row + n, (count - n) * sizeof(float));
+    store(last, exp2_of<6>(load(last) - broadcast(pivot)));
+    memcpy(row + n, last, (count - n) * sizeof(float));
   }
 
   const AttentionWeights& in_;
