@@ -22,17 +22,21 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "kernels"), [("sm_80", 11), ("sm_90", 24), ("sm_100", 15), ("gfx942", 11)])
-def test_kernels_keep_their_limits_and_bars(chip, kernels):
-    result = run_python("-m", "benchmarks.audit", "--chip", chip)
-    assert f"{kernels} kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
-    assert result.returncode == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("chip", "kernels"), [("sm_80", 12), ("sm_90", 12), ("sm_100", 10), ("gfx942", 10)])
-def test_kernels_of_decoding_keep_their_limits_and_bars(chip, kernels):
-    result = run_python("-m", "benchmarks.audit_decode", "--chip", chip)
+@pytest.mark.parametrize(
+    ("audit", "chip", "kernels"),
+    [
+        ("audit", "sm_80", 11),
+        ("audit", "sm_90", 24),
+        ("audit", "sm_100", 15),
+        ("audit", "gfx942", 11),
+        ("audit_decode", "sm_80", 12),
+        ("audit_decode", "sm_90", 12),
+        ("audit_decode", "sm_100", 10),
+        ("audit_decode", "gfx942", 10),
+    ],
+)
+def test_kernels_keep_their_limits_and_bars(audit, chip, kernels):
+    result = run_python("-m", f"benchmarks.{audit}", "--chip", chip)
     assert f"{kernels} kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
     assert result.returncode == 0
 

@@ -1,1 +1,1 @@
-"""Other libraries' models on pynlp's kernels; each module here needs the library it is named after."""
+"""Other libraries' names and models on pynlp's kernels. Only `transformers` needs the library it is named after."""
