@@ -1,9 +1,9 @@
 // Forward for few queries over many keys, as a step of decoding has them: it costs what reading the keys costs.
 //
 // The keys of a sequence are cut into parts, a task each (Flash-Decoding, Dao et al., 2023), which goes over its keys
-// once, for all heads: a tile of keys and values is fetched while the one before is worked on. Channels lie in the
-// lanes. A part leaves the maximum, the sum and the weighted values of each query; these are put together at the end.
-// How keys are cut depends on their number alone, so that the bits do not depend on the threads.
+// once, for all heads, in the order in which they lie in memory, and fetches those to come beside the work. Channels lie
+// in the lanes. A part leaves the maximum, the sum and the weighted values of each query; these are put together at the
+// end. How keys are cut depends on their number alone, so that the bits do not depend on the threads.
 #pragma once
 
 #include "../parallel.h"
