@@ -3,8 +3,9 @@
 `python -m benchmarks.audit_decode [--full]`.
 
 Reading the cache bounds them, so beside what benchmarks.audit asks of a kernel, of the loop over keys it asks that keys
-and values are loaded 16 bytes a thread, and that its instructions can be issued twice as fast as memory delivers what
-they work on. In flight are the blocks of keys and values that are on their way to a multiprocessor, or in use there.
+and values are loaded 16 bytes a thread and, of the usual cases in bf16, that its instructions can be issued twice as
+fast as memory delivers what they work on. In flight are the blocks of keys and values that are on their way to a
+multiprocessor, or in use there.
 """
 
 import argparse
@@ -51,7 +52,7 @@ CASES = {
     "append, interleaved": GROUPED | dict(rotary=True, interleaved=True, append=True, tokens=512),
     "weights, all": dict(heads=16, kv_heads=8, weights=True, ids=True, lengths=True, tokens=1024) | ALL,
 }
-FIRST_OF_FULL = "decode, pages of 256"
+USUAL = list(CASES)[: list(CASES).index("decode, pages of 256")]
 HEADER = (
     "| chip | kernel | D | dtype | features | tile, warps, stages | registers | stack B | shared KB | warps an SM | "
     "KB in flight | B/clock by issue (memory) | verdict |\n" + "|---" * 13 + "|"
@@ -159,15 +160,17 @@ def judge(chip: str, name: str, arguments: dict, kernel, head_dim: int, dtype: t
     if hot is None:
         row.failures.append("no loop over keys")
         return row
-    if wide:
+    smallest = (
+        tile[1] * (head_dim & -head_dim) * dtype.itemsize // (warps * limits.target.warp_size)
+    )  # of a row's pieces
+    if wide and smallest >= 16:
         row.failures += narrow_accesses(hot.instructions, ("tl.load(p_x + i_c",))
     channels = features.HEAD_DIM + (features.HEAD_DIM_V if features.INSIDE < 0 else 0)
     block = tile[1] * channels * dtype.itemsize
     row.in_flight = block * buffers(kernel) * row.occupancy / warps
     total = sum(i.opcode not in ("NOP", "s_nop") for i in hot.instructions)
     row.issue = block / (total * warps / limits.issue)
-    tokens = CASES[case].get("tokens", 1)
-    if wide and tokens == 1 and tile[0] == 16 and row.issue < 2 * MEMORY[chip]:
+    if case in USUAL and dtype == torch.bfloat16 and tile[0] == 16 and row.issue < 2 * MEMORY[chip]:
         row.failures.append("instructions take half of memory's time")
     return row
 
@@ -201,10 +204,8 @@ def narrow_accesses(instructions: list[sass.Instruction], sources: tuple[str, ..
 
 def cases(full: bool) -> Iterator[tuple[str, int, torch.dtype, str]]:
     """(chip, head size of keys, dtype, name of the case)."""
-    names = list(CASES)
-    names = names if full else names[: names.index(FIRST_OF_FULL)]
     for chip in sass.CHIPS:
-        for name in names:
+        for name in CASES if full else USUAL:
             if CASES[name].get("values"):
                 if full or chip == "sm_90":
                     yield chip, 576, torch.bfloat16, name

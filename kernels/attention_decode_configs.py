@@ -28,8 +28,8 @@ def _mfma(block_m: int, block_n: int, stages: int, **more) -> Config:
 
 
 _SMALL = {
-    64: [Config(16, 128, 4, 3), Config(16, 64, 4, 3)],
-    128: [Config(16, 64, 4, 3), Config(16, 32, 4, 3)],
+    64: [Config(16, 128, 4, 3), Config(16, 64, 4, 3), Config(16, 32, 4, 2)],
+    128: [Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2)],
     256: [Config(16, 64, 8, 2), Config(16, 32, 4, 3)],
     576: [Config(16, 32, 8, 3), Config(16, 16, 8, 2)],
     1024: [Config(16, 16, 8, 2), Config(16, 16, 8, 1)],
@@ -78,7 +78,7 @@ HALF = {
 }
 _FP32_NVIDIA = {
     64: [_lean(64, 32), _lean(32, 32), Config(16, 64, 4, 2), Config(16, 32, 4, 2)],
-    128: [_lean(32, 32), Config(16, 32, 4, 2), Config(16, 32, 8, 2)],
+    128: [_lean(32, 32), Config(16, 32, 4, 2), Config(16, 32, 8, 2), Config(16, 16, 8, 2)],
     256: [_lean(16, 16, piece=64)],
     # Multiply-adds: queries in three parts for tensor cores would fill all registers.
     1024: [_lean(16, 16, piece=32, precision="ieee")],

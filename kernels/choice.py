@@ -44,6 +44,7 @@ def choose(kernel: str, candidates: list[Config], work: tuple, start: Callable) 
 
 
 def _first_that_fits(key: tuple, candidates: list[Config], start: Callable) -> Config:
+    key = (*key, *candidates)
     if key not in _fitting:
         fit = (c for c in candidates[:-1] if fits(start(c, compile_only=True)))
         _fitting[key] = next(fit, candidates[-1])

@@ -61,6 +61,8 @@ def test_the_first_tile_that_fits_is_taken(monkeypatch):
     assert choice.choose("forward", tiles, WORK, start).block_m == 32
     assert choice.choose("forward", tiles, (WORK[0], 7, 7), start).block_m == 32
     assert asked == [128, 64, 32]  # once, whatever the lengths
+    resources[16] = Compiled(0)
+    assert choice.choose("forward", tiles[::-1], WORK, start).block_m == 16  # fewer rows ask for other tiles
     resources[32] = Compiled(4)
     assert choice.choose("forward", tiles, (("sm_90", 128, 2), 7, 7), start).block_m == 16
     assert not choice.fits(Compiled(None))  # Triton raises only the first time
