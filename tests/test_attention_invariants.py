@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, evaluate, fused_attention, make_inputs
 
-from pynlp.functional import attention
+from pynlp.functional import attention, rotary_tables
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -138,6 +138,17 @@ def test_nothing_there_with_strides():
     k = torch.randn(2, 7, 2, 8, requires_grad=True)
     attention(q, k, k).sum().backward()  # whose gradient is expanded
     assert q.grad.shape == q.shape and torch.equal(k.grad, torch.zeros_like(k))
+
+
+@dtypes
+def test_a_single_key_has_the_weight_1_in_backward(dtype, isa):
+    """However large its score is, and whatever turned rows are rounded to."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 1, 2, 64).mul(3).to(dtype).requires_grad_() for _ in range(3))
+    out = attention(q, k, v, rotary=rotary_tables(8, 64), rotary_offset=7)
+    grad = torch.randn_like(out)
+    (grad_v,) = torch.autograd.grad(out, v, grad)
+    torch.testing.assert_close(grad_v, grad, rtol=1e-5 if dtype == torch.float32 else 0, atol=0)
 
 
 @dtypes

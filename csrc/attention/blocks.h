@@ -179,6 +179,16 @@ struct Rows {
     turn(to, row, 1.0f);
   }
 
+  // One row as fp32, as forward.h and backward.h multiply it: where products are of bf16, a turned row was rounded to
+  // it.
+  void read_factor(int64_t row, float* to) const {
+    read(row, to);
+#if PYNLP_BF16
+    if (!cos || dtype != Dtype::bfloat16) return;
+    for (int64_t i = 0; i < head_dim; ++i) to[i] = bf16_to_float(float_to_bf16(to[i]));
+#endif
+  }
+
   // Brings a row to the second-level cache: the rows of a head lie far apart, too far for the hardware to foresee.
   void prefetch(int64_t row) const {
     const char* start = address(row);

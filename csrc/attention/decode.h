@@ -1,9 +1,9 @@
 // Forward for few queries over many keys, as a step of decoding has them: it costs what reading the keys costs.
 //
 // The keys of a sequence are cut into parts, a task each (Flash-Decoding, Dao et al., 2023), which goes over its keys
-// once, for all heads, in the order in which they lie in memory, and fetches those to come beside the work. Channels lie
-// in the lanes. A part leaves the maximum, the sum and the weighted values of each query; these are put together at the
-// end. How keys are cut depends on their number alone, so that the bits do not depend on the threads.
+// once, for all heads, in the order in which they lie in memory, and fetches those to come beside the work. Channels
+// lie in the lanes. A part leaves the maximum, the sum and the weighted values of each query; these are put together at
+// the end. How keys are cut depends on their number alone, so that the bits do not depend on the threads.
 #pragma once
 
 #include "../parallel.h"
@@ -16,7 +16,7 @@ class Decode {
  public:
   explicit Decode(const AttentionForward& in)
       : in_(in),
-        scorer_(in),
+        scorer_(&Rows::read_factor, in),
         size_v_(round_up(in.head_dim_v, LANES)),
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
         firsts_((in.batch + 1) * sizeof(First)),
@@ -127,7 +127,8 @@ class Decode {
       memset(result, 0, (size_v_ + LANES) * sizeof(float));
       result[0] = -__builtin_inff();
     }
-    const HeadRows k(keys_of, in_.k, in_, sequence), v(values_of, in_.v, in_, sequence);
+    const HeadRows k(&Rows::read_factor, keys_of, in_.k, in_, sequence);
+    const HeadRows v(&Rows::read, values_of, in_.v, in_, sequence);
     for (int64_t start = keys.first; start < keys.last; start += TILE_KEYS) {
       const Range tile{start, smaller(start + TILE_KEYS, keys.last)};
       const int64_t count = tile.last - start;

@@ -65,12 +65,16 @@ struct BlockRows {
   }
 };
 
+// How rows are read: as they are, for the best weights, or as factors, for those that backward computes again.
+using RowReader = void (Rows::*)(int64_t row, float* to) const;
+
 // The keys, or the values, of all heads of a sequence.
 class HeadRows {
  public:
-  HeadRows(Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
+  HeadRows(RowReader read, Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
            const AttentionInputs& in, const Sequence& sequence)
-      : rows_of_(rows_of),
+      : read_(read),
+        rows_of_(rows_of),
         in_(in),
         sequence_(sequence),
         first_(rows_of(in, sequence, 0)),
@@ -114,12 +118,13 @@ class HeadRows {
       float* row = room + n * size;
       room_rows[n] = reinterpret_cast<const char*>(row);
       narrow.fetch(n, 0, rows.head_dim * rows.value_size());
-      rows.read(block.first + n, row);
+      (rows.*read_)(block.first + n, row);
       for (int64_t d = rows.head_dim; d < size; ++d) row[d] = 0;
     }
     return {room_rows, room_rows, room_rows, 0, Dtype::float32};
   }
 
+  RowReader read_;
   Rows (*rows_of_)(const AttentionInputs&, const Sequence&, int64_t);
   const AttentionInputs& in_;
   const Sequence& sequence_;
@@ -130,11 +135,11 @@ class HeadRows {
 
 class Scorer {
  public:
-  explicit Scorer(const AttentionInputs& in) : size(round_up(in.head_dim, LANES)), in_(in) {}
+  Scorer(RowReader read, const AttentionInputs& in) : size(round_up(in.head_dim, LANES)), read_(read), in_(in) {}
 
   // Query i of a head, turned and padded, to[0 .. size - 1].
   void read_query(const Sequence& sequence, int64_t head, int64_t i, float* to) const {
-    queries_of(in_, sequence, head).read(i, to);
+    (queries_of(in_, sequence, head).*read_)(i, to);
     for (int64_t d = in_.head_dim; d < size; ++d) to[d] = 0;
   }
 
@@ -221,6 +226,7 @@ class Scorer {
     for (int r = 0; r < ROWS; ++r) memcpy(products + r * SCORES, lanes + r * AT_ONCE, AT_ONCE * sizeof(float));
   }
 
+  RowReader read_;
   const AttentionInputs& in_;
 };
 

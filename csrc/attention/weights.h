@@ -9,7 +9,7 @@ namespace {
 
 class Weights {
  public:
-  explicit Weights(const AttentionWeights& in) : in_(in), scorer_(in), group_(in.heads / in.kv_heads) {
+  explicit Weights(const AttentionWeights& in) : in_(in), scorer_(&Rows::read, in), group_(in.heads / in.kv_heads) {
     Arena sizes{nullptr};
     Scratch(*this, sizes);
     scratch_bytes_ = sizes.used;
@@ -44,7 +44,7 @@ class Weights {
     const Scratch s(*this, arena);
     const Visibility visible(in_, sequence);
     const Range keys = visible.of_any(i, i + 1);
-    const HeadRows k(keys_of, in_.k, in_, sequence);
+    const HeadRows k(&Rows::read, keys_of, in_.k, in_, sequence);
     for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
       float* row = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
       memset(row, 0, sequence.keys * sizeof(float));
