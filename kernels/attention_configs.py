@@ -169,7 +169,7 @@ HALF = {
                 Config(32, 128, 8, 1, True, 16, False),
                 _small(32, 16),
             ],
-            256: [Config(64, 64, 8, 1, True, 32), _small(32, 64, piece=64), _small(32, 16)],
+            256: [Config(64, 64, 8, 1, True, 32), _small(32, 64, piece=64), _small(32, 16), _small(16, 16)],
         },
         "gfx942": {
             64: [Config(32, 128, 4, 1), Config(32, 64, 4, 1), _small(32, 32, 4)],
