@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -351,6 +352,18 @@ def audit(chip: str, head_dim: int, dtype: torch.dtype, backward: bool, features
     return [judge(chip, *launch, head_dim, dtype, features) for launch in launches]
 
 
+def report(header: str, rows: Iterable[Row]) -> int:
+    """Prints the rows as they come, and how many failed; the exit status."""
+    print(header, flush=True)
+    failed = total = 0
+    for row in rows:
+        total += 1
+        failed += bool(row.failures)
+        print(row.markdown(), flush=True)
+    print(f"\n{total} kernels, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every head size, dtype and combination of features")
@@ -359,22 +372,16 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, action="append")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     options = parser.parse_args()
-    print(HEADER, flush=True)
-    failed = total = 0
-    for case in cases(options.full):
-        chip, head_dim, dtype, _, features = case
-        if options.chip and chip not in options.chip or options.only not in features:
-            continue
-        if options.head_dim and head_dim not in options.head_dim:
-            continue
-        if options.dtype and str(dtype) != f"torch.{options.dtype}":
-            continue
-        for row in audit(*case):
-            total += 1
-            failed += bool(row.failures)
-            print(row.markdown(), flush=True)
-    print(f"\n{total} kernels, {failed} failed", flush=True)
-    return 1 if failed else 0
+
+    def chosen(chip: str, head_dim: int, dtype: torch.dtype, _: bool, features: str) -> bool:
+        return (
+            (not options.chip or chip in options.chip)
+            and options.only in features
+            and (not options.head_dim or head_dim in options.head_dim)
+            and (not options.dtype or str(dtype) == f"torch.{options.dtype}")
+        )
+
+    return report(HEADER, (row for case in cases(options.full) if chosen(*case) for row in audit(*case)))
 
 
 if __name__ == "__main__":

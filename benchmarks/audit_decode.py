@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import sass
-from benchmarks.audit import ANY_PRODUCT, HOPPER, TENSOR_CORE, TENSOR_CORE_OP, Row, kind_of, occupancy, source_of
+from benchmarks.audit import (
+    ANY_PRODUCT,
+    HOPPER,
+    TENSOR_CORE,
+    TENSOR_CORE_OP,
+    Row,
+    kind_of,
+    occupancy,
+    report,
+    source_of,
+)
 from pynlp.kernels import attention_decode, attention_weights
 
 # Bytes a clock that memory delivers to each multiprocessor, from data sheets: A100 80GB, H100 SXM, B200, MI300X.
@@ -228,17 +238,11 @@ def main() -> int:
     parser.add_argument("--chip", choices=tuple(sass.CHIPS), action="append", help="only this chip")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args()
-    print(HEADER, flush=True)
-    failed = total = 0
-    for case in cases(options.full):
-        if (options.chip and case[0] not in options.chip) or options.only not in case[-1]:
-            continue
-        for row in audit(*case):
-            total += 1
-            failed += bool(row.failures)
-            print(row.markdown(), flush=True)
-    print(f"\n{total} kernels, {failed} failed", flush=True)
-    return 1 if failed else 0
+
+    def chosen(chip: str, _: int, __: torch.dtype, name: str) -> bool:
+        return (not options.chip or chip in options.chip) and options.only in name
+
+    return report(HEADER, (row for case in cases(options.full) if chosen(*case) for row in audit(*case)))
 
 
 if __name__ == "__main__":

@@ -220,15 +220,8 @@ class Decode {
 
   // results[r] += weights[r] . values, behind the results' maxima and sums.
   template <int ROWS>
-  void add_values(const BlockRows& values, int64_t count, const float* weights, float* results) const {
-    if (values.dtype == Dtype::float32)
-      add_rows_of<ReadFloat, ROWS>(values, count, weights, results);
-    else if (values.dtype == Dtype::bfloat16)
-      add_rows_of<ReadBf16, ROWS>(values, count, weights, results);
-#if PYNLP_F16C
-    else
-      add_rows_of<ReadHalf, ROWS>(values, count, weights, results);
-#endif
+  PYNLP_INLINE void add_values(const BlockRows& values, int64_t count, const float* weights, float* results) const {
+    with_read(values.dtype, [&](auto read) { add_rows_of<decltype(read), ROWS>(values, count, weights, results); });
   }
 
   template <class Read, int ROWS>

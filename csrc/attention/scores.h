@@ -30,6 +30,19 @@ struct ReadHalf {
 };
 #endif
 
+// work(how rows of the dtype are read).
+template <class Work>
+PYNLP_INLINE void with_read(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::float32)
+    work(ReadFloat{});
+  else if (dtype == Dtype::bfloat16)
+    work(ReadBf16{});
+#if PYNLP_F16C
+  else
+    work(ReadHalf{});
+#endif
+}
+
 // The sums of the lanes of COUNT = LANES vectors: lane i is that of sums[i].
 template <int STEP = LANES / 2>
 inline Float add_lanes(Float* sums) {
@@ -146,15 +159,8 @@ class Scorer {
   // The products of a query of ROWS heads with `count` keys: products[r * SCORES + n]. Up to LANES more are
   // overwritten.
   template <int ROWS>
-  void multiply(const BlockRows& keys, int64_t count, const float* queries, float* products) const {
-    if (keys.dtype == Dtype::float32)
-      dots_of<ReadFloat, ROWS>(keys, count, queries, products);
-    else if (keys.dtype == Dtype::bfloat16)
-      dots_of<ReadBf16, ROWS>(keys, count, queries, products);
-#if PYNLP_F16C
-    else
-      dots_of<ReadHalf, ROWS>(keys, count, queries, products);
-#endif
+  PYNLP_INLINE void multiply(const BlockRows& keys, int64_t count, const float* queries, float* products) const {
+    with_read(keys.dtype, [&](auto read) { dots_of<decltype(read), ROWS>(keys, count, queries, products); });
   }
 
   // Products of query i of a head with `keys` become scores in log2 units; whole vectors are overwritten.
