@@ -9,7 +9,11 @@ namespace {
 
 class Weights {
  public:
-  explicit Weights(const AttentionWeights& in) : in_(in), scorer_(&Rows::read, in), group_(in.heads / in.kv_heads) {
+  explicit Weights(const AttentionWeights& in)
+      : in_(in),
+        scorer_(&Rows::read, in),
+        group_(in.kv_heads ? in.heads / in.kv_heads : 0),
+        pieces_((in.row_count * group_ + AT_ONCE - 1) / AT_ONCE) {
     Arena sizes{nullptr};
     Scratch(*this, sizes);
     scratch_bytes_ = sizes.used;
@@ -17,55 +21,89 @@ class Weights {
 
   void run() const {
     run_tasks(
-        in_.batch * in_.row_count * in_.kv_heads,
+        in_.batch * in_.kv_heads * pieces_,
         [](void* w, int64_t task) { static_cast<const Weights*>(w)->run_task(task); }, const_cast<Weights*>(this));
   }
 
  private:
+  static constexpr int AT_ONCE = 4;  // queries that a key is read for
+
   struct Scratch {
-    float *query, *scores, *line, *keys;
+    float *queries, *scores, *line, *keys;
     const char **key_rows, **room_rows;
     Scratch(const Weights& w, Arena& arena) {
-      query = arena.take<float>(w.scorer_.size);
-      scores = arena.take<float>(SCORES);
+      queries = arena.take<float>(AT_ONCE * w.scorer_.size);
+      scores = arena.take<float>(AT_ONCE * SCORES);
       line = arena.take<float>(SCORES);
       keys = arena.take<float>(BLOCK_KEYS * w.scorer_.size);
-      key_rows = arena.take<const char*>(BLOCK_KEYS);
+      key_rows = arena.take<const char*>(TILE_KEYS);
       room_rows = arena.take<const char*>(BLOCK_KEYS);
     }
   };
 
-  // One query in the heads that share a key/value head.
+  // A row of the result: query i of a head, and the keys that it sees.
+  struct Row {
+    int64_t i, head;
+    Range keys;
+    float* weights;
+  };
+
+  // A few rows of those of a key/value head, all of which read the same keys.
   void run_task(int64_t task) const {
-    const int64_t kv_head = task % in_.kv_heads, number = task / in_.kv_heads % in_.row_count;
-    const Sequence sequence = in_.sequence(task / in_.kv_heads / in_.row_count);
-    const int64_t i = in_.rows ? in_.rows[number] : number;
+    const int64_t piece = task % pieces_, kv_head = task / pieces_ % in_.kv_heads;
+    const Sequence sequence = in_.sequence(task / pieces_ / in_.kv_heads);
     Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
     const Scratch s(*this, arena);
     const Visibility visible(in_, sequence);
-    const Range keys = visible.of_any(i, i + 1);
-    const HeadRows k(&Rows::read, keys_of, in_.k, in_, sequence);
-    for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
-      float* row = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
-      memset(row, 0, sequence.keys * sizeof(float));
-      scorer_.read_query(sequence, head, i, s.query);
-      for (int64_t first = keys.first; first < keys.last; first += BLOCK_KEYS) {
-        const Range block{first, smaller(first + BLOCK_KEYS, keys.last)};
-        k.locate(block, s.key_rows);
-        const BlockRows rows = k.of(kv_head, block, s.key_rows, s.key_rows, s.key_rows, s.keys, s.room_rows);
-        scorer_.multiply<1>(rows, block.last - first, s.query, s.scores);
-        scorer_.scale(sequence, visible, i, head, block, s.scores, s.line);
-        memcpy(row + first, s.scores, (block.last - first) * sizeof(float));
-      }
-      if (!keys.empty()) normalise(sequence, head, i, row + keys.first, keys.last - keys.first);
+    Row rows[AT_ONCE];
+    const int64_t first_row = piece * AT_ONCE, count = smaller(AT_ONCE, in_.row_count * group_ - first_row);
+    Range keys{sequence.keys, 0};
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t number = (first_row + n) / group_, head = kv_head * group_ + (first_row + n) % group_;
+      const int64_t i = in_.rows ? in_.rows[number] : number;
+      const Range own = visible.of_any(i, i + 1);
+      float* weights = in_.weights + ((sequence.number * in_.heads + head) * in_.row_count + number) * sequence.keys;
+      rows[n] = {i, head, own, weights};
+      memset(weights, 0, sequence.keys * sizeof(float));
+      if (own.empty()) continue;
+      keys = {smaller(keys.first, own.first), larger(keys.last, own.last)};
+      scorer_.read_query(sequence, head, i, s.queries + n * scorer_.size);
     }
+    const HeadRows k(&Rows::read, keys_of, in_.k, in_, sequence);
+    for (int64_t start = keys.first; start < keys.last; start += TILE_KEYS) {
+      const Range tile{start, smaller(start + TILE_KEYS, keys.last)};
+      k.locate(tile, s.key_rows);
+      for (int64_t first = start; first < tile.last; first += BLOCK_KEYS) {
+        const Range block{first, smaller(first + BLOCK_KEYS, tile.last)};
+        const char** located = s.key_rows + (first - start);
+        const BlockRows some = k.of(kv_head, block, located, located, located, s.keys, s.room_rows);
+        if (count == AT_ONCE) {
+          scorer_.multiply<AT_ONCE>(some, block.last - first, s.queries, s.scores + (first - start));
+        } else {
+          for (int64_t n = 0; n < count; ++n)
+            scorer_.multiply<1>(some, block.last - first, s.queries + n * scorer_.size,
+                                s.scores + n * SCORES + (first - start));
+        }
+      }
+      for (int64_t n = 0; n < count; ++n) {
+        const Range own{larger(start, rows[n].keys.first), smaller(tile.last, rows[n].keys.last)};
+        if (own.empty()) continue;
+        float* scores = s.scores + n * SCORES + (own.first - start);
+        scorer_.scale(sequence, visible, rows[n].i, rows[n].head, own, scores, s.line);
+        memcpy(rows[n].weights + own.first, scores, (own.last - own.first) * sizeof(float));
+      }
+    }
+    for (int64_t n = 0; n < count; ++n) normalise(sequence, rows[n]);
   }
 
   // Scores in log2 units -> weights.
-  void normalise(const Sequence& sequence, int64_t head, int64_t i, float* row, int64_t count) const {
-    float pivot = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();
+  void normalise(const Sequence& sequence, const Row& of) const {
+    if (of.keys.empty()) return;
+    float* row = of.weights + of.keys.first;
+    const int64_t count = of.keys.last - of.keys.first;
+    float pivot = in_.sinks ? in_.sinks[of.head] * LOG2_E : -__builtin_inff();
     if (in_.lse) {
-      exponentiate(row, count, in_.lse[in_.statistic(sequence, head, i)] * LOG2_E);
+      exponentiate(row, count, in_.lse[in_.statistic(sequence, of.head, of.i)] * LOG2_E);
     } else {
       const float sink = pivot;
       for (int64_t n = 0; n < count; ++n) pivot = row[n] > pivot ? row[n] : pivot;
@@ -90,7 +128,7 @@ class Weights {
 
   const AttentionWeights& in_;
   Scorer scorer_;
-  int64_t group_;
+  int64_t group_, pieces_;
   size_t scratch_bytes_;
 };
 
