@@ -1,12 +1,11 @@
 """Fused attention: schema, fake, autograd and the public functions, for batches and for packed sequences."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
-from pynlp.ops.library import LIBRARY, define, register_autograd
+from pynlp.ops.checks import autocast, check_dropout, rows_in_place
+from pynlp.ops.library import LIBRARY, define, refuse_double_backward, register_autograd, triton_launcher
 from pynlp.reference import attention as reference
 from pynlp.reference.attention import Options
 
@@ -25,19 +24,6 @@ def _forward_triton(q, *arguments):
 
 def _backward_triton(grad_out, grad_lse, q, *arguments):
     return (triton_launcher(q, "attention") or reference).attention_backward(grad_out, grad_lse, q, *arguments)
-
-
-def triton_launcher(q: Tensor, module: str):
-    """The module of Triton launchers `pynlp.kernels.<module>`, or None where the reference must serve."""
-    from pynlp.backends import triton_missing_reason, warn_once
-
-    if q.dtype == torch.float64:
-        return None
-    reason = triton_missing_reason()
-    if reason is None:
-        return importlib.import_module(f"pynlp.kernels.{module}")
-    warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
-    return None
 
 
 define(
@@ -108,13 +94,7 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 register_autograd("attention_forward", _setup_context, _backward)
-
-
-def _no_double_backward(ctx, *gradients):
-    raise NotImplementedError("pynlp.attention has no second derivative: backward with create_graph=True is not served")
-
-
-register_autograd("attention_backward", lambda ctx, inputs, output: None, _no_double_backward)
+refuse_double_backward("attention_backward", "pynlp.attention has")
 
 
 def attention(
@@ -179,17 +159,17 @@ def attention(
 
     Source: FlashAttention-2 (Dao, arXiv 2307.08691).
     """
-    q, k, v = checks.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v)
     batch, seqlen_k = k.shape[:2]
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = torch.ops.pynlp.attention_forward(
-        *map(checks.rows_in_place, (q, k, v)),
+        *map(rows_in_place, (q, k, v)),
         q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
         checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
         checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
         *checks.check_rotary(rotary, rotary_offset, q, seqlen_k), rotary_interleaved,
-        *checks.check_dropout(dropout_p, seed, q),
+        *check_dropout(dropout_p, seed, q),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -240,7 +220,7 @@ def attention_varlen(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
     """
-    q, k, v = checks.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v, packed=True)
     total_q, total_k = q.shape[0], k.shape[0]
     cu_seqlens_q = checks.check_cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q, q)
@@ -254,11 +234,11 @@ def attention_varlen(
     lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = torch.ops.pynlp.attention_forward(
-        *(checks.rows_in_place(x)[None] for x in (q, k, v)),
+        *(rows_in_place(x)[None] for x in (q, k, v)),
         q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
         checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,
         checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
         *checks.check_packed_rotary(rotary, rotary_offset, q, total_k, lengths), rotary_interleaved,
-        *checks.check_dropout(dropout_p, seed, q),
+        *check_dropout(dropout_p, seed, q),
     )  # fmt: skip
     return (out[0], lse[0]) if return_lse else out[0]

@@ -5,19 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pynlp.ops.checks import check_dtype, check_tensor, statistics
 from pynlp.ops.positions import relative_position_buckets
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
 
 
 def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
@@ -26,8 +17,7 @@ def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor, packed: bool = Fa
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dimensions:
             raise ValueError(f"{name}: expected {dimensions} dimensions {layout}, got {tuple(x.shape)}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q: expected dtype float32, bfloat16, float16 or float64, got {q.dtype}")
+    check_dtype("q", q)
     heads, head_dim = q.shape[-2:]
     for name, x in (("q", q), ("v", v)):
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
@@ -58,11 +48,6 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
         raise ValueError(f"{name}: expected a number of heads that divides q's {heads}, got {kv_heads}")
 
 
-def rows_in_place(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def check_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for no limit."""
     left, right = (None, None) if window is None else window
@@ -78,40 +63,6 @@ def check_softcap(softcap: float) -> float:
     if not softcap >= 0:
         raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
     return softcap
-
-
-def check_dropout(dropout_p: float, seed: int | Tensor | None, q: Tensor) -> tuple[float, Tensor | None]:
-    """The probability, and the seed as int64 `(1,)`, drawn from torch's generator if none is given."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected at least 0 and less than 1, got {dropout_p}")
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(
-                f"seed: expected an int or one int64 value, got shape {tuple(seed.shape)}, dtype {seed.dtype}"
-            )
-        if seed.device != q.device:
-            raise ValueError(f"seed: expected q's device {q.device}, got {seed.device}")
-    if dropout_p == 0:
-        return 0.0, None
-    if seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=q.device)
-    return dropout_p, seed.view(1)
-
-
-def check_tensor(name: str, x: Tensor, q: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    if tuple(x.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-
-
-def statistics(x: Tensor, q: Tensor) -> Tensor:
-    """Biases and tables are kept in fp32 (fp64 for fp64 inputs), contiguous."""
-    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:

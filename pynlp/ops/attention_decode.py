@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
-from pynlp.ops.attention import triton_launcher
-from pynlp.ops.library import LIBRARY, define
+from pynlp.ops.checks import check_dtype, rows_in_place
+from pynlp.ops.library import LIBRARY, define, triton_launcher
 from pynlp.reference import attention_decode as reference
 
 MAX_HEAD_DIM = 1024  # room for the compressed keys of latent attention
@@ -132,10 +132,10 @@ def attention_decode(
     turn = (cos, sin, rotary_offset, rotary_interleaved)
     with torch.no_grad():
         if appended:
-            rows = (checks.rows_in_place(x) for x in (k, v))
+            rows = (rows_in_place(x) for x in (k, v))
             torch.ops.pynlp.attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
         out, lse = torch.ops.pynlp.attention_decode(
-            checks.rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
+            rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
             head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap, sinks,
             slopes, table, buckets, *turn, num_splits or 0,
         )  # fmt: skip
@@ -148,8 +148,7 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
     )
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dimensions (batch, seqlen, heads, head_dim), got {tuple(q.shape)}")
-    if q.dtype not in checks.DTYPES:
-        raise TypeError(f"q: expected dtype float32, bfloat16, float16 or float64, got {q.dtype}")
+    check_dtype("q", q)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions {layout}, got {tuple(x.shape)}")

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
-from pynlp.ops.attention import OPTIONS, triton_launcher
-from pynlp.ops.library import LIBRARY, define
+from pynlp.ops.attention import OPTIONS
+from pynlp.ops.checks import autocast, check_tensor, rows_in_place, statistics
+from pynlp.ops.library import LIBRARY, define, triton_launcher
 from pynlp.reference import attention_weights as reference
 
 
@@ -65,7 +66,7 @@ def attention_weights(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
     """
-    q, k = checks.autocast(q, k)
+    q, k = autocast(q, k)
     checks.check_queries_keys_values(q, k, k)
     batch, seqlen_q, heads, head_dim = q.shape
     if rows is not None:
@@ -73,12 +74,12 @@ def attention_weights(
         checks.check_range("rows", rows, 0, seqlen_q - 1)
         rows = checks.int32(rows)
     if lse is not None:
-        checks.check_tensor("lse", lse, q, [(batch, heads, seqlen_q)])
-        lse = checks.statistics(lse, q)
+        check_tensor("lse", lse, q, [(batch, heads, seqlen_q)])
+        lse = statistics(lse, q)
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     with torch.no_grad():
         return torch.ops.pynlp.attention_weights(
-            *map(checks.rows_in_place, (q, k)), rows, lse,
+            *map(rows_in_place, (q, k)), rows, lse,
             head_dim**-0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
             checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, k.shape[1]), None, None,
             checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,

@@ -1,8 +1,10 @@
 """The `pynlp` operator library: where an op is declared and its back ends are put in the dispatcher."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("pynlp", "DEF")
 
@@ -18,6 +20,19 @@ def define(name: str, schema: str, reference: Callable, triton: Callable) -> Non
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     LIBRARY.impl(name, triton, "CUDA")  # ROCm answers to the same key
+
+
+def triton_launcher(x: Tensor, module: str):
+    """The module of Triton launchers `pynlp.kernels.<module>`, or None where the reference must serve."""
+    from pynlp.backends import triton_missing_reason, warn_once
+
+    if x.dtype == torch.float64:
+        return None
+    reason = triton_missing_reason()
+    if reason is None:
+        return importlib.import_module(f"pynlp.kernels.{module}")
+    warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
+    return None
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
@@ -50,3 +65,12 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
     Gradient.__name__ = f"{name}_gradient"
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_double_backward(name: str, what: str) -> None:
+    """Give `pynlp::name`, itself a backward, a gradient that is an error: `what` no second derivative."""
+
+    def backward(ctx, *gradients):
+        raise NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")
+
+    register_autograd(name, lambda ctx, inputs, output: None, backward)

@@ -45,3 +45,25 @@ def attention_keeps(seed: Tensor, dropout_p: float, entry: Tensor, heads: int, s
     words = torch.stack([x.expand(*head.shape[:2], seqlen_q, -1) for x in words], dim=-1)  # (entries, H, Sq, groups, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)[..., :seqlen_k]
     return halves >= dropped_parts(dropout_p)
+
+
+def keeps(seed: Tensor, dropout_p: float, rows: int, columns: int) -> Tensor:
+    """Which values of a row dropout keeps: (rows, columns) booleans.
+
+    Value (i, j) has the 16 bits number j % 8 of Philox(key seed, counters (j // 8, low half of i, high half of i, 1)).
+    """
+    group = torch.arange((columns + 7) // 8, device=seed.device)  # (groups,)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    key = (seed.view(()) & MASK, seed.view(()) >> 32 & MASK)
+    words = philox((group, row & MASK, row >> 32, torch.ones_like(group)), key)
+    words = torch.stack([x.expand(rows, -1) for x in words], dim=-1)  # (rows, groups, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :columns]
+    return halves >= dropped_parts(dropout_p)
+
+
+def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x (.., columns) with some values 0, the others divided by the share that is kept."""
+    if dropout_p == 0:
+        return x
+    kept = keeps(seed, dropout_p, x.numel() // max(1, x.shape[-1]), x.shape[-1]).view(x.shape)
+    return x.masked_fill(~kept, 0.0) / (1 - dropped_parts(dropout_p) / 65536)

@@ -1,0 +1,70 @@
+"""What every op asks of its arguments, whatever it computes; every error names the argument."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, where it is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def rows_in_place(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def rows_at_one_stride(x: Tensor) -> Tensor:
+    """x (.., columns) whose rows are contiguous and lie one after the other at a fixed distance."""
+    strides, sizes = x.stride(), x.shape
+    if strides[-1] == 1 or sizes[-1] == 1:
+        outer = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
+        if all(above == size * stride for (_, above), (size, stride) in zip(outer, outer[1:], strict=False)):
+            return x
+    return x.contiguous()
+
+
+def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q") -> tuple[float, Tensor | None]:
+    """The probability, and the seed as int64 `(1,)`, drawn from torch's generator if none is given."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected at least 0 and less than 1, got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed: expected an int or one int64 value, got shape {tuple(seed.shape)}, dtype {seed.dtype}"
+            )
+        if seed.device != x.device:
+            raise ValueError(f"seed: expected {of}'s device {x.device}, got {seed.device}")
+    if dropout_p == 0:
+        return 0.0, None
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    return dropout_p, seed.view(1)
+
+
+def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...]], of: str = "q") -> None:
+    """A floating-point tensor of one of these shapes, on the device of `like`, the argument called `of`."""
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected {of}'s device {like.device}, got {x.device}")
+
+
+def statistics(x: Tensor, like: Tensor) -> Tensor:
+    """Biases, tables and weights of norms are kept in fp32 (fp64 for fp64 inputs), contiguous."""
+    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
