@@ -1,11 +1,10 @@
 // Fused attention on the CPU: what the op hands to the kernels. No torch here.
 #pragma once
 
-#include <cstdint>
+#include "../dtype.h"
+#include "../inline.h"
 
 namespace pynlp {
-
-enum class Dtype { float32, bfloat16, float16 };
 
 constexpr int64_t LARGEST_CACHED_HEAD = 1024;  // channels of a head in a cache; elsewhere 256
 
@@ -14,9 +13,6 @@ struct View {
   const void* data;
   int64_t batch_stride, row_stride, head_stride;
 };
-
-// Always inlined: a copy that was compiled for one instruction set must not be merged with that of another.
-#define PYNLP_INLINE __attribute__((always_inline)) inline
 
 // One batch entry: its rows in the tensors, which are those of entry 0 when sequences are packed.
 struct Sequence {

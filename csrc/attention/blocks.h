@@ -1,37 +1,14 @@
 // What forward and backward share: which keys a query sees, the bias of a distance, and how rows get into scratch.
 #pragma once
 
-#include "../simd/convert.h"
 #include "../simd/math.h"
 #include "../simd/matmul.h"
+#include "../simd/memory.h"
+#include "../simd/rows.h"
 #include "attention.h"
 
 namespace pynlp {
 namespace {
-
-constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float LN_2 = 0.693147180559945309f;
-
-// Hands out pieces of one scratch allocation; with a null base it only adds up their size.
-struct Arena {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + used);
-    used += round_up(count * sizeof(T), 64);
-    return piece;
-  }
-};
-
-// Memory that all tasks share.
-struct Buffer {
-  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  float* floats() const { return static_cast<float*>(data); }
-  void* data;
-};
 
 // The longest sequence's queries or keys.
 inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
@@ -128,7 +105,7 @@ struct Rows {
     if (!pages) return origin + row * stride;
     return origin + pages[row / page_size] * page_stride + row % page_size * stride;
   }
-  int64_t value_size() const { return dtype == Dtype::float32 ? 4 : 2; }
+  int64_t value_size() const { return bytes_of(dtype); }
   const char* address(int64_t row) const { return static_cast<const char*>(data) + element(row) * value_size(); }
 
   // As queries or keys of `in`: row r stands at position r + shift.
@@ -169,13 +146,7 @@ struct Rows {
 
   // One row as fp32, turned.
   void read(int64_t row, float* to) const {
-    const char* from = address(row);
-    if (dtype == Dtype::float32)
-      copy_row(to, from, 4 * head_dim);
-    else if (dtype == Dtype::bfloat16)
-      bf16_to_float(reinterpret_cast<const uint16_t*>(from), head_dim, to);
-    else
-      half_to_float(reinterpret_cast<const uint16_t*>(from), head_dim, to);
+    read_row(dtype, address(row), head_dim, to);
     turn(to, row, 1.0f);
   }
 
@@ -229,15 +200,6 @@ inline Rows keys_of(const AttentionInputs& in, const Sequence& s, int64_t kv_hea
 }
 inline Rows values_of(const AttentionInputs& in, const Sequence& s, int64_t kv_head) {
   return Rows(in, in.v, s.entry, s.first_key, kv_head, in.head_dim_v).cached(in, in.v, s.number, kv_head);
-}
-
-inline void write_row(Dtype dtype, const float* from, int64_t count, void* data, int64_t element) {
-  if (dtype == Dtype::float32)
-    copy_row(static_cast<float*>(data) + element, from, 4 * count);
-  else if (dtype == Dtype::bfloat16)
-    float_to_bf16(from, count, static_cast<uint16_t*>(data) + element);
-  else
-    float_to_half(from, count, static_cast<uint16_t*>(data) + element);
 }
 
 // Words that a row of `head_dim` values takes: whole vectors, zero-padded.

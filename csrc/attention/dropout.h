@@ -22,8 +22,13 @@ class Keeps {
     int32_t* to = words_;
     for (int64_t group = first / 8; 8 * group < last; ++group, to += 4 * queries_) {
       for (int64_t i = 0; i < queries_; i += LANES) {
+        Counters counters;
+        counters.set(0, static_cast<uint32_t>(group));
+        counters.count_from(1, static_cast<uint32_t>(query + i));
+        counters.set(2, number);
+        counters.set(3, 0);
         Int words[4];
-        philox(in_.dropout_seed, static_cast<uint32_t>(group), static_cast<uint32_t>(query + i), number, words);
+        philox(in_.dropout_seed, counters, words);
         for (int word = 0; word < 4; ++word) store(to + word * queries_ + i, words[word]);
       }
     }

@@ -21,25 +21,29 @@ inline Wide multiply_low_halves(Wide a, Wide b) {
 #endif
 }
 
-// words[0 .. 3][lane] = Philox with the key `seed` of the counters (c0, c1 + lane, c2, 0).
-inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, Int* words) {
-  const Wide multiplier0 = Wide{} + 0xD2511F53u, multiplier1 = Wide{} + 0xCD9E8D57u;
-  Wide x[2][4];  // even lanes, odd lanes
-  for (int parity = 0; parity < 2; ++parity) {
-    uint64_t lanes[LANES / 2];
-    for (int i = 0; i < LANES / 2; ++i) lanes[i] = c1 + static_cast<uint32_t>(2 * i + parity);
-    x[parity][0] = Wide{} + c0;
-    memcpy(&x[parity][1], lanes, sizeof lanes);
-    x[parity][2] = Wide{} + c2;
-    x[parity][3] = Wide{};
+// The counters of LANES draws: those of even lanes, those of odd ones.
+struct Counters {
+  Wide words[2][4];
+  void set(int word, uint32_t value) { words[0][word] = words[1][word] = Wide{} + value; }
+  void count_from(int word, uint32_t first) {  // first + lane
+    for (int parity = 0; parity < 2; ++parity) {
+      uint64_t lanes[LANES / 2];
+      for (int i = 0; i < LANES / 2; ++i) lanes[i] = first + static_cast<uint32_t>(2 * i + parity);
+      memcpy(&words[parity][word], lanes, sizeof lanes);
+    }
   }
+};
+
+// words[0 .. 3][lane] = Philox with the key `seed` of a lane's counters.
+inline void philox(uint64_t seed, Counters x, Int* words) {
+  const Wide multiplier0 = Wide{} + 0xD2511F53u, multiplier1 = Wide{} + 0xCD9E8D57u;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const Wide k0 = Wide{} + key0, k1 = Wide{} + key1;
 #pragma GCC unroll 2
     for (int parity = 0; parity < 2; ++parity) {
-      Wide* c = x[parity];
+      Wide* c = x.words[parity];
       const Wide p0 = multiply_low_halves(c[0], multiplier0), p1 = multiply_low_halves(c[2], multiplier1);
       c[0] = (p1 >> 32) ^ c[1] ^ k0;
       c[1] = p1;
@@ -49,7 +53,7 @@ inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, Int* wo
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < 4; ++i) words[i] = (Int)((x[0][i] & 0xffffffffu) | x[1][i] << 32);
+  for (int i = 0; i < 4; ++i) words[i] = (Int)((x.words[0][i] & 0xffffffffu) | x.words[1][i] << 32);
 }
 
 }  // namespace

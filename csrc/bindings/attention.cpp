@@ -1,81 +1,8 @@
-// The ops' CPU kernels in torch's dispatcher, through the stable ABI. The only file that includes torch: it turns
-// tensors into pointers and strides, and gives the kernels torch's threads.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <optional>
-#include <thread>
-#include <tuple>
-
-#include "attention/attention.h"
-#include "parallel.h"
-
-namespace pynlp {
-
-int64_t thread_count() { return torch::stable::get_num_threads(); }
-
-void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(tasks, thread_count());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    // One range may stand for several workers; whoever comes later finds nothing left.
-    for (int64_t task = next++; task < tasks; task = next++) work(context, task);
-  });
-}
-
-void yield_thread() { std::this_thread::yield(); }
-
-void* thread_scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    buffer.reset();
-    capacity = (bytes + 4095) / 4096 * 4096;
-    buffer.reset(std::aligned_alloc(4096, capacity));
-    if (!buffer) {
-      capacity = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return buffer.get();
-}
-
-}  // namespace pynlp
+// Attention in torch's dispatcher: tensors become pointers and strides.
+#include "../attention/attention.h"
+#include "tensors.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-pynlp::Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return pynlp::Dtype::float32;
-    case ScalarType::BFloat16:
-      return pynlp::Dtype::bfloat16;
-    case ScalarType::Half:
-      return pynlp::Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false, "pynlp: expected float32, bfloat16 or float16");
-  }
-}
 
 pynlp::View view(const Tensor& x, const char* name) {
   // To torch a tensor without elements is contiguous, whatever its strides.
@@ -90,21 +17,6 @@ const T* data(const MaybeTensor& x, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous(), "pynlp.attention: ", name,
                   ": expected it contiguous, floats as float32 and integers as int32");
   return static_cast<const T*>(x->const_data_ptr());
-}
-
-// A new tensor like x. A large one is fresh memory from the system at every call: asking for huge pages makes a fault
-// every 2 MiB of it instead of every 4 KiB, which would cost a quarter of the time of a long window.
-Tensor output(const Tensor& x, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor result = torch::stable::new_empty(x, sizes, dtype);
-#if defined(__linux__)
-  constexpr uintptr_t HUGE = uintptr_t{1} << 21;
-  const auto start = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-  const uintptr_t end = start + result.numel() * result.element_size();
-  const uintptr_t first = (start + HUGE - 1) / HUGE * HUGE, last = end / HUGE * HUGE;
-  if (end - start >= 8 * HUGE && first < last)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: a refusal does not matter
-#endif
-  return result;
 }
 
 struct Options {
@@ -162,17 +74,8 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   if (o.dropout_seed) {
     const int64_t* seed = data<int64_t>(o.dropout_seed, ScalarType::Long, "dropout_seed");
     in.dropout_seed = static_cast<uint64_t>(*seed);
-    in.dropped = static_cast<int32_t>(std::min(65535.0, std::nearbyint(o.dropout_p * 65536)));
+    in.dropped = dropped_parts(o.dropout_p);
   }
-}
-
-// Hands a call in fp64 to the reference, which has the same schema.
-bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(q), &dtype));
-  if (dtype != aoti_torch_dtype_float64()) return false;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
-  return true;
 }
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,

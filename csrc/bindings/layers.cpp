@@ -1,0 +1,182 @@
+// Norms and activations in torch's dispatcher: tensors become pointers and strides.
+#include "../layers/layers.h"
+#include "tensors.h"
+
+namespace {
+
+int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
+int64_t rows_of(const Tensor& x) { return columns_of(x) ? x.numel() / columns_of(x) : 0; }
+
+// The rows of x, all at one stride.
+pynlp::RowsIn rows_in(const Tensor& x, const char* name) {
+  int64_t rows = 1, stride = columns_of(x);
+  bool fit = columns_of(x) == 1 || x.stride(x.dim() - 1) == 1;
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (rows == 1)
+      stride = x.stride(i);
+    else
+      fit &= x.stride(i) == rows * stride;
+    rows *= x.size(i);
+  }
+  STD_TORCH_CHECK(fit || x.numel() == 0, "pynlp: ", name, ": expected contiguous rows, all at one stride");
+  return {x.const_data_ptr(), stride, dtype_of(x)};
+}
+
+void check_like(const Tensor& x, const Tensor& like, const char* name) {
+  bool same = x.dim() == like.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, "pynlp: ", name, ": expected another shape");
+}
+
+const float* statistics(const Tensor& x, int64_t count, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count, "pynlp: ", name,
+                  ": expected float32, contiguous, of another size");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+pynlp::RowDropout dropout_of(double dropout_p, const MaybeTensor& seed) {
+  if (!seed) return {0, 0};
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "pynlp: dropout_seed: expected int64");
+  return {dropped_parts(dropout_p), static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()))};
+}
+
+Tensor like(const Tensor& x, ScalarType dtype) { return output(x, x.sizes(), dtype); }
+Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+pynlp::RowsOut rows_out(Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x)}; }
+float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor residual, Tensor weight, MaybeTensor bias,
+                                                        bool centred, double eps, double dropout_p, MaybeTensor seed) {
+  pynlp::NormForward in{};
+  in.rows = rows_of(x);
+  in.columns = columns_of(x);
+  in.x = rows_in(x, "x");
+  if (residual) {
+    check_like(*residual, x, "residual");
+    in.residual = rows_in(*residual, "residual");
+  }
+  in.weight = statistics(weight, in.columns, "weight");
+  in.bias = bias ? statistics(*bias, in.columns, "bias") : nullptr;
+  in.centred = centred;
+  in.eps = static_cast<float>(eps);
+  in.dropout = dropout_of(dropout_p, seed);
+  Tensor y = like(x, x.scalar_type());
+  Tensor added = residual || seed ? like(x, (residual ? *residual : x).scalar_type()) : nothing(x);
+  const auto rows = x.sizes().slice(0, x.dim() - 1);
+  Tensor mean = centred ? output(x, rows, ScalarType::Float) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  Tensor rstd = output(x, rows, ScalarType::Float);
+  in.y = rows_out(y);
+  if (residual || seed) in.added = rows_out(added);
+  in.mean = floats(mean);
+  in.rstd = floats(rstd);
+  pynlp::norm_forward(in);
+  return {y, added, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y, MaybeTensor grad_added, Tensor added,
+                                                         Tensor weight, Tensor mean, Tensor rstd, bool centred,
+                                                         double dropout_p, MaybeTensor seed, bool needs_bias) {
+  pynlp::NormBackward in{};
+  in.rows = rows_of(added);
+  in.columns = columns_of(added);
+  check_like(grad_y, added, "grad_y");
+  in.grad_y = rows_in(grad_y, "grad_y");
+  if (grad_added) {
+    check_like(*grad_added, added, "grad_new");
+    in.grad_added = rows_in(*grad_added, "grad_new");
+  }
+  in.added = rows_in(added, "new");
+  in.weight = statistics(weight, in.columns, "weight");
+  in.mean = statistics(mean, centred ? in.rows : 0, "mean");
+  in.rstd = statistics(rstd, in.rows, "rstd");
+  in.centred = centred;
+  in.dropout = dropout_of(dropout_p, seed);
+  const bool separate = seed || added.scalar_type() != grad_y.scalar_type();
+  Tensor grad_residual = like(added, added.scalar_type());
+  Tensor grad_x = separate ? like(added, grad_y.scalar_type()) : nothing(grad_y);
+  Tensor grad_weight = torch::stable::empty_like(weight);
+  Tensor grad_bias = needs_bias ? torch::stable::empty_like(weight) : nothing(weight);
+  in.grad_residual = rows_out(grad_residual);
+  if (separate) in.grad_x = rows_out(grad_x);
+  in.grad_weight = floats(grad_weight);
+  if (needs_bias) in.grad_bias = floats(grad_bias);
+  pynlp::norm_backward(in);
+  return {grad_residual, grad_x, grad_weight, grad_bias};
+}
+
+// Fills in the kind, x and up, which in a packed swiglu are the halves of x's rows.
+template <class Problem>
+bool fill(Problem& in, const Tensor& x, const MaybeTensor& up, int64_t kind) {
+  in.kind = static_cast<pynlp::Activation>(kind);
+  const bool packed = in.kind == pynlp::Activation::swiglu && !up;
+  in.columns = packed ? columns_of(x) / 2 : columns_of(x);
+  in.rows = rows_of(x);
+  in.x = rows_in(x, "x");
+  if (packed) {
+    in.up = in.x;
+    in.up.data = static_cast<const char*>(in.x.data) + in.columns * pynlp::bytes_of(in.x.dtype);
+  } else if (up) {
+    check_like(*up, x, "up");
+    in.up = rows_in(*up, "up");
+  }
+  return packed;
+}
+
+Tensor activation_forward(Tensor x, MaybeTensor up, int64_t kind, double dropout_p, MaybeTensor seed) {
+  pynlp::ActivationForward in{};
+  fill(in, x, up, kind);
+  in.dropout = dropout_of(dropout_p, seed);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = in.columns;
+  Tensor y = output(x, {sizes.data(), sizes.size()}, x.scalar_type());
+  in.y = rows_out(y);
+  pynlp::activation_forward(in);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTensor up, int64_t kind, double dropout_p,
+                                               MaybeTensor seed) {
+  pynlp::ActivationBackward in{};
+  const bool packed = fill(in, x, up, kind);
+  STD_TORCH_CHECK(rows_of(grad) == in.rows && columns_of(grad) == in.columns, "pynlp: grad: expected another shape");
+  in.grad = rows_in(grad, "grad");
+  in.dropout = dropout_of(dropout_p, seed);
+  Tensor grad_x = like(x, x.scalar_type());
+  Tensor grad_up = up ? like(x, x.scalar_type()) : nothing(x);
+  in.grad_x = rows_out(grad_x);
+  in.grad_up = rows_out(packed ? grad_x : grad_up);
+  in.grad_stride = columns_of(x);
+  if (packed) in.grad_up.data = static_cast<char*>(in.grad_up.data) + in.columns * pynlp::bytes_of(in.grad_up.dtype);
+  pynlp::activation_backward(in);
+  return {grad_x, grad_up};
+}
+
+void norm_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::norm_forward_reference", stack[0], stack))
+    TORCH_BOX (&norm_forward)(stack, inputs, outputs);
+}
+
+void norm_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::norm_backward_reference", stack[0], stack))
+    TORCH_BOX (&norm_backward)(stack, inputs, outputs);
+}
+
+void activation_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::activation_forward_reference", stack[0], stack))
+    TORCH_BOX (&activation_forward)(stack, inputs, outputs);
+}
+
+void activation_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::activation_backward_reference", stack[0], stack))
+    TORCH_BOX (&activation_backward)(stack, inputs, outputs);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
+  m.impl("norm_forward", &norm_forward_boxed);
+  m.impl("norm_backward", &norm_backward_boxed);
+  m.impl("activation_forward", &activation_forward_boxed);
+  m.impl("activation_backward", &activation_backward_boxed);
+}

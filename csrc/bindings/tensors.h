@@ -1,0 +1,69 @@
+// What the bindings share: tensors through torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "../dtype.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline pynlp::Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return pynlp::Dtype::float32;
+    case ScalarType::BFloat16:
+      return pynlp::Dtype::bfloat16;
+    case ScalarType::Half:
+      return pynlp::Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "pynlp: expected float32, bfloat16 or float16");
+  }
+}
+
+// A new tensor like x. A large one is fresh memory from the system at every call: asking for huge pages makes a fault
+// every 2 MiB of it instead of every 4 KiB, which would cost a quarter of the time of a long window.
+inline Tensor output(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor result = torch::stable::new_empty(x, sizes, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t HUGE = uintptr_t{1} << 21;
+  const auto start = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = start + result.numel() * result.element_size();
+  const uintptr_t first = (start + HUGE - 1) / HUGE * HUGE, last = end / HUGE * HUGE;
+  if (end - start >= 8 * HUGE && first < last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: a refusal does not matter
+#endif
+  return result;
+}
+
+// How many of 65536 random numbers drop their value.
+inline int32_t dropped_parts(double dropout_p) {
+  return static_cast<int32_t>(std::min(65535.0, std::nearbyint(dropout_p * 65536)));
+}
+
+// Hands a call in fp64 to the reference, which has the same schema.
+inline bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(q), &dtype));
+  if (dtype != aoti_torch_dtype_float64()) return false;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  return true;
+}
+
+}  // namespace

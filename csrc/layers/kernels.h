@@ -1,0 +1,21 @@
+// The kernels of each instruction set, all from the same source (norm.h, activation.h).
+#pragma once
+
+#include "layers.h"
+
+namespace pynlp {
+
+struct LayerKernels {
+  void (*norm_forward)(const NormForward& problem);
+  void (*norm_backward)(const NormBackward& problem);
+  void (*activation_forward)(const ActivationForward& problem);
+  void (*activation_backward)(const ActivationBackward& problem);
+};
+
+extern const LayerKernels layers_portable;
+#if defined(__x86_64__)
+extern const LayerKernels layers_avx2;
+extern const LayerKernels layers_avx512;
+#endif
+
+}  // namespace pynlp

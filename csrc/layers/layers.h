@@ -1,0 +1,72 @@
+// What stands between attention and matrix products, on the CPU: what the ops hand to the kernels. No torch here.
+#pragma once
+
+#include "../dtype.h"
+
+namespace pynlp {
+
+// Rows of contiguous values, `stride` elements from one to the next; no data: there is none.
+struct RowsIn {
+  const void* data;
+  int64_t stride;
+  Dtype dtype;
+};
+struct RowsOut {  // contiguous
+  void* data;
+  Dtype dtype;
+};
+
+// Which values are dropped: (i, j) has the 16 bits number j % 8 of Philox(seed; j / 8, i's halves, 1).
+struct RowDropout {
+  int32_t dropped;  // values whose number is below this; 0 = none
+  uint64_t seed;
+};
+
+// new = residual + dropout(x), y = norm(new).
+struct NormForward {
+  int64_t rows, columns;
+  RowsIn x, residual;
+  const float *weight, *bias;  // (columns,); bias may be null
+  bool centred;                // layer norm; else rms norm
+  float eps;
+  RowDropout dropout;
+  RowsOut y, added;    // `added` is new; no data where new is x itself
+  float *mean, *rstd;  // (rows,); the mean where centred
+};
+
+struct NormBackward {
+  int64_t rows, columns;
+  RowsIn grad_y, grad_added, added;  // grad_added may have no data
+  const float *weight, *mean, *rstd;
+  bool centred;
+  RowDropout dropout;
+  RowsOut grad_residual, grad_x;    // grad_x: no data where it is grad_residual
+  float *grad_weight, *grad_bias;  // (columns,); grad_bias may be null
+};
+
+enum class Activation { gelu, relu, swiglu };
+
+// y = dropout(gelu(x)), dropout(relu(x)) or dropout(silu(x) * up).
+struct ActivationForward {
+  int64_t rows, columns;
+  Activation kind;
+  RowsIn x, up;
+  RowDropout dropout;
+  RowsOut y;
+};
+
+struct ActivationBackward {
+  int64_t rows, columns;
+  Activation kind;
+  RowsIn grad, x, up;
+  RowDropout dropout;
+  RowsOut grad_x, grad_up;
+  int64_t grad_stride;  // of their rows
+};
+
+void norm_forward(const NormForward& problem);
+void norm_backward(const NormBackward& problem);
+void activation_forward(const ActivationForward& problem);
+void activation_backward(const ActivationBackward& problem);
+
+}  // namespace pynlp

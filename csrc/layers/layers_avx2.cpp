@@ -1,0 +1,29 @@
+// The kernels of norms and activations for AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#pragma GCC target("avx2,fma,f16c")
+#define PYNLP_LANES 8
+#define PYNLP_F16C 1
+#define PYNLP_AVX512 0
+#define PYNLP_BF16 0
+#include "activation.h"
+#include "kernels.h"
+#include "norm.h"
+
+namespace pynlp {
+
+const LayerKernels layers_avx2 = {
+    [](const NormForward& problem) { Norm(problem).run(); },
+    [](const NormBackward& problem) { NormGradient(problem).run(); },
+    [](const ActivationForward& problem) { Activate(problem).run(); },
+    [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+};
+
+}  // namespace pynlp
+#endif

@@ -1,0 +1,28 @@
+// The kernels of norms and activations for any CPU: 16-byte vectors.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#define PYNLP_LANES 4
+#define PYNLP_F16C 0
+#define PYNLP_AVX512 0
+#define PYNLP_BF16 0
+#include "activation.h"
+#include "kernels.h"
+#include "norm.h"
+
+namespace pynlp {
+
+const LayerKernels layers_portable = {
+    [](const NormForward& problem) { Norm(problem).run(); },
+    [](const NormBackward& problem) { NormGradient(problem).run(); },
+    [](const ActivationForward& problem) { Activate(problem).run(); },
+    [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+};
+
+}  // namespace pynlp

@@ -1,0 +1,31 @@
+// Memory of a kernel: a thread's pieces, and what all tasks share.
+#pragma once
+
+#include "vector.h"
+
+namespace pynlp {
+namespace {
+
+// Cuts one thread's scratch memory into aligned pieces; with no base it only counts bytes.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += round_up(count * sizeof(T), 64);
+    return piece;
+  }
+};
+
+// Memory that all tasks share.
+struct Buffer {
+  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  float* floats() const { return static_cast<float*>(data); }
+  void* data;
+};
+
+}  // namespace
+}  // namespace pynlp
