@@ -14,35 +14,6 @@ constexpr int64_t SCORES = TILE_KEYS + LANES;  // room for a row of scores
 // bound the processor drops prefetches, so each row is asked for FAR rows before as well.
 constexpr int64_t NEAR = 20, FAR = 28;
 
-// LANES values from element i on, as fp32.
-struct ReadFloat {
-  static constexpr int64_t BYTES = 4;
-  static Float load(const char* row, int64_t i) { return pynlp::load(reinterpret_cast<const float*>(row) + i); }
-};
-struct ReadBf16 {
-  static constexpr int64_t BYTES = 2;
-  static Float load(const char* row, int64_t i) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + i); }
-};
-#if PYNLP_F16C
-struct ReadHalf {
-  static constexpr int64_t BYTES = 2;
-  static Float load(const char* row, int64_t i) { return load_half(reinterpret_cast<const uint16_t*>(row) + i); }
-};
-#endif
-
-// work(how rows of the dtype are read).
-template <class Work>
-PYNLP_INLINE void with_read(Dtype dtype, const Work& work) {
-  if (dtype == Dtype::float32)
-    work(ReadFloat{});
-  else if (dtype == Dtype::bfloat16)
-    work(ReadBf16{});
-#if PYNLP_F16C
-  else
-    work(ReadHalf{});
-#endif
-}
-
 // The sums of the lanes of COUNT = LANES vectors: lane i is that of sums[i].
 template <int STEP = LANES / 2>
 inline Float add_lanes(Float* sums) {

@@ -38,24 +38,26 @@ class Activate {
     const Scratch s(*this, arena);
     Keeps keeps(in_.dropout, s.numbers);
     for (int64_t i = task * TASK_ROWS; i < smaller(in_.rows, (task + 1) * TASK_ROWS); ++i) {
-      const float* x = widened(in_.x, i, in_.columns, s.x);
-      if (in_.kind == Activation::gelu) {
-        write(i, keeps, s, [&](int64_t d) {
-          const Float value = load(x + d);
-          return value * normal_of(value).share;
-        });
-      } else if (in_.kind == Activation::relu) {
-        write(i, keeps, s, [&](int64_t d) {
-          const Float value = load(x + d);
-          return value < Float{} ? Float{} : value;  // NaN stays
-        });
-      } else {
-        const float* up = widened(in_.up, i, in_.columns, s.up);
-        write(i, keeps, s, [&](int64_t d) {
-          const Float gate = load(x + d);
-          return gate * sigmoid_of(gate) * load(up + d);
-        });
-      }
+      with_rows(in_.x, in_.up, i, in_.columns, s.x, s.up, [&](auto read, const char* x, const char* up) {
+        using Read = decltype(read);
+        constexpr bool BF16 = Read::BF16;
+        if (in_.kind == Activation::gelu) {
+          write(i, keeps, s, [&](int64_t d) {
+            const Float value = Read::load(x, d);
+            return value * normal_of<BF16>(value).share;
+          });
+        } else if (in_.kind == Activation::relu) {
+          write(i, keeps, s, [&](int64_t d) {
+            const Float value = Read::load(x, d);
+            return value < Float{} ? Float{} : value;  // NaN stays
+          });
+        } else {
+          write(i, keeps, s, [&](int64_t d) {
+            const Float gate = Read::load(x, d);
+            return gate * sigmoid_of<BF16>(gate) * Read::load(up, d);
+          });
+        }
+      });
     }
   }
 
@@ -107,8 +109,6 @@ class ActivateGradient {
     const Scratch s(*this, arena);
     Keeps keeps(in_.dropout, s.numbers);
     for (int64_t i = task * TASK_ROWS; i < smaller(in_.rows, (task + 1) * TASK_ROWS); ++i) {
-      const float* x = widened(in_.x, i, in_.columns, s.x);
-      const float* up = in_.up.data ? widened(in_.up, i, in_.columns, s.up) : nullptr;
       const float* grad = widened(in_.grad, i, in_.columns, s.grad);
       if (in_.dropout.dropped) {
         keeps.draw(i, in_.columns);
@@ -116,25 +116,30 @@ class ActivateGradient {
         grad = s.grad;
       }
       float* grad_x = result_row(in_.grad_x, i, in_.columns, in_.grad_stride, s.grad_x);
-      if (in_.kind == Activation::gelu) {  // Phi(x) + x phi(x)
-        const Float factor = broadcast(0.398942280401432678f);
-        for (int64_t d = 0; d < size_; d += LANES) {
-          const Float value = load(x + d);
-          const Normal normal = normal_of(value);
-          store(grad_x + d, load(grad + d) * (normal.share + value * normal.density * factor));
+      with_rows(in_.x, in_.up, i, in_.columns, s.x, s.up, [&](auto read, const char* x, const char* up) {
+        using Read = decltype(read);
+        constexpr bool BF16 = Read::BF16;
+        if (in_.kind == Activation::gelu) {  // Phi(x) + x phi(x)
+          const Float factor = broadcast(0.398942280401432678f);
+          for (int64_t d = 0; d < size_; d += LANES) {
+            const Float value = Read::load(x, d);
+            const Normal normal = normal_of<BF16>(value);
+            store(grad_x + d, load(grad + d) * (normal.share + value * normal.density * factor));
+          }
+        } else if (in_.kind == Activation::relu) {
+          for (int64_t d = 0; d < size_; d += LANES)
+            store(grad_x + d, Read::load(x, d) > Float{} ? load(grad + d) : Float{});
+        } else {
+          float* grad_up = result_row(in_.grad_up, i, in_.columns, in_.grad_stride, s.grad_up);
+          for (int64_t d = 0; d < size_; d += LANES) {
+            const Float gate = Read::load(x, d), share = sigmoid_of<BF16>(gate), own = load(grad + d);
+            const Float slope = share * (broadcast(1.0f) + gate * (broadcast(1.0f) - share));
+            store(grad_up + d, own * gate * share);
+            store(grad_x + d, own * Read::load(up, d) * slope);
+          }
+          finish(in_.grad_up, i, in_.columns, in_.grad_stride, grad_up);
         }
-      } else if (in_.kind == Activation::relu) {
-        for (int64_t d = 0; d < size_; d += LANES) store(grad_x + d, load(x + d) > Float{} ? load(grad + d) : Float{});
-      } else {
-        float* grad_up = result_row(in_.grad_up, i, in_.columns, in_.grad_stride, s.grad_up);
-        for (int64_t d = 0; d < size_; d += LANES) {
-          const Float gate = load(x + d), share = sigmoid_of(gate), own = load(grad + d);
-          const Float slope = share * (broadcast(1.0f) + gate * (broadcast(1.0f) - share));
-          store(grad_up + d, own * gate * share);
-          store(grad_x + d, own * load(up + d) * slope);
-        }
-        finish(in_.grad_up, i, in_.columns, in_.grad_stride, grad_up);
-      }
+      });
       finish(in_.grad_x, i, in_.columns, in_.grad_stride, grad_x);
     }
   }

@@ -16,6 +16,7 @@ extern const LayerKernels layers_portable;
 #if defined(__x86_64__)
 extern const LayerKernels layers_avx2;
 extern const LayerKernels layers_avx512;
+extern const LayerKernels layers_avx512_bf16;
 #endif
 
 }  // namespace pynlp

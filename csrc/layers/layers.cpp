@@ -10,6 +10,7 @@ namespace {
 const LayerKernels& kernels() {
 #if defined(__x86_64__)
   const Features f = features();
+  if (f.avx512_bf16) return layers_avx512_bf16;
   if (f.avx512) return layers_avx512;
   if (f.avx2) return layers_avx2;
 #endif

@@ -18,10 +18,7 @@ PYNLP_INLINE float sum_over(int64_t size, const Term& term) {
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) sums[n] += term(d + n * LANES);
   for (; d < size; d += LANES) sums[0] += term(d);
-  const Float together = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += together[lane];
-  return sum;
+  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 class Norm {
@@ -154,14 +151,22 @@ class NormGradient {
       const float* grad_y = widened(in_.grad_y, i, in_.columns, s.grad_y);
       const Float mean = broadcast(in_.centred ? in_.mean[i] : 0.0f), rstd = broadcast(in_.rstd[i]);
       const auto normal = [&](int64_t d) { return (load(added + d) - mean) * rstd; };
-      const float along = sum_over(size_, [&](int64_t d) {
-        const Float grad = load(grad_y + d), value = normal(d);
-        store(weight_sum + d, load(weight_sum + d) + grad * value);
-        store(bias_sum + d, load(bias_sum + d) + grad);
-        return grad * load(weight + d) * value;
-      });
-      float level = 0;
-      if (in_.centred) level = sum_over(size_, [&](int64_t d) { return load(grad_y + d) * load(weight + d); });
+      Float levels[2] = {}, alongs[2] = {};
+      const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
+        const Float own = load(grad_y + d), value = normal(d), scaled = own * load(weight + d);
+        store(weight_sum + d, load(weight_sum + d) + own * value);
+        store(bias_sum + d, load(bias_sum + d) + own);
+        levels[n] += scaled;
+        alongs[n] += scaled * value;
+      };
+      int64_t d = 0;
+      for (; d + 2 * LANES <= size_; d += 2 * LANES) {
+        add(d, 0);
+        add(d + LANES, 1);
+      }
+      if (d < size_) add(d, 0);
+      const float along = lane_sum(alongs[0] + alongs[1]);
+      const float level = in_.centred ? lane_sum(levels[0] + levels[1]) : 0.0f;
       const float count = static_cast<float>(in_.columns);
       const Float mean_along = broadcast(along / count), mean_level = broadcast(level / count);
       const auto change = [&](int64_t d) {

@@ -24,6 +24,20 @@ inline const float* widened(const RowsIn& in, int64_t i, int64_t columns, float*
   return room;
 }
 
+// work(how to read them, row i of a, row i of b), of one dtype; b may have no data. Rows that are no whole vectors are
+// widened in `room_a` and `room_b`.
+template <class Work>
+PYNLP_INLINE void with_rows(const RowsIn& a, const RowsIn& b, int64_t i, int64_t columns, float* room_a, float* room_b,
+                            const Work& work) {
+  if (columns % LANES == 0 && (PYNLP_F16C || a.dtype != Dtype::float16)) {
+    with_read(a.dtype, [&](auto read) { work(read, row_of(a, i), b.data ? row_of(b, i) : nullptr); });
+  } else {
+    const float* second = b.data ? widened(b, i, columns, room_b) : nullptr;
+    work(ReadFloat{}, reinterpret_cast<const char*>(widened(a, i, columns, room_a)),
+         reinterpret_cast<const char*>(second));
+  }
+}
+
 // Where row i of a result is computed: in place, or in `room`, from where `finish` brings it.
 inline float* result_row(const RowsOut& out, int64_t i, int64_t columns, int64_t stride, float* room) {
   if (out.dtype == Dtype::float32 && columns % LANES == 0) return static_cast<float*>(out.data) + i * stride;

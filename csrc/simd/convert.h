@@ -45,7 +45,14 @@ inline void bf16_to_float(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);
 }
 inline void float_to_bf16(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+  int64_t i = 0;
+#if PYNLP_BF16
+  for (; i + LANES <= count; i += LANES) {
+    const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from + i));
+    memcpy(to + i, &packed, sizeof packed);
+  }
+#endif
+  for (; i < count; ++i) to[i] = float_to_bf16(from[i]);
 }
 
 inline void half_to_float(const uint16_t* from, int64_t count, float* to) {

@@ -26,11 +26,11 @@ struct Counters {
   Wide words[2][4];
   void set(int word, uint32_t value) { words[0][word] = words[1][word] = Wide{} + value; }
   void count_from(int word, uint32_t first) {  // first + lane
-    for (int parity = 0; parity < 2; ++parity) {
-      uint64_t lanes[LANES / 2];
-      for (int i = 0; i < LANES / 2; ++i) lanes[i] = first + static_cast<uint32_t>(2 * i + parity);
-      memcpy(&words[parity][word], lanes, sizeof lanes);
-    }
+    Wide lanes{};
+    for (int i = 0; i < LANES / 2; ++i) lanes[i] = static_cast<uint64_t>(2 * i);
+    lanes += first;
+    words[0][word] = lanes & 0xffffffffu;
+    words[1][word] = (lanes + 1) & 0xffffffffu;
   }
 };
 

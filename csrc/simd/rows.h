@@ -2,10 +2,43 @@
 #pragma once
 
 #include "../dtype.h"
+#include "../inline.h"
 #include "convert.h"
 
 namespace pynlp {
 namespace {
+
+// LANES values from element i on, as fp32.
+struct ReadFloat {
+  static constexpr bool BF16 = false;
+  static constexpr int64_t BYTES = 4;
+  static Float load(const char* row, int64_t i) { return pynlp::load(reinterpret_cast<const float*>(row) + i); }
+};
+struct ReadBf16 {
+  static constexpr bool BF16 = true;
+  static constexpr int64_t BYTES = 2;
+  static Float load(const char* row, int64_t i) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + i); }
+};
+#if PYNLP_F16C
+struct ReadHalf {
+  static constexpr bool BF16 = false;
+  static constexpr int64_t BYTES = 2;
+  static Float load(const char* row, int64_t i) { return load_half(reinterpret_cast<const uint16_t*>(row) + i); }
+};
+#endif
+
+// work(how rows of the dtype are read).
+template <class Work>
+PYNLP_INLINE void with_read(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::float32)
+    work(ReadFloat{});
+  else if (dtype == Dtype::bfloat16)
+    work(ReadBf16{});
+#if PYNLP_F16C
+  else
+    work(ReadHalf{});
+#endif
+}
 
 inline void read_row(Dtype dtype, const void* from, int64_t count, float* to) {
   if (dtype == Dtype::float32)

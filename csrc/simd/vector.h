@@ -36,6 +36,18 @@ inline Float maximum(Float a, Float b) {  // b where one is NaN
   return a > b ? a : b;
 #endif
 }
+// The sum of the lanes, by halves.
+inline float lane_sum(Float x) {
+#if PYNLP_AVX512
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sums[LANES];
+  memcpy(sums, &x, sizeof sums);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+#endif
+}
 inline Float as_float(Int x) { return (Float)x; }
 inline Int as_int(Float x) { return (Int)x; }
 

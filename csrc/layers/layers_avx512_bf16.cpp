@@ -1,0 +1,31 @@
+// The kernels of norms and activations for AVX-512 with BF16: rounding to bf16 in one instruction.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 on its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#define PYNLP_LANES 16
+#define PYNLP_F16C 1
+#define PYNLP_AVX512 1
+#define PYNLP_BF16 1
+#include "activation.h"
+#include "kernels.h"
+#include "norm.h"
+
+namespace pynlp {
+
+const LayerKernels layers_avx512_bf16 = {
+    [](const NormForward& problem) { Norm(problem).run(); },
+    [](const NormBackward& problem) { NormGradient(problem).run(); },
+    [](const ActivationForward& problem) { Activate(problem).run(); },
+    [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+};
+
+}  // namespace pynlp
+#endif
