@@ -1,0 +1,37 @@
+"""What decoding returns, and how it is scored."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Hypothesis(NamedTuple):
+    """One sequence that decoding wrote.
+
+    Attributes:
+        tokens: Without the prefix and without the end symbol.
+        log_probability: Natural logarithm of the model's probability of the tokens and, if it ended, the end symbol.
+        score: `log_probability` with the penalties of the beam search; the same as it elsewhere.
+        ended: Whether the end symbol was drawn; otherwise it was cut off at `max_length`.
+    """
+
+    tokens: list[int]
+    log_probability: float
+    score: float
+    ended: bool
+
+
+def length_divisor(length: int | Tensor, alpha: float) -> float | Tensor:
+    """What a log probability is divided by, ((5 + length) / 6) ** alpha.
+
+    Source: Wu et al., arXiv 1609.08144, equation 14.
+    """
+    return ((5 + length) / 6) ** alpha
+
+
+def coverage_term(coverage: Tensor, beta: float) -> Tensor:
+    """What is added to a score, beta * sum_i log(min(coverage_i, 1)): `(rows, source_length)` -> `(rows,)`.
+
+    Source: Wu et al., arXiv 1609.08144, equation 14.
+    """
+    return beta * coverage.clamp(max=1).log().sum(dim=1)

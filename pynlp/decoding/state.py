@@ -1,0 +1,103 @@
+"""What decoding asks of a model, and how it is asked."""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class DecodingState(Protocol):
+    """Sequences that a model is writing, one a row, and what it remembers of them (its cache, the encoded source).
+
+    It starts with one row a sentence and nothing written.
+    """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Appends tokens to the rows' histories and returns the logits of what follows them.
+
+        Args:
+            tokens: int64 `(rows, n)`: n = 1, but in the first call each row's whole prefix.
+
+        Returns:
+            `(rows, V)`, any floating dtype. -inf forbids a token. They are read only.
+        """
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Row i goes on from the history of old row `rows[i]`.
+
+        Args:
+            rows: int64 `(new_rows,)`. A row may be named several times (beams share a beginning) or not at all (its
+                sentence is finished: it needs no more work and no more memory).
+        """
+        ...
+
+
+class AttentiveState(DecodingState, Protocol):
+    """A `DecodingState` whose model attends to a source: what a coverage penalty needs."""
+
+    @property
+    def attention(self) -> Tensor:
+        """Weights `(rows, source_length)` of the last step's last token, mean over the heads.
+
+        1 at padding, which needs no covering.
+        """
+        ...
+
+
+def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `(rows, V)` after one more step, at least fp32, and the `(rows,)` that make them log probabilities.
+
+    Raises:
+        ValueError: the state's answer has another shape or dtype, or no token of a row is possible.
+    """
+    logits = state.step(tokens)
+    rows = tokens.shape[0]
+    if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"state.step: expected floating logits ({rows}, V) of 2 tokens or more, "
+            f"got {logits.dtype} {tuple(logits.shape)}"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normalizer = logits.logsumexp(dim=1)
+    if not math.isfinite(normalizer.sum()):
+        row = normalizer.isfinite().logical_not().nonzero()[0].item()
+        came = {math.inf: "+inf", -math.inf: "only -inf"}.get(normalizer[row].item(), "NaN")
+        raise ValueError(f"state.step: expected finite logits, beside which some may be -inf, got {came} in row {row}")
+    return logits, normalizer
+
+
+def attention_weights(state: AttentiveState, rows: int) -> Tensor:
+    """`state.attention` after a step of that many rows, at least fp32.
+
+    Raises:
+        TypeError: the state has none.
+        ValueError: it has another shape.
+    """
+    weights = getattr(state, "attention", None)
+    if weights is None:
+        raise TypeError(
+            f"state: expected one with the attribute `attention`, which coverage_penalty needs, "
+            f"got {type(state).__name__} without"
+        )
+    if weights.dim() != 2 or weights.shape[0] != rows:
+        raise ValueError(f"state.attention: expected ({rows}, source_length), got {tuple(weights.shape)}")
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+
+
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in falling order, and their tokens; of equal ones the lowest token first."""
+    if count == logits.shape[1]:
+        return logits.sort(dim=1, descending=True, stable=True)
+    values, tokens = logits.topk(count + 1)
+    if (values[:, 1:] == values[:, :-1]).any():
+        # topk leaves open how equal values are ordered, and which of them it takes. The first is put right among the
+        # few that were taken, the second in the rows where it matters by sorting the whole row.
+        tokens, order = tokens.sort(dim=1)
+        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        tokens = tokens.gather(1, order)
+        rows = (values[:, count - 1] == values[:, count]).nonzero().squeeze(1)
+        all_values, all_tokens = logits[rows].sort(dim=1, descending=True, stable=True)
+        values[rows], tokens[rows] = all_values[:, : count + 1], all_tokens[:, : count + 1]
+    return values[:, :count], tokens[:, :count]
