@@ -9,6 +9,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .philox import philox
+
 KEYS = tl.constexpr(8)  # that a draw decides on
 
 
@@ -29,34 +31,6 @@ def head_dropout(p_seed, i_h, dropped, HAS_DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def _product_halves(x, FACTOR: tl.constexpr):
-    """The upper and the lower 32 bits of x * FACTOR, in one multiplication where tl.philox makes two."""
-    product = x.to(tl.uint64) * FACTOR
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-def philox(seed, c0, c1, c2):
-    """Four random words of the key `seed` and the counters (c0, c1, c2, 0), which broadcast."""
-    c0 = c0.to(tl.uint32)
-    c1 = c1.to(tl.uint32)
-    c2 = c2.to(tl.uint32)
-    c3 = tl.full([], 0, tl.uint32)
-    k0 = seed.to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        upper_0, lower_0 = _product_halves(c0, 0xD2511F53)
-        upper_2, lower_2 = _product_halves(c2, 0xCD9E8D57)
-        c0 = upper_2 ^ c1 ^ k0
-        c1 = lower_2
-        c2 = upper_0 ^ c3 ^ k1
-        c3 = lower_0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
 def _kept_halves(b_word, dropped, BIT: tl.constexpr):
     """Bit BIT: whether the lower half of a word keeps its weight; the next bit: whether the upper half does."""
     b_lower = tl.where(b_word << 16 >= dropped, 1 << BIT, 0)
@@ -66,7 +40,7 @@ def _kept_halves(b_word, dropped, BIT: tl.constexpr):
 @triton.jit
 def _kept_bits(dropout, b_query, b_draw):
     """Bit n: whether the weight of key 8 b_draw + n is kept; for (ROWS, 1) and (1, COLUMNS) or the reverse."""
-    b_0, b_1, b_2, b_3 = philox(dropout.seed, b_draw, b_query, dropout.i_h)
+    b_0, b_1, b_2, b_3 = philox(dropout.seed, b_draw, b_query, dropout.i_h, 0)
     b_bits = _kept_halves(b_0, dropout.dropped, 0) | _kept_halves(b_1, dropout.dropped, 2)
     b_bits |= _kept_halves(b_2, dropout.dropped, 4) | _kept_halves(b_3, dropout.dropped, 6)
     # A sum over one value, which costs nothing: without it the compiler draws in the layout of the products' results,

@@ -56,14 +56,23 @@ class Norm {
       const float* values = added(i, keeps, s);
       const float count = static_cast<float>(in_.columns);
       float mean = 0;
-      if (in_.centred) in_.mean[i] = mean = sum_over(size_, [&](int64_t d) { return load(values + d); }) / count;
+      if (in_.centred) mean = sum_over(size_, [&](int64_t d) { return load(values + d); }) / count;
       for (int64_t d = in_.columns; d < size_; ++d) s.values[d] = mean;  // padded rows lie there
-      const Float middle = broadcast(mean);
+      // The deviations also tell by how much the mean was rounded.
+      Float deviations = {};
       const float squares = sum_over(size_, [&](int64_t d) {
-        const Float centre = load(values + d) - middle;
+        const Float centre = load(values + d) - broadcast(mean);
+        deviations += centre;
         return centre * centre;
       });
-      const float rstd = in_.rstd[i] = 1.0f / __builtin_sqrtf(squares / count + in_.eps);
+      float variance = squares / count;
+      if (in_.centred) {
+        const float off = lane_sum(deviations) / count;
+        variance -= off * off;
+        in_.mean[i] = mean += off;
+      }
+      const Float middle = broadcast(mean);
+      const float rstd = in_.rstd[i] = 1.0f / __builtin_sqrtf(variance + in_.eps);
       const Float scale = broadcast(rstd);
       float* y = result_row(in_.y, i, in_.columns, in_.columns, s.other);
       if (bias)
@@ -151,9 +160,11 @@ class NormGradient {
       const float* grad_y = widened(in_.grad_y, i, in_.columns, s.grad_y);
       const Float mean = broadcast(in_.centred ? in_.mean[i] : 0.0f), rstd = broadcast(in_.rstd[i]);
       const auto normal = [&](int64_t d) { return (load(added + d) - mean) * rstd; };
+      float* grad = result_row(in_.grad_residual, i, in_.columns, in_.columns, s.grad);
       Float levels[2] = {}, alongs[2] = {};
       const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
         const Float own = load(grad_y + d), value = normal(d), scaled = own * load(weight + d);
+        store(grad + d, scaled);
         store(weight_sum + d, load(weight_sum + d) + own * value);
         store(bias_sum + d, load(bias_sum + d) + own);
         levels[n] += scaled;
@@ -165,14 +176,10 @@ class NormGradient {
         add(d + LANES, 1);
       }
       if (d < size_) add(d, 0);
-      const float along = lane_sum(alongs[0] + alongs[1]);
-      const float level = in_.centred ? lane_sum(levels[0] + levels[1]) : 0.0f;
       const float count = static_cast<float>(in_.columns);
-      const Float mean_along = broadcast(along / count), mean_level = broadcast(level / count);
-      const auto change = [&](int64_t d) {
-        return (load(grad_y + d) * load(weight + d) - mean_level - normal(d) * mean_along) * rstd;
-      };
-      float* grad = result_row(in_.grad_residual, i, in_.columns, in_.columns, s.grad);
+      const Float mean_along = broadcast(lane_sum(alongs[0] + alongs[1]) / count);
+      const Float mean_level = broadcast(in_.centred ? lane_sum(levels[0] + levels[1]) / count : 0.0f);
+      const auto change = [&](int64_t d) { return (load(grad + d) - mean_level - normal(d) * mean_along) * rstd; };
       if (in_.grad_added.data) {
         const float* more = widened(in_.grad_added, i, in_.columns, s.grad_added);
         for (int64_t d = 0; d < size_; d += LANES) store(grad + d, change(d) + load(more + d));

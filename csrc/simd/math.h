@@ -76,8 +76,9 @@ inline Float reciprocal(Float x) {
 // 1 / (1 + exp(-x)); for bf16 with the relative error of a short polynomial.
 template <bool BF16>
 inline Float sigmoid_of(Float x) {
-  const Float exponent = x * broadcast(-LOG2_E), most = broadcast(126.0f);
-  return reciprocal<BF16>(broadcast(1.0f) + exp2_of<BF16 ? 3 : 6>(exponent > most ? most : exponent));
+  const Float exponent = x * broadcast(-LOG2_E), most = broadcast(127.0f);
+  const Float share = reciprocal<BF16>(broadcast(1.0f) + exp2_of<BF16 ? 3 : 6>(exponent > most ? most : exponent));
+  return exponent > most ? Float{} : share;
 }
 
 // Phi(x), the share of a normal distribution below x, and exp(-x^2 / 2). For 0 <= z <= 14, Phi(-z) = exp(-z^2 / 2) t P(t)

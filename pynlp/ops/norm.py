@@ -68,8 +68,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_y, grad_new, *_):
     new, weight, mean, rstd, seed = ctx.saved_tensors
     grad_y = new.new_zeros(new.shape, dtype=ctx.dtype) if grad_y is None else rows_at_one_stride(grad_y)
+    if grad_new is not None:  # of the empty one that is returned where new is x: nothing
+        grad_new = rows_at_one_stride(grad_new) if grad_new.shape == new.shape else None
     grad_residual, grad_x, grad_weight, grad_bias = torch.ops.pynlp.norm_backward(
-        grad_y, None if grad_new is None else rows_at_one_stride(grad_new), new, weight, mean, rstd,
+        grad_y, grad_new, new, weight, mean, rstd,
         ctx.centred, ctx.dropout_p, seed, ctx.has_bias,
     )  # fmt: skip
     return (
