@@ -144,12 +144,12 @@ def test_numbers_of_columns(columns, centred, dtype):
     check(*make_case(columns, (3,), centred, "same", 0.1, dtype=dtype))
 
 
-@pytest.mark.parametrize("columns", [33, 64, 100])
+@pytest.mark.parametrize("columns", [33, 64, 70])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("centred", [True, False])
 def test_rows_of_several_blocks(centred, residual, columns, monkeypatch):
     small_blocks(monkeypatch, programs=3)
-    check(*make_case(columns, (3, 5), centred, residual, 0.3, dtype=torch.float16))
+    check(*make_case(columns, (1, 5), centred, residual, 0.3, dtype=torch.float16))
     check(*make_case(columns, (1,), centred, residual, has_bias=False))
 
 
@@ -182,14 +182,14 @@ def test_one_row_and_none(rows, centred):
         torch.testing.assert_close(value.double(), e, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [20, 200])
+@pytest.mark.parametrize("columns", [20, 100])
 @pytest.mark.parametrize("dropout_p", [0.001, 0.4, 0.99999])
 def test_the_values_that_the_reference_drops(columns, dropout_p, monkeypatch):
     """What is left of ones, and of a gradient of ones that arrives at new."""
-    x = torch.ones(30, columns, device=DEVICE)
-    weight, zero = torch.ones(columns, device=DEVICE), torch.zeros(30, columns, device=DEVICE)
+    x = torch.ones(12, columns, device=DEVICE)
+    weight, zero = torch.ones(columns, device=DEVICE), torch.zeros(12, columns, device=DEVICE)
     seed = torch.tensor([SEED], device=DEVICE)
-    expected = keeps(seed, dropout_p, 30, columns) / (1 - dropped_parts(dropout_p) / 65536)
+    expected = keeps(seed, dropout_p, 12, columns) / (1 - dropped_parts(dropout_p) / 65536)
     for blocks in (False, True):
         if blocks:
             monkeypatch.setattr(norm, "tile", lambda columns, most: (8, 16 if columns == 20 else 64, 1))
