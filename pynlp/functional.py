@@ -4,6 +4,7 @@ from pynlp.ops.activation import gelu, relu, swiglu
 from pynlp.ops.attention import attention, attention_varlen
 from pynlp.ops.attention_decode import attention_decode
 from pynlp.ops.attention_weights import attention_weights
+from pynlp.ops.loss import linear_cross_entropy
 from pynlp.ops.norm import layer_norm, rms_norm
 from pynlp.ops.positions import alibi_slopes, rotary_tables
 
@@ -15,6 +16,7 @@ __all__ = [
     "attention_weights",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "relu",
     "rms_norm",
     "rotary_tables",

@@ -1,5 +1,6 @@
 // Attention in torch's dispatcher: tensors become pointers and strides.
 #include "../attention/attention.h"
+
 #include "tensors.h"
 
 namespace {

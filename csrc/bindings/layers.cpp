@@ -1,5 +1,6 @@
-// Norms and activations in torch's dispatcher: tensors become pointers and strides.
+// Norms, activations and the loss in torch's dispatcher: tensors become pointers and strides.
 #include "../layers/layers.h"
+
 #include "tensors.h"
 
 namespace {
@@ -152,6 +153,54 @@ std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTenso
   return {grad_x, grad_up};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, MaybeTensor bias,
+                                                                Tensor targets, MaybeTensor row_scale, bool needs_x,
+                                                                bool needs_weight, bool needs_bias,
+                                                                double label_smoothing, int64_t ignore_index,
+                                                                double softcap, double z_loss) {
+  pynlp::LinearCrossEntropy in{};
+  in.tokens = rows_of(x);
+  in.dim = columns_of(x);
+  in.vocabulary = weight.size(0);
+  STD_TORCH_CHECK(weight.dim() == 2 && columns_of(weight) == in.dim && in.vocabulary > 0 && in.dim > 0,
+                  "pynlp: weight: expected another shape");
+  in.x = rows_in(x, "x");
+  in.weight = rows_in(weight, "weight");
+  in.bias = bias ? statistics(*bias, in.vocabulary, "bias") : nullptr;
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == in.tokens,
+                  "pynlp: target: expected int64, contiguous, one for each row of x");
+  in.targets = static_cast<const int64_t*>(targets.const_data_ptr());
+  in.ignore_index = ignore_index;
+  for (int64_t t = 0; t < in.tokens; ++t)
+    STD_TORCH_CHECK(in.targets[t] == ignore_index || (in.targets[t] >= 0 && in.targets[t] < in.vocabulary),
+                    "pynlp: target: expected 0 to ", in.vocabulary - 1, " or ", ignore_index, ", got ", in.targets[t]);
+  in.smoothing = static_cast<float>(label_smoothing);
+  in.softcap = static_cast<float>(softcap);
+  in.z_loss = static_cast<float>(z_loss);
+  in.row_scale = row_scale ? statistics(*row_scale, in.tokens, "row_scale") : nullptr;
+  Tensor losses = output(x, targets.sizes(), ScalarType::Float);
+  Tensor grad_x = needs_x ? like(x, x.scalar_type()) : nothing(x);
+  Tensor grad_weight = needs_weight ? like(weight, weight.scalar_type()) : nothing(weight);
+  Tensor grad_bias =
+      needs_bias ? torch::stable::empty_like(*bias) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  in.losses = floats(losses);
+  if (needs_x) in.grad_x = rows_out(grad_x);
+  if (needs_weight) in.grad_weight = rows_out(grad_weight);
+  if (needs_bias) in.grad_bias = floats(grad_bias);
+  pynlp::linear_cross_entropy(in);
+  if (!row_scale) return {losses, grad_x, grad_weight, grad_bias};
+  Tensor sum = torch::stable::new_empty(x, {}, ScalarType::Float);
+  double total = 0;
+  for (int64_t t = 0; t < in.tokens; ++t) total += static_cast<double>(in.row_scale[t]) * in.losses[t];
+  *floats(sum) = static_cast<float>(total);
+  return {sum, grad_x, grad_weight, grad_bias};
+}
+
+void linear_cross_entropy_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::linear_cross_entropy_reference", stack[0], stack))
+    TORCH_BOX (&linear_cross_entropy)(stack, inputs, outputs);
+}
+
 void norm_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::norm_forward_reference", stack[0], stack))
     TORCH_BOX (&norm_forward)(stack, inputs, outputs);
@@ -179,4 +228,5 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   m.impl("norm_backward", &norm_backward_boxed);
   m.impl("activation_forward", &activation_forward_boxed);
   m.impl("activation_backward", &activation_backward_boxed);
+  m.impl("linear_cross_entropy", &linear_cross_entropy_boxed);
 }

@@ -39,7 +39,8 @@ inline pynlp::Dtype dtype_of(const Tensor& x) {
 
 // A new tensor like x. A large one is fresh memory from the system at every call: asking for huge pages makes a fault
 // every 2 MiB of it instead of every 4 KiB, which would cost a quarter of the time of a long window.
-inline Tensor output(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor output(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     std::optional<ScalarType> dtype = std::nullopt) {
   Tensor result = torch::stable::new_empty(x, sizes, dtype);
 #if defined(__linux__)
   constexpr uintptr_t HUGE = uintptr_t{1} << 21;

@@ -14,9 +14,9 @@ class Activate {
   explicit Activate(const ActivationForward& in) : in_(in), size_(padded(in.columns)) {}
 
   void run() const {
-    run_tasks(
-        (in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-        [](void* a, int64_t task) { static_cast<const Activate*>(a)->run_task(task); }, const_cast<Activate*>(this));
+    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
+              [](void* a, int64_t task) { static_cast<const Activate*>(a)->run_task(task); },
+              const_cast<Activate*>(this));
   }
 
  private:
@@ -82,10 +82,9 @@ class ActivateGradient {
   explicit ActivateGradient(const ActivationBackward& in) : in_(in), size_(padded(in.columns)) {}
 
   void run() const {
-    run_tasks(
-        (in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-        [](void* a, int64_t task) { static_cast<const ActivateGradient*>(a)->run_task(task); },
-        const_cast<ActivateGradient*>(this));
+    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
+              [](void* a, int64_t task) { static_cast<const ActivateGradient*>(a)->run_task(task); },
+              const_cast<ActivateGradient*>(this));
   }
 
  private:

@@ -40,7 +40,7 @@ struct NormBackward {
   const float *weight, *mean, *rstd;
   bool centred;
   RowDropout dropout;
-  RowsOut grad_residual, grad_x;    // grad_x: no data where it is grad_residual
+  RowsOut grad_residual, grad_x;   // grad_x: no data where it is grad_residual
   float *grad_weight, *grad_bias;  // (columns,); grad_bias may be null
 };
 
@@ -64,6 +64,22 @@ struct ActivationBackward {
   int64_t grad_stride;  // of their rows
 };
 
+// losses = cross-entropy of softcap(x weight' + bias), smoothed, + z_loss lse^2; with row_scale the gradients of its
+// sum weighted by that.
+struct LinearCrossEntropy {
+  int64_t tokens, dim, vocabulary;
+  RowsIn x, weight;
+  const float* bias;       // (vocabulary,) or null
+  const int64_t* targets;  // (tokens,): of the vocabulary, or ignore_index
+  int64_t ignore_index;
+  float smoothing, softcap, z_loss;
+  const float* row_scale;       // (tokens,) or null: no gradients
+  float* losses;                // (tokens,)
+  RowsOut grad_x, grad_weight;  // no data: not wanted
+  float* grad_bias;             // or null
+};
+
+void linear_cross_entropy(const LinearCrossEntropy& problem);
 void norm_forward(const NormForward& problem);
 void norm_backward(const NormBackward& problem);
 void activation_forward(const ActivationForward& problem);

@@ -1,4 +1,4 @@
-// The kernels of norms and activations for AVX2, FMA and F16C.
+// The kernels of norms, activations and the loss for AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -14,6 +14,7 @@
 #define PYNLP_BF16 0
 #include "activation.h"
 #include "kernels.h"
+#include "loss.h"
 #include "norm.h"
 
 namespace pynlp {
@@ -23,6 +24,7 @@ const LayerKernels layers_avx2 = {
     [](const NormBackward& problem) { NormGradient(problem).run(); },
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearCrossEntropy& problem) { Loss<Fp32>(problem).run(); },
 };
 
 }  // namespace pynlp

@@ -1,4 +1,4 @@
-// The kernels of norms and activations for AVX-512 (F, BW, DQ, VL).
+// The kernels of norms, activations and the loss for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,6 +16,7 @@
 #define PYNLP_BF16 0
 #include "activation.h"
 #include "kernels.h"
+#include "loss.h"
 #include "norm.h"
 
 namespace pynlp {
@@ -25,6 +26,7 @@ const LayerKernels layers_avx512 = {
     [](const NormBackward& problem) { NormGradient(problem).run(); },
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearCrossEntropy& problem) { Loss<Fp32>(problem).run(); },
 };
 
 }  // namespace pynlp

@@ -1,4 +1,4 @@
-// The kernels of norms and activations for AVX-512 with BF16: rounding to bf16 in one instruction.
+// The kernels of norms, activations and the loss for AVX-512 with BF16: rounding to bf16 in one instruction.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,6 +16,7 @@
 #define PYNLP_BF16 1
 #include "activation.h"
 #include "kernels.h"
+#include "loss.h"
 #include "norm.h"
 
 namespace pynlp {
@@ -25,6 +26,12 @@ const LayerKernels layers_avx512_bf16 = {
     [](const NormBackward& problem) { NormGradient(problem).run(); },
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearCrossEntropy& problem) {
+      if (problem.x.dtype == Dtype::bfloat16)
+        Loss<Bf16>(problem).run();
+      else
+        Loss<Fp32>(problem).run();
+    },
 };
 
 }  // namespace pynlp

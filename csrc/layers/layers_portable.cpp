@@ -1,4 +1,4 @@
-// The kernels of norms and activations for any CPU: 16-byte vectors.
+// The kernels of norms, activations and the loss for any CPU: 16-byte vectors.
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -14,6 +14,7 @@
 #define PYNLP_BF16 0
 #include "activation.h"
 #include "kernels.h"
+#include "loss.h"
 #include "norm.h"
 
 namespace pynlp {
@@ -23,6 +24,7 @@ const LayerKernels layers_portable = {
     [](const NormBackward& problem) { NormGradient(problem).run(); },
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearCrossEntropy& problem) { Loss<Fp32>(problem).run(); },
 };
 
 }  // namespace pynlp

@@ -26,9 +26,8 @@ class Norm {
   explicit Norm(const NormForward& in) : in_(in), size_(padded(in.columns)) {}
 
   void run() const {
-    run_tasks(
-        (in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-        [](void* n, int64_t task) { static_cast<const Norm*>(n)->run_task(task); }, const_cast<Norm*>(this));
+    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
+              [](void* n, int64_t task) { static_cast<const Norm*>(n)->run_task(task); }, const_cast<Norm*>(this));
   }
 
  private:
@@ -120,9 +119,8 @@ class NormGradient {
   void run() const {
     const auto self = const_cast<NormGradient*>(this);
     run_tasks(parts_, [](void* n, int64_t task) { static_cast<const NormGradient*>(n)->run_task(task); }, self);
-    run_tasks(
-        (size_ + TOGETHER - 1) / TOGETHER,
-        [](void* n, int64_t task) { static_cast<const NormGradient*>(n)->add_parts(task); }, self);
+    run_tasks((size_ + TOGETHER - 1) / TOGETHER,
+              [](void* n, int64_t task) { static_cast<const NormGradient*>(n)->add_parts(task); }, self);
   }
 
  private:
@@ -145,7 +143,8 @@ class NormGradient {
   float* of_weight(int64_t part) const { return sums_.floats() + part * 2 * size_; }
   float* of_bias(int64_t part) const { return of_weight(part) + size_; }
 
-  // d new = (g - mean(g) - n mean(g n)) / deviation + grad_added, with g = grad_y weight and n = (new - mean) / deviation.
+  // d new = (g - mean(g) - n mean(g n)) / deviation + grad_added, with g = grad_y weight and n = (new - mean) /
+  // deviation.
   void run_task(int64_t part) const {
     Arena sizes{nullptr};
     Scratch(*this, sizes);

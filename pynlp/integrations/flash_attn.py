@@ -23,6 +23,7 @@ from torch import Tensor
 from pynlp.ops import attention_checks as checks
 from pynlp.ops.attention import attention, attention_varlen
 from pynlp.ops.attention_decode import attention_decode
+from pynlp.ops.checks import check, check_range
 from pynlp.reference.attention import compute, rotate
 
 __all__ = [
@@ -287,7 +288,7 @@ def flash_attn_with_kvcache(
     cache_lengths = cache_seqlens
     if cache_leftpad is not None:
         appended = 0 if k is None else k.shape[1]
-        checks.check_range("cache_seqlens", cache_seqlens, 0, k_cache.shape[1] - appended)
+        check_range("cache_seqlens", cache_seqlens, 0, k_cache.shape[1] - appended)
         block_table = _keys_as_pages(q, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad)
         cache_lengths = cache_seqlens - cache_leftpad
         k_cache, v_cache = _one_key_a_page("k_cache", k_cache), _one_key_a_page("v_cache", v_cache)
@@ -401,7 +402,7 @@ def _rows(tables: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Ten
     cos, sin = tables
     if positions.numel():
         first, last = torch.aminmax(positions)
-        checks.check(
+        check(
             (first >= 0) & (last < cos.shape[0]),
             "rotary tables: expected positions within cos and sin",
             lambda: f"got {first.item()} to {last.item()} in tables of {cos.shape[0]}",
@@ -434,13 +435,13 @@ def _gather_pages(
     if total == 0:
         return k.flatten(0, 1)[:0], v.flatten(0, 1)[:0]
     sequence, place = _sequence_and_place(cu_seqlens_k, total)
-    checks.check(
+    check(
         place.max() < block_table.shape[1] * page_size,
         "block_table: expected pages for the longest sequence of cu_seqlens_k",
         lambda: f"got {block_table.shape[1]} pages of {page_size} for {place.max().item() + 1} keys",
     )
     page = block_table[sequence, place // page_size]
-    checks.check_range("block_table", page, 0, pages - 1)
+    check_range("block_table", page, 0, pages - 1)
     return k[page, place % page_size], v[page, place % page_size]
 
 
@@ -451,7 +452,7 @@ def _keys_as_pages(
     batch, capacity = cache_seqlens.shape[0], k_cache.shape[1]
     checks.check_integers("cache_leftpad", cache_leftpad, (batch,), q)
     if batch:
-        checks.check(
+        check(
             ((cache_leftpad >= 0) & (cache_leftpad <= cache_seqlens)).all(),
             "cache_leftpad: expected values of 0 to cache_seqlens",
             lambda: f"got {cache_leftpad.tolist()} and cache_seqlens {cache_seqlens.tolist()}",
@@ -467,7 +468,7 @@ def _keys_as_pages(
 
 def _check_batch_idx(q: Tensor, k_cache: Tensor, cache_batch_idx: Tensor) -> None:
     checks.check_integers("cache_batch_idx", cache_batch_idx, (q.shape[0],), q)
-    checks.check_range("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1)
+    check_range("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1)
 
 
 def _one_key_a_page(name: str, cache: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """What the public attention functions ask of their arguments; every error names the argument."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pynlp.ops.checks import check_dtype, check_tensor, statistics
+from pynlp.ops.checks import check, check_dtype, check_range, check_tensor, extremes, statistics
 from pynlp.ops.positions import relative_position_buckets
 
 MAX_HEAD_DIM = 256
@@ -227,33 +227,3 @@ def check_position_ids(positions: Tensor, shape: tuple[int, ...], cos: Tensor, q
     if positions.device != q.device:
         raise ValueError(f"rotary_offset: expected q's device {q.device}, got {positions.device}")
     check_range("rotary_offset", positions, 0, cos.shape[0] - 1)
-
-
-def check_range(name: str, x: Tensor, low: int, high: int) -> None:
-    if x.numel() == 0:
-        return
-    smallest, largest = extremes(x)
-    check(
-        (smallest >= low) & (largest <= high),
-        f"{name}: expected values of {low} to {high}",
-        lambda: f"got {smallest} to {largest}",
-    )
-
-
-def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
-    smallest, largest = torch.aminmax(x)
-    return (smallest.item(), largest.item()) if _at_once(x) else (smallest, largest)
-
-
-def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
-    """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
-    if isinstance(condition, bool) or _at_once(condition):
-        if not condition:
-            raise ValueError(f"{expected}, {got()}")
-    else:
-        torch._assert_async(condition, expected)
-
-
-def _at_once(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

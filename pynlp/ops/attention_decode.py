@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
-from pynlp.ops.checks import check_dtype, rows_in_place
+from pynlp.ops.checks import check, check_dtype, check_range, rows_in_place
 from pynlp.ops.library import LIBRARY, define, triton_launcher
 from pynlp.reference import attention_decode as reference
 
@@ -116,7 +116,7 @@ def attention_decode(
     if block_table is not None and block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    checks.check_range("cache_lengths", cache_lengths, 0, capacity - appended)
+    check_range("cache_lengths", cache_lengths, 0, capacity - appended)
     cache_lengths = checks.int32(cache_lengths)
     if block_table is not None:
         _check_pages(block_table, cache_lengths, appended, k_cache)
@@ -203,7 +203,7 @@ def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_ca
     first = torch.arange(block_table.shape[1], device=block_table.device) * page_size  # a page's first key
     unused = first >= cache_lengths[:, None] + appended
     outside = ~unused & ((block_table < 0) | (block_table >= pages))
-    checks.check(
+    check(
         ~outside.any(), f"block_table: expected pages 0 to {pages - 1}", lambda: f"got {block_table[outside][0].item()}"
     )
 
@@ -220,11 +220,9 @@ def _check_rotary(
     if cache_lengths.numel():
         shortest, longest = checks.extremes(cache_lengths)
         first = shortest + (appended - q.shape[1] + rotary_offset)
-        checks.check(
-            first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query"
-        )
+        check(first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query")
         last = longest + (appended + rotary_offset)
-        checks.check(
+        check(
             last <= cos.shape[0],
             "rotary: expected tables that reach the last position",
             lambda: f"got {cos.shape[0]} positions, needed {last}",

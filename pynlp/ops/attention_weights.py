@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
 from pynlp.ops.attention import OPTIONS
-from pynlp.ops.checks import autocast, check_tensor, rows_in_place, statistics
+from pynlp.ops.checks import autocast, check_range, check_tensor, rows_in_place, statistics
 from pynlp.ops.library import LIBRARY, define, triton_launcher
 from pynlp.reference import attention_weights as reference
 
@@ -71,7 +71,7 @@ def attention_weights(
     batch, seqlen_q, heads, head_dim = q.shape
     if rows is not None:
         checks.check_integers("rows", rows, (rows.numel(),), q)
-        checks.check_range("rows", rows, 0, seqlen_q - 1)
+        check_range("rows", rows, 0, seqlen_q - 1)
         rows = checks.int32(rows)
     if lse is not None:
         check_tensor("lse", lse, q, [(batch, heads, seqlen_q)])

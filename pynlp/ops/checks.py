@@ -1,5 +1,7 @@
 """What every op asks of its arguments, whatever it computes; every error names the argument."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,33 @@ def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...
 def statistics(x: Tensor, like: Tensor) -> Tensor:
     """Biases, tables and weights of norms are kept in fp32 (fp64 for fp64 inputs), contiguous."""
     return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def check_range(name: str, x: Tensor, low: int, high: int) -> None:
+    if x.numel() == 0:
+        return
+    smallest, largest = extremes(x)
+    check(
+        (smallest >= low) & (largest <= high),
+        f"{name}: expected values of {low} to {high}",
+        lambda: f"got {smallest} to {largest}",
+    )
+
+
+def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
+    smallest, largest = torch.aminmax(x)
+    return (smallest.item(), largest.item()) if _at_once(x) else (smallest, largest)
+
+
+def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
+    """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
+    if isinstance(condition, bool) or _at_once(condition):
+        if not condition:
+            raise ValueError(f"{expected}, {got()}")
+    else:
+        torch._assert_async(condition, expected)
+
+
+def _at_once(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
