@@ -29,8 +29,8 @@ def _fake(x, weight, bias, target, row_scale, needs_x, needs_weight, needs_bias,
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(target.shape if row_scale is None else (), dtype=exact),
-        x.new_empty(x.shape if needs_x else (0,)),
-        weight.new_empty(weight.shape if needs_weight else (0,)),
+        x.new_empty(x.shape if needs_x else (0,), dtype=reference.gradient_dtype(x)),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=reference.gradient_dtype(weight)),
         x.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=exact),
     )
 
@@ -39,6 +39,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, target, row_scale, *_, smoothing, ignore_index, softcap, z_loss = inputs
     _, *gradients = output
     ctx.weighted = row_scale is not None
+    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(*(gradients if ctx.weighted else (x, weight, bias, target)))
     ctx.options = smoothing, ignore_index, softcap, z_loss
     ctx.mark_non_differentiable(*gradients)
@@ -55,7 +56,7 @@ def _backward(ctx, grad, *_):
         _, *gradients = torch.ops.pynlp.linear_cross_entropy(
             *ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options
         )
-        gradients = [x if needed else None for x, needed in zip(gradients, needs, strict=True)]
+    gradients = [x.to(dtype) if needed else None for x, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)]
     return (*gradients, *[None] * 9)
 
 

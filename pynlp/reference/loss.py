@@ -22,6 +22,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses (..); or their sum weighted by `row_scale`, and the gradients of that sum that are needed.
 
+    Gradients of x and weight come in their dtypes, but of fp16 in fp32: these have yet to be scaled up.
     loss = (1 - smoothing) (lse - s_target) + smoothing mean_v (lse - s_v) + z_loss lse^2, s the logits, 0 if ignored.
     """
     rows, scores_of = compute(x), compute(weight.to(x.dtype))
@@ -35,7 +36,11 @@ def linear_cross_entropy(
     hit = scores.gather(-1, place)[..., 0]
     losses = lse - (1 - label_smoothing) * hit - label_smoothing * scores.mean(-1) + z_loss * lse.square()
     losses = losses.where(counts, 0.0)
-    nothing = [x.new_empty(0), weight.new_empty(0), lse.new_empty(0)]
+    nothing = [
+        x.new_empty(0, dtype=gradient_dtype(x)),
+        weight.new_empty(0, dtype=gradient_dtype(weight)),
+        lse.new_empty(0),
+    ]
     if row_scale is None:
         return losses, *nothing
     scale = row_scale.where(counts, 0.0)[..., None]
@@ -45,8 +50,12 @@ def linear_cross_entropy(
         grad = grad * (1 - (scores / softcap).square())
     flat = grad.flatten(0, -2)
     gradients = [
-        (grad @ scores_of).to(x.dtype) if needs_x else nothing[0],
-        (flat.T @ rows.flatten(0, -2)).to(weight.dtype) if needs_weight else nothing[1],
+        (grad @ scores_of).to(gradient_dtype(x)) if needs_x else nothing[0],
+        (flat.T @ rows.flatten(0, -2)).to(gradient_dtype(weight)) if needs_weight else nothing[1],
         flat.sum(0) if needs_bias else nothing[2],
     ]
     return (losses * row_scale).sum(), *gradients
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
