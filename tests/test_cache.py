@@ -102,6 +102,39 @@ def test_prompts_of_unequal_lengths_are_padded_and_cut():
             torch.testing.assert_close(out[b : b + 1], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_selected_entries_go_on_from_their_own_histories():
+    """Named twice, not at all, or in another order; unequal lengths, in two layers."""
+    cache = contiguous(layers=2)
+    written = [(rows(2, 5), rows(2, 5, KV_HEADS, HEAD_DIM_V)) for _ in range(2)]
+    before = cache.append(5)
+    for layer, (k, v) in zip(before, written, strict=True):
+        write(layer, k, v)
+    cache.truncate([5, 2])
+    histories = [[(k[0], v[0]), (k[1, :2], v[1, :2])] for k, v in written]
+    for chosen in ([1, 0, 1], [2, 2, 1, 0], [3], [0, 0]):
+        cache.select(torch.tensor(chosen))
+        histories = [[layer[row] for row in chosen] for layer in histories]
+        assert cache.lengths == [len(k) for k, _ in histories[0]]
+        new = [(rows(len(chosen), 1), rows(len(chosen), 1, KV_HEADS, HEAD_DIM_V)) for _ in range(2)]
+        for i, layer in enumerate(cache.append(1)):
+            assert layer.k.shape == (len(chosen), 16, KV_HEADS, HEAD_DIM) and not layer.empty
+            write(layer, *new[i])
+            for row, (k, v) in enumerate(histories[i]):
+                k, v = torch.cat((k, new[i][0][row])), torch.cat((v, new[i][1][row]))
+                assert torch.equal(layer.k[row, : len(k)], k) and torch.equal(layer.v[row, : len(v)], v)
+                histories[i][row] = k, v
+    assert torch.equal(before[0].k[:, :5], written[0][0])  # what was given out before is as it was
+    assert cache.nbytes == contiguous(layers=2).nbytes
+
+
+def test_selecting_nothing_leaves_a_cache_of_no_entries():
+    cache = contiguous()
+    cache.append(3)
+    cache.select(torch.empty(0, dtype=torch.int64))
+    (layer,) = cache.append(16)
+    assert cache.lengths == [] and layer.k.shape[:2] == (0, 16) and layer.lengths.shape == (0,)
+
+
 def test_lengths_and_emptiness_of_a_step():
     cache = contiguous()
     (first,) = cache.append(3)
@@ -207,6 +240,13 @@ def test_paged_refuses_bad_sizes(name):
         (lambda cache: cache.truncate([3]), "lengths: expected one for each of 2 entries, got 1"),
         (lambda cache: cache.truncate([4, 5]), "lengths: expected 0 to the 4 tokens that are there, got 5"),
         (lambda cache: cache.truncate([-1, 4]), "lengths: expected 0 to the 9 tokens that are there, got -1"),
+        (lambda cache: cache.select(torch.tensor([0, 2])), "rows: expected entries 0 to 1, got 2"),
+        (lambda cache: cache.select(torch.tensor([-1, 0])), "rows: expected entries 0 to 1, got -1"),
+        (
+            lambda cache: cache.select(torch.tensor([[0]])),
+            r"rows: expected int64 of shape .*, got .*\(1, 1\)",
+        ),
+        (lambda cache: cache.select(torch.tensor([True])), "rows: expected int64 of shape .*, got torch.bool"),
     ],
 )
 def test_contiguous_refuses_bad_calls_and_stays_as_it_was(call, message):

@@ -2,6 +2,18 @@
 
 from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache
+from pynlp.nn.feed_forward import FeedForward
 from pynlp.nn.latent_attention import LatentAttention
+from pynlp.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["KVCache", "LatentAttention", "LayerCache", "MultiHeadAttention", "OutOfPages", "PagedKVCache"]
+__all__ = [
+    "FeedForward",
+    "KVCache",
+    "LatentAttention",
+    "LayerCache",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "OutOfPages",
+    "PagedKVCache",
+    "RMSNorm",
+]

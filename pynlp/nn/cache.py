@@ -104,7 +104,7 @@ class KVCache:
         """
         _check_count("tokens", tokens)
         capacity = self.k.shape[2]
-        room = capacity - max(self.lengths)
+        room = capacity - max(self.lengths, default=0)
         if tokens > room:
             raise ValueError(f"tokens: expected at most {room}, the room behind the longest entry, got {tokens}")
         layers = _layers(self.k, self.v, self.lengths, None, tokens)
@@ -122,6 +122,27 @@ class KVCache:
         for length, there in zip(lengths, self.lengths, strict=True):
             _check_length("lengths", length, there)
         self.lengths = list(lengths)
+
+    def select(self, rows: Tensor) -> None:
+        """Entry i goes on from what old entry `rows[i]` has: an entry may be named several times or not at all.
+
+        A `LayerCache` from before still has the old entries.
+
+        Args:
+            rows: int64 or int32 `(new_batch,)`.
+
+        Raises:
+            ValueError: rows is no such tensor, or names an entry that there is not. Nothing has changed then.
+        """
+        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"rows: expected int64 of shape (new_batch,), got {rows.dtype} {tuple(rows.shape)}")
+        chosen = rows.tolist()
+        for row in chosen:
+            if not 0 <= row < len(self.lengths):
+                raise ValueError(f"rows: expected entries 0 to {len(self.lengths) - 1}, got {row}")
+        longest = max(self.lengths, default=0)  # there is nothing behind it that would need copying
+        self.k, self.v = (_selected(pool, rows, longest) for pool in (self.k, self.v))
+        self.lengths = [self.lengths[row] for row in chosen]
 
     @property
     def nbytes(self) -> int:
@@ -310,6 +331,14 @@ def _pools(
     *rows, head_dim = sizes.values()
     k = torch.empty(*rows, head_dim, dtype=dtype, device=device)
     return k, k.new_empty(*rows, head_dim if head_dim_v is None else head_dim_v)
+
+
+def _selected(pool: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """A pool (layers, new_batch, capacity, heads, head_dim) with the first tokens of these entries."""
+    layers, _, *rest = pool.shape
+    selected = pool.new_empty(layers, len(rows), *rest)
+    torch.index_select(pool[:, :, :tokens], 1, rows, out=selected[:, :, :tokens])
+    return selected
 
 
 def _layers(

@@ -1,0 +1,47 @@
+"""The feed-forward layer as a module: two projections around `pynlp.functional.gelu`, `relu` or `swiglu`."""
+
+from torch import Tensor, nn
+
+from pynlp.ops.activation import gelu, relu, swiglu
+
+ACTIVATIONS = {"gelu": gelu, "relu": relu, "swiglu": swiglu}
+
+
+class FeedForward(nn.Module):
+    """down_proj(dropout(activation(up_proj(x)))), each token by itself.
+
+    Args:
+        embed_dim: Width of the input and the output, E.
+        ffn_dim: Inner width, F.
+        activation: "gelu", "relu" or "swiglu", for which `up_proj` has 2 F rows: those of the gate, then the others.
+        dropout: Share of the activations that is set to 0 in training.
+        bias: Whether both projections have one.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.3; gated: Shazeer, arXiv 2002.05202.
+    """
+
+    def __init__(
+        self, embed_dim: int, ffn_dim: int, *, activation: str = "gelu", dropout: float = 0.0, bias: bool = True
+    ):
+        super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("ffn_dim", ffn_dim)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        self.activation, self.dropout = activation, dropout
+        self.up_proj = nn.Linear(embed_dim, 2 * ffn_dim if activation == "swiglu" else ffn_dim, bias)
+        self.down_proj = nn.Linear(ffn_dim, embed_dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(.., E)` of x `(.., E)`."""
+        activation = ACTIVATIONS[self.activation]
+        return self.down_proj(activation(self.up_proj(x), dropout_p=self.dropout if self.training else 0.0))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}"
