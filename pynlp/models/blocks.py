@@ -1,0 +1,227 @@
+"""What all transformers here are built of: a block of layers around a residual stream, and a stack of blocks.
+
+Shapes: B batch, S tokens, Sk source tokens, E embed_dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pynlp.models.config import TransformerConfig
+from pynlp.nn import FeedForward, LayerCache, LayerNorm, MultiHeadAttention, RMSNorm
+from pynlp.nn.attention import RotaryTables
+from pynlp.ops.checks import check, check_range, extremes
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+ADDED_POSITIONS = ("sinusoidal", "learned")
+
+
+class Memory(Protocol):
+    """What a block's cross-attention looks at."""
+
+    def attend(self, attention: MultiHeadAttention, x: Tensor) -> Tensor:
+        """What tokens x `(B, S, E)` take from it, `(B, S, E)`."""
+        ...
+
+
+class Source(NamedTuple):
+    """The encoder's features of the sources `(B, Sk, E)` and their lengths int32 `(B,)`, as memory of all blocks."""
+
+    features: Tensor
+    lengths: Tensor | None
+
+    def attend(self, attention: MultiHeadAttention, x: Tensor) -> Tensor:
+        return attention(x, self.features, key_lengths=self.lengths)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a source, and a feed-forward layer, each with a norm.
+
+    With pre-norm a layer's result is not added to the residual at once: the next norm does it, with its dropout, in
+    the pass that normalises the sum.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, causal: bool, cross_attention: bool, attention: Callable[..., Tensor]
+    ):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        heads = dict(kv_heads=config.kv_heads, bias=False, dropout=config.dropout, attention=attention)
+        self.attention_norm = make_norm(config)
+        self.attention = MultiHeadAttention(
+            config.embed_dim,
+            config.heads,
+            causal=causal,
+            window=None if config.window is None else (config.window, 0 if causal else config.window),
+            positions="none" if config.positions in ADDED_POSITIONS else config.positions,
+            max_positions=config.max_positions,
+            **heads,
+        )
+        if cross_attention:
+            self.cross_attention_norm = make_norm(config)
+            self.cross_attention = MultiHeadAttention(config.embed_dim, config.heads, **heads)
+        ffn_dim = config.ffn_dim
+        if ffn_dim is None:
+            ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(
+            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False
+        )
+
+    def forward(
+        self,
+        h: Tensor,
+        residual: Tensor | None,
+        key_lengths: Tensor | None,
+        memory: Memory | None,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """With pre-norm h `(B, S, E)` is yet to be added to the residual, if there is one; post-norm has h alone."""
+        h, residual = self.around(
+            lambda x: self.attention(x, key_lengths=key_lengths, cache=cache), self.attention_norm, h, residual
+        )
+        if memory is not None:
+            h, residual = self.around(
+                lambda x: memory.attend(self.cross_attention, x), self.cross_attention_norm, h, residual
+            )
+        return self.around(self.feed_forward, self.feed_forward_norm, h, residual)
+
+    def around(
+        self, layer: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A layer with its norm; takes and gives what `forward` does."""
+        if not self.pre_norm:
+            return norm(layer(h), h)[0], None
+        x, residual = (norm(h), h) if residual is None else norm(h, residual)
+        return layer(x), residual
+
+
+class SinusoidalPositions(RotaryTables):
+    """Sines and cosines of positions, of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.stack((self.sin[positions], self.cos[positions]), dim=-1).flatten(-2)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, with what is done to the embeddings before them and the norm behind them.
+
+    Args:
+        config: Sizes and parts.
+        layers: Blocks.
+        causal: Whether a token sees no later one.
+        cross_attention: Whether the blocks look at a memory, too.
+        attention: What the attention layers call with q, k, v, as in `pynlp.nn.MultiHeadAttention`.
+
+    Attributes:
+        checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
+            backward computes again: same gradients, less memory, more time. Chen et al., arXiv 1604.06174.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layers: int,
+        *,
+        causal: bool,
+        cross_attention: bool = False,
+        attention: Callable[..., Tensor],
+    ):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.scale, self.positions = 1.0, None
+        if config.positions == "sinusoidal":
+            self.scale = config.embed_dim**0.5
+            self.positions = SinusoidalPositions(config.max_positions, config.embed_dim)
+        elif config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, causal=causal, cross_attention=cross_attention, attention=attention) for _ in range(layers)
+        )
+        for block in self.blocks:  # one set of rotary tables for all layers
+            block.attention.rotary = self.blocks[0].attention.rotary
+        self.norm = make_norm(config) if config.pre_norm else None
+
+    def reset_parameters(self) -> None:
+        """GPT-2's: N(0, 0.02), layers that write to the residual stream smaller by the root of their number."""
+        writers = sum(name.endswith(("out_proj", "down_proj")) for name, _ in self.named_modules())
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("out_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=0.02 / writers**0.5 if writes_residual else 0.02)
+
+    def transform(
+        self,
+        x: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        memories: Sequence[Memory] | None = None,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Features of tokens.
+
+        Args:
+            x: Their embeddings `(B, S, E)`.
+            key_lengths: int32 `(B,)`, the tokens of each row that are none of its padding.
+            memories: What each block's cross-attention looks at.
+            cache: As in `Decoder.forward`.
+
+        Returns:
+            `(B, S, E)`, normalised.
+        """
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
+        if self.positions is not None:
+            x = x * self.scale + self.positions(self.position_ids(x, cache)).to(x.dtype)
+        h, residual = self.dropout(x), None
+        for i, block in enumerate(self.blocks):
+            memory = None if memories is None else memories[i]
+            layer_cache = None if cache is None else cache[i]
+            if self.checkpointing and torch.is_grad_enabled():
+                h, residual = checkpoint(block, h, residual, key_lengths, memory, layer_cache, use_reentrant=False)
+            else:
+                h, residual = block(h, residual, key_lengths, memory, layer_cache)
+        return h if self.norm is None else self.norm(h, residual)[0]
+
+    def position_ids(self, x: Tensor, cache: Sequence[LayerCache] | None) -> Tensor:
+        """Those of x `(B, S, E)`: `(S,)`, or `(B, S)` with a cache, whose tokens come first."""
+        new = torch.arange(x.shape[1], device=x.device)
+        cached = 0 if cache is None or x.shape[0] == 0 else extremes(cache[0].lengths)[1]
+        check(
+            cached + x.shape[1] <= self.config.max_positions,
+            f"tokens: expected at most max_positions = {self.config.max_positions} in a row, cached ones included",
+            lambda: f"got {cached + x.shape[1]}",
+        )
+        return new if cache is None else cache[0].lengths[:, None] + new
+
+    @property
+    def cache_shape(self) -> dict[str, int]:
+        """What `KVCache` and `PagedKVCache` are to be made with for these blocks."""
+        return dict(layers=len(self.blocks), **self.blocks[0].attention.cache_shape)
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    return NORMS[config.norm](config.embed_dim, dropout=config.dropout)
+
+
+def check_tokens(name: str, tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int64, got {tokens.dtype}")
+
+
+def check_lengths(name: str, lengths: Tensor | None, tokens: Tensor) -> None:
+    """Lengths of rows of tokens `(B, S)`."""
+    if lengths is None:
+        return
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"{name}: expected shape {tuple(tokens.shape[:1])}, got {tuple(lengths.shape)}")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int32, got {lengths.dtype}")
+    check_range(name, lengths, 0, tokens.shape[1])

@@ -1,0 +1,65 @@
+"""What a transformer is made of, in numbers and names that can be written to a file."""
+
+from dataclasses import dataclass
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("swiglu", "gelu", "relu")
+POSITIONS = ("rope", "relative", "alibi", "sinusoidal", "learned", "none")
+
+
+@dataclass
+class TransformerConfig:
+    """Sizes and parts of an `Encoder`, a `Decoder` or an `EncoderDecoder`; `dataclasses.asdict` gives plain values.
+
+    Attributes:
+        layers: Blocks; of an encoder-decoder those of its decoder.
+        encoder_layers: Blocks of an encoder-decoder's encoder; `layers` by default.
+        heads, kv_heads: Query heads, and key/value heads, a divisor of them; `heads` by default.
+        ffn_dim: Inner width of the feed-forward layers; by default 4 E, with "swiglu" 8/3 E, which is as many weights.
+        positions: "rope", "relative" (T5's table, one a layer) or "alibi" in self-attention, see
+            `pynlp.nn.MultiHeadAttention`; or added to the embeddings: "sinusoidal" (these then times the root of
+            `embed_dim`, as in arXiv 1706.03762) or "learned" (as GPT-2's); or "none".
+        window: A token sees itself and this many tokens before it, in an encoder also behind it; None = all.
+        max_positions: Most tokens in a row with "rope", "sinusoidal" or "learned".
+        norm: "rms" or "layer".
+        pre_norm: Whether a norm stands before each layer and behind the last block (Xiong et al., arXiv 2002.04745), or
+            one behind each layer and its residual add.
+        activation: "swiglu" (Shazeer, arXiv 2002.05202), "gelu" or "relu".
+        dropout: Share of embeddings, attention weights, activations and what layers add to the residual that is set
+            to 0 in training.
+        tied_embeddings: Whether the output projection is the embedding, in an encoder-decoder also the source's.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    vocab_size: int
+    embed_dim: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    ffn_dim: int | None = None
+    positions: str = "rope"
+    window: int | None = None
+    max_positions: int = 2048
+    norm: str = "rms"
+    activation: str = "swiglu"
+    tied_embeddings: bool = True
+    dropout: float = 0.0
+    pre_norm: bool = True
+    encoder_layers: int | None = None
+
+    def __post_init__(self):
+        for name, names in (("positions", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {getattr(self, name)!r}")
+        for name in ("vocab_size", "layers", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("encoder_layers", "ffn_dim", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1 or None, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
+        if self.positions == "sinusoidal" and self.embed_dim % 2:
+            raise ValueError(f"embed_dim: expected an even number with positions='sinusoidal', got {self.embed_dim}")

@@ -1,0 +1,113 @@
+"""A transformer that reads one sequence, the source, and writes another one, the target.
+
+Shapes: B batch, S source tokens, T target tokens, E embed_dim, V vocab_size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_tokens
+from pynlp.models.config import TransformerConfig
+from pynlp.models.states import EncoderDecoderState
+from pynlp.nn import LayerCache
+from pynlp.ops.attention import attention as fused_attention
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder of sources, and a causal decoder that looks at its features in each block.
+
+    Both have the positions and the window of the config in their self-attention; cross-attention has none. With tied
+    embeddings one matrix embeds source and target and gives the logits, else there are three.
+
+    Args:
+        config: Its sizes and parts.
+        attention: What its layers call with q, k, v; anything with the signature of `pynlp.functional.attention`.
+
+    Source: Vaswani et al., arXiv 1706.03762.
+    """
+
+    def __init__(self, config: TransformerConfig, *, attention: Callable[..., Tensor] = fused_attention):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.source_embedding = self.output = None
+        if not config.tied_embeddings:
+            self.source_embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+            self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        encoder_layers = config.layers if config.encoder_layers is None else config.encoder_layers
+        self.encoder = Stack(config, encoder_layers, causal=False, attention=attention)
+        self.decoder = Stack(config, config.layers, causal=True, cross_attention=True, attention=attention)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """GPT-2's, as `Decoder`'s."""
+        self.encoder.reset_parameters()
+        self.decoder.reset_parameters()
+        for module in (self.embedding, self.source_embedding, self.output):
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
+        """Logits of the target's next token, `(B, T, V)`; see `features` for the arguments."""
+        return F.linear(self.features(source, source_lengths, target), self.output_weight)
+
+    def features(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
+        """What the logits are a projection of.
+
+        Args:
+            source: Ids `(B, S)`.
+            source_lengths: int32 `(B,)`, the tokens of each source; what is behind them is padding, which nothing sees.
+                None = all are tokens.
+            target: Ids `(B, T)`; none sees a later one, so padding behind them needs no lengths.
+
+        Returns:
+            `(B, T, E)`.
+        """
+        memory = Source(self.encode(source, source_lengths), source_lengths)
+        if target.shape[:1] != source.shape[:1]:
+            raise ValueError(f"target: expected {source.shape[0]} rows, one a source, got {tuple(target.shape)}")
+        return self.decode(target, [memory] * len(self.decoder.blocks))
+
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """The encoder's features `(B, S, E)`; those of padding mean nothing."""
+        check_tokens("source", source)
+        check_lengths("source_lengths", source_lengths, source)
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        return self.encoder.transform(embedding(source), key_lengths=source_lengths)
+
+    def decode(self, target: Tensor, memories: Sequence[Memory], cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """The decoder's features `(B, T, E)`.
+
+        Args:
+            target: Ids `(B, T)`.
+            memories: What each block's cross-attention looks at.
+            cache: As in `Decoder.features`, of `decoder.cache_shape`.
+        """
+        check_tokens("target", target)
+        return self.decoder.transform(self.embedding(target), memories=memories, cache=cache)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The projection of features to logits, `(V, E)`."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training keeps only what goes into each block of encoder and decoder; see `Decoder`."""
+        return self.decoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = on
+
+    def decoding_state(self, source: Tensor, source_lengths: Tensor | None, max_length: int) -> EncoderDecoderState:
+        """For `pynlp.decoding`: a row a source, of up to `max_length` target tokens, prefix included; not in training.
+
+        Source and lengths are as in `features`.
+        """
+        return EncoderDecoderState(self, source, source_lengths, max_length)
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
