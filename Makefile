@@ -14,9 +14,11 @@ demo: install
 bench: install build/.models
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.serving
+	$(PY) -m benchmarks.layers
 	$(PY) -m benchmarks.generate
 	$(PY) -m benchmarks.audit
 	$(PY) -m benchmarks.audit_decode
+	$(PY) -m benchmarks.audit_layers
 
 test: install build/.models lint
 	$(PY) -m pytest --durations=15
@@ -34,7 +36,8 @@ sanitize: install
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib .venv/bin/pytest -q \
 		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py \
 		tests/test_attention_varlen.py tests/test_attention_decode.py tests/test_attention_weights.py \
-		tests/test_attention_offsets.py tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile"
+		tests/test_attention_offsets.py tests/test_norm.py tests/test_activation.py tests/test_loss.py \
+		tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile and not memory"
 
 lint: install
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Compiles the kernels of norms and activations for GPUs that are not here.
+"""Compiles the kernels of norms, activations and the loss for GPUs that are not here.
 
 `python -m benchmarks.audit_layers [--full]`.
 
@@ -8,6 +8,7 @@ which memory delivers what they work on.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from benchmarks import sass
 from benchmarks.audit import Row, occupancy, report
 from benchmarks.audit_decode import MEMORY
-from pynlp.kernels import activation, norm
+from pynlp.kernels import activation, loss, norm
 
 # Layer norms are centred; "wide" residuals are fp32.
 CASES = {
@@ -35,6 +36,8 @@ CASES = {
     "swiglu": dict(kind="swiglu", up=True),
     "swiglu, packed, dropout": dict(kind="swiglu", dropout=0.1),
     "swiglu, unaligned": dict(kind="swiglu", dropout=0.1, unaligned=True),
+    "loss": dict(loss=dict(label_smoothing=0.0, softcap=0.0, z_loss=0.0)),
+    "loss, smoothing, softcap, z": dict(loss=dict(label_smoothing=0.1, softcap=30.0, z_loss=1e-4)),
 }
 HEADER = (
     "| chip | kernel | D | dtype | features | rows x columns, warps | registers | stack B | shared B | warps an SM | "
@@ -42,13 +45,13 @@ HEADER = (
 )
 SOURCES = {path.name: path.read_text().splitlines() for path in Path(norm.__file__).parent.glob("*.py")}
 # Lines that may read and write in pieces, one number a row or little a program, and those that read a cache.
-NARROW = ("p_seed", "p_mean", "p_rstd", "_sums + o_sum")
+NARROW = ("p_seed", "p_mean", "p_rstd", "_sums + o_sum", "p_target", "p_scale", "p_losses")
 CACHED = ("evict_last",)
 LOAD = r"LDG(?!DEPBAR)|(buffer|global|flat)_load"
 ACCESS = rf"{LOAD}|STG|(buffer|global|flat)_store"
 # Memory of sm_100 is twice as fast as that of the others. There dropout, 12 instructions a value, takes longer than a
 # read and a write of 16 bits, and so does the error function with its 30 on any chip.
-BARS = {"norm": 0.9, "relu": 0.8, "swiglu": 0.7, "gelu": 0.33}
+BARS = {"norm": 0.9, "relu": 0.8, "swiglu": 0.7, "gelu": 0.33, "loss": 0.3}
 
 
 @dataclass
@@ -86,6 +89,11 @@ def launches(chip: str, columns: int, dtype: torch.dtype, features: dict) -> lis
             options = (activation.KINDS.index(features["kind"]), dropout, seed)
             activation.activation_forward(x, up, *options)
             activation.activation_backward(rows(), x, up, *options)
+        elif "loss" in features:  # columns are the vocabulary
+            x, weight, bias = tensor(512, 64, dtype=dtype), tensor(columns, 64, dtype=dtype), tensor(columns)
+            target, scale = tensor(512, dtype=torch.int64), tensor(512)
+            options = dict(ignore_index=-100, **features["loss"])
+            loss.linear_cross_entropy(x, weight, bias, target, scale, True, True, True, **options)
         else:
             centred, weight = features.get("centred", False), tensor(columns)
             bias = weight if centred else None
@@ -102,17 +110,21 @@ def launches(chip: str, columns: int, dtype: torch.dtype, features: dict) -> lis
 def judge(chip: str, name: str, arguments: dict, kernel, columns: int, dtype: torch.dtype, case: str) -> LayerRow:
     limits, code, warps = sass.CHIPS[chip], sass.machine_code(kernel), arguments["num_warps"]
     features = arguments["F"]
+    if isinstance(features, loss.Features):
+        tile, align, bar = f"1 x {features.BLOCK}", math.gcd(16, features.V), BARS["loss"]
+    else:
+        tile, align = f"{features.ROWS} x {features.BLOCK_D}", features.ALIGN
+        bar = BARS["norm" if name.startswith("norm") else features.KIND]
     row = LayerRow(
         chip, name.removesuffix("_kernel"), columns, str(dtype).removeprefix("torch."), case,
-        f"{features.ROWS} x {features.BLOCK_D}, {warps}", code, occupancy(limits, code, warps, 0),
+        f"{tile}, {warps}", code, occupancy(limits, code, warps, 0),
     )  # fmt: skip
     row.failures += sass.excesses(chip, kernel)
     hot = hot_path(code)
     row.instructions = sum(i.opcode not in ("NOP", "s_nop") for i in hot)
     row.issue = moved_bytes(hot) * limits.target.warp_size / (row.instructions / limits.issue)
-    if features.ALIGN * dtype.itemsize >= 16:
+    if align * dtype.itemsize >= 16:
         row.failures += narrow_accesses(code.instructions)
-        bar = BARS["norm" if name.startswith("norm") else features.KIND]
         if row.issue < bar * MEMORY[chip]:
             row.failures.append(f"{row.issue / MEMORY[chip]:.2f} of memory's rate, bar {bar}")
     return row

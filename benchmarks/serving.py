@@ -290,7 +290,7 @@ def run_case(case: Case) -> dict:
     }
 
 
-def plot(rows: list[dict]) -> None:
+def plot(rows: list[dict], name: str, label: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -301,11 +301,11 @@ def plot(rows: list[dict]) -> None:
     labels = [f"{row['case']}, {row['dtype']}" for row in rows]
     bars = axes.barh(labels, [float(row["of peak"].rstrip("%")) for row in rows], color="#3b6fb6")
     axes.bar_label(bars, [f"{row['rate']}; time / ours: {row['time / ours']}" for row in rows], padding=4, fontsize=7)
-    axes.set(xlim=(0, 220), xlabel="% of the machine's peak: read bandwidth for decoding, FLOP/s otherwise")
+    axes.set(xlim=(0, 220), xlabel=label)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "serving.png", dpi=150)
+    figure.savefig(RESULTS / f"{name}.png", dpi=150)
     plt.close(figure)
 
 
@@ -323,7 +323,7 @@ def main() -> None:
     layers = cached_modules()
     print(f"\n{table(layers)}")
     path = write_json("serving", {"machine": machine(), "cases": rows, "layers": layers})
-    plot(rows)
+    plot(rows, "serving", "% of the machine's peak: read bandwidth for decoding, FLOP/s otherwise")
     print(f"\n{machine()}\nwritten: {path}, {RESULTS / 'serving.png'}")
 
 

@@ -53,9 +53,9 @@ def cross_entropy_kernel(
     counts = i_target != ignore_index
 
     b_m = tl.full([F.BLOCK], -float("inf"), tl.float32)  # each lane by itself
-    b_l = tl.zeros([F.BLOCK], tl.float32)
-    b_sum = tl.zeros([F.BLOCK], tl.float32)
-    b_hit = tl.zeros([F.BLOCK], tl.float32)
+    b_l = tl.full([F.BLOCK], 0.0, tl.float32)
+    b_sum = tl.full([F.BLOCK], 0.0, tl.float32)
+    b_hit = tl.full([F.BLOCK], 0.0, tl.float32)
     for i_v in tl.range(0, F.V, F.BLOCK):
         b_v = i_v + tl.arange(0, F.BLOCK)
         b_s = _logits(p_logits, p_bias, b_v, softcap, F)
@@ -139,7 +139,7 @@ def linear_cross_entropy(
         logits = torch.mm(rows[own], factors.T, out=chunk[: rows.shape[0] - first])
         cross_entropy_kernel[(logits.shape[0],)](
             logits, bias, targets[own], None if scale is None else scale[own], losses[own],
-            label_smoothing, ignore_index, softcap, z_loss, features, num_warps=8,
+            label_smoothing, ignore_index, softcap, z_loss, features, num_warps=max(1, min(8, features.BLOCK // 512)),
         )  # fmt: skip
         if needs_x:
             grad_x[own] = logits @ factors
