@@ -15,6 +15,7 @@ bench: install build/.models
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.layers
+	$(PY) -m benchmarks.training
 	$(PY) -m benchmarks.generate
 	$(PY) -m benchmarks.audit
 	$(PY) -m benchmarks.audit_decode
@@ -37,7 +38,7 @@ sanitize: install
 		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py \
 		tests/test_attention_varlen.py tests/test_attention_decode.py tests/test_attention_weights.py \
 		tests/test_attention_offsets.py tests/test_norm.py tests/test_activation.py tests/test_loss.py \
-		tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile and not memory"
+		tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile"
 
 lint: install
 	$(PY) -m ruff check .
