@@ -101,6 +101,25 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert latest(tmp_path / "nowhere") is None and best(tmp_path / "nowhere") is None
 
 
+def test_what_is_deleted_half_has_no_checkpoints_name(tmp_path, monkeypatch):
+    model = Tied()
+    optimizer = trained(model, 1)
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, state(), model, optimizer)
+
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.keep_only(tmp_path, 2, 1, None)
+    assert [path.name for path in checkpoints.all_checkpoints(tmp_path)] == ["step-00000002"]
+    checkpoints.save(tmp_path, 3, state(), model, optimizer)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 def damage_by_truncation(path):
     os.truncate(path / "optimizer.safetensors", 100)
 
@@ -184,7 +203,7 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     draw = random.Random(0)
     folder = tmp_path / "run"
     step, partly = 0, 0
-    for _ in range(40):
+    for _ in range(30):
         process = context.Process(target=save_for_ever, args=(folder, step + 1))
         process.start()
         while not checkpoints.path_of(folder, step + 1).exists():
@@ -204,7 +223,9 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         for parameter in (*model.parameters(), *average.parameters()):
             assert (parameter == step).all()
         assert all((values["exp_avg"] == step).all() for values in optimizer.state.values())
-    assert partly > 10  # it was killed in the middle of writing or deleting
+        for there in checkpoints.all_checkpoints(folder):  # the older ones, too
+            checkpoints.load(there, nn.Linear(64, 64), optimizer, nn.Linear(64, 64))
+    assert partly > 5  # it was killed in the middle of writing or deleting
     checkpoints.save(folder, step + 1, state(), model, optimizer)
     assert not [name for name in names(folder) if name.endswith(".partial")]
     assert json.loads((path / "state.json").read_text())["step"] == step

@@ -141,6 +141,16 @@ def test_validation_leaves_no_trace_in_training(tmp_path, whole):
     torch.testing.assert_close(never.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
+def test_the_seed_decides_what_is_dropped(tmp_path, whole):
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(5)  # of no avail
+        resumable(tmp_path / str(seed), seed=seed, steps=3).train()
+        losses.append([row["loss"] for row in read_csv(tmp_path / str(seed))])
+    expected = [row["loss"] for row in read_csv(whole.folder)[:3]]
+    assert losses[0] == expected and not set(losses[1]) & set(expected)
+
+
 def test_another_configuration_is_refused_by_name(tmp_path):
     resumable(tmp_path, steps=3).train()
     with pytest.raises(ValueError) as error:
