@@ -1,0 +1,330 @@
+"""Finnish to English: trains a small translation model, measures it on held-out documents, and translates.
+
+    python examples/translation.py train --minutes 10
+    python examples/translation.py evaluate --method beam
+    python examples/translation.py translate "Napsauta hiiren oikealla painikkeella taulukkoa."
+    python examples/translation.py compare --minutes 10
+
+`train` fetches the corpus, sets documents aside, trains subwords and the model, and writes what it found to --output:
+sample translations, BLEU and chrF, the cross-attention of a sentence as cross_attention.png, and loss.png. With
+--baseline it trains torch.nn.Transformer in the same time. Ctrl-C saves; --resume goes on to the bit. `translate` takes
+a text, a file, or lines from the standard input, each translated as it comes. `compare` trains with each kind of
+positions and decodes in each way.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from corpora import Pair, load_documents
+from figures import attention_map, bars
+from preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
+from sacrebleu.metrics import BLEU, CHRF
+from tqdm import tqdm
+from translator import (
+    LONGEST,
+    METHODS,
+    OPTIONS,
+    TOKENIZER,
+    Options,
+    TranslationLoss,
+    Translator,
+    collate,
+    load_options,
+    read_pairs,
+    save_options,
+    write_pairs,
+)
+
+from pynlp.models import EncoderDecoder
+from pynlp.models.config import POSITIONS
+from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, process_group
+
+OUTPUT = Path("results/translation")
+COMPARED = ("rope", "relative", "alibi", "sinusoidal")
+SAMPLES, SCORED, VALIDATIONS = 5, 200, 6  # texts shown; texts and times of a BLEU score in training
+
+
+def main() -> None:
+    arguments = vars(parser().parse_args())
+    command = arguments.pop("command")
+    folder = Path(arguments.pop("output", OUTPUT))
+    try:
+        {"train": train, "evaluate": evaluate, "translate": translate, "compare": compare}[command](folder, **arguments)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        raise SystemExit(f"translation.py {command}: {error}") from None
+    except Interrupted:
+        print(f"To go on: python {sys.argv[0]} train --resume --output {folder}", file=sys.stderr)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    """What is not given on the command line is not in the result: the functions have the defaults."""
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = result.add_subparsers(dest="command", required=True)
+    names = ("train", "evaluate", "translate", "compare")
+    helps = ("train a model", "measure it on the test set", "translate", "positions and ways to decode in one table")
+    parsers = {
+        name: commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS)
+        for name, text in zip(names, helps, strict=True)
+    }
+    for command in parsers.values():
+        command.add_argument("--output", type=Path, help=f"folder of the model and the figures ({OUTPUT})")
+    for name in ("train", "compare"):
+        add = parsers[name].add_argument
+        add("--corpus", nargs="+", help="libreoffice (default), homeassistant, opus-100, a TSV file, or two files")
+        add("--minutes", type=float, help="time to train (10); the number of steps follows from it")
+        add("--steps", type=int, help="updates, instead of a time")
+        for option in ("dim", "layers", "heads", "vocabulary", "max-tokens", "seed"):
+            add(f"--{option}", type=int)
+        for option in ("dropout", "learning-rate"):
+            add(f"--{option}", type=float)
+    add = parsers["train"].add_argument
+    add("--positions", choices=POSITIONS)
+    add("--baseline", action="store_true", help="torch.nn.Transformer instead")
+    add("--overfit", type=int, help="train and test on so many pairs")
+    add("--resume", action="store_true", help="go on from the last checkpoint, with the options it was begun with")
+    add("--tensorboard", action="store_true")
+    for name in ("evaluate", "translate"):
+        parsers[name].add_argument("--method", choices=METHODS, help="how to decode (beam)")
+        parsers[name].add_argument("--beam-size", type=int, help="5 by default")
+    add = parsers["translate"].add_argument
+    add("text", nargs="?", help="otherwise the standard input is translated, a line at a time")
+    add("--file", type=Path, help="a text a line")
+    return result
+
+
+def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **given) -> dict:
+    """Trains, or goes on, measures, and writes the figures. Returns the scores of the test set."""
+    with process_group() as device:
+        options = resumed_options(folder, given) if resume else None
+        if options is None:
+            options = prepare(folder, Options(**given), device)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        parts = {name: read_pairs(folder / f"{name}.tsv") for name in ("train", "validation", "test")}
+        trainer(folder, options, tokenizer, parts, device, tensorboard).train(resume=resume)
+        return report(folder, Translator.load(folder, device), parts["test"])
+
+
+def resumed_options(folder: Path, given: dict) -> Options:
+    """Those that a training was begun with; what is given again must be the same."""
+    options = load_options(folder)
+    for name, value in given.items():
+        there = getattr(options, name)
+        if value != (list(there) if isinstance(there, tuple) else there):
+            raise ValueError(f"--{name.replace('_', '-')}: expected {there}, as {folder / OPTIONS} has it, got {value}")
+    return options
+
+
+def prepare(folder: Path, options: Options, device: torch.device) -> Options:
+    """Sets documents aside, trains the subwords, plans the steps, and writes all of that down."""
+    if (folder / OPTIONS).exists():
+        raise FileExistsError(f"--output: expected a folder without a model, or --resume, got {folder}")
+    if options.overfit:
+        options = replace(options, dropout=0.0, label_smoothing=0.0)
+    options = replace(options, corpus=tuple(options.corpus))
+    pairs = split(load_documents(*options.corpus))
+    parts = {name: getattr(pairs, name) for name in ("train", "validation", "test")}
+    if options.overfit:
+        parts = dict.fromkeys(parts, pairs.train[: options.overfit])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        write_pairs(folder / f"{name}.tsv", part)
+    tokenizer = train_tokenizer(parts["train"], options.vocabulary)
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    if options.steps is None:
+        seconds = seconds_per_step(options, tokenizer, parts["train"], device)
+        options = replace(options, steps=max(20, round(60 * options.minutes / seconds)))
+        print(f"{seconds:.2f} s a step: {options.steps} steps in {options.minutes:g} minutes")
+    save_options(folder, options)
+    return options
+
+
+def trainer(folder: Path, options: Options, tokenizer, parts: dict, device: torch.device, tensorboard: bool) -> Trainer:
+    torch.manual_seed(options.seed)
+    model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
+    config = TrainingConfig(
+        options.steps,
+        options.learning_rate,
+        WarmupCosine(warmup=max(1, min(400, options.steps // 8)), steps=max(2, options.steps), floor=0.02),
+        bf16=True,
+        ema_decay=0.998 if options.steps > 2000 else 0.98,
+        seed=options.seed,
+        validate_every=max(1, -(-options.steps // VALIDATIONS)),
+        save_every=max(1, min(200, options.steps // 4)),
+    )
+    scored = parts["validation"][:SCORED]
+
+    def loss(model: TranslationLoss, batch: tuple) -> tuple:
+        batch = [x.to(device) for x in batch]
+        return model(*batch), (batch[-1] != IGNORED).sum()
+
+    def score(model: TranslationLoss) -> float:
+        sources, references = zip(*scored, strict=True)
+        return (
+            BLEU()
+            .corpus_score(Translator(model.model, tokenizer).translate(sources, method="greedy"), [references])
+            .score
+        )
+
+    return Trainer(
+        model, loss, config, batches(tokenizer, parts["train"], options), folder,
+        validation=batches(tokenizer, parts["validation"], options), score=score,
+        description={"options": {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("corpus", "minutes", "steps")}},
+        tensorboard=tensorboard,
+    )  # fmt: skip
+
+
+def batches(tokenizer, pairs: Sequence[Pair], options: Options) -> Batches:
+    """Of all pairs that the model is made for."""
+    sources, targets = ([e.ids for e in tokenizer.encode_batch(list(texts))] for texts in zip(*pairs, strict=True))
+    limit = min(LONGEST - 1, options.max_tokens // 2 - 1)
+    fit = [i for i in range(len(pairs)) if max(len(sources[i]), len(targets[i])) <= limit]
+    if len(fit) < len(pairs):
+        print(f"left out: {len(pairs) - len(fit)} pairs of more than {limit} tokens")
+    lengths = [(len(sources[i]) + 1, len(targets[i]) + 1) for i in fit]
+
+    def collate_items(items: list[int]) -> tuple:
+        return collate([sources[fit[i]] for i in items], [targets[fit[i]] for i in items])
+
+    return Batches(lengths, options.max_tokens, collate_items, seed=options.seed)
+
+
+def seconds_per_step(options: Options, tokenizer, pairs: list[Pair], device: torch.device) -> float:
+    """Of a training like the one to come, on batches drawn from all over the corpus."""
+    data = batches(tokenizer, pairs, options)
+    model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, fused=True)
+    seconds = []
+    for items in tqdm(data.epoch(0)[:25], "Timing steps", leave=False):
+        start = time.perf_counter()
+        source, lengths, target, labels = (x.to(device) for x in data.collate(items))
+        with torch.autocast(device.type, torch.bfloat16):
+            total = model(source, lengths, target, labels)
+        (total / (labels != IGNORED).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    warm = seconds[min(5, len(seconds) - 1) :]
+    return sum(warm) / len(warm)
+
+
+def report(folder: Path, translator: Translator, pairs: list[Pair]) -> dict:
+    """Prints translations beside their references, and the scores; writes them and the cross-attention."""
+    outputs, scores = measure(translator, pairs, "beam")
+    step = max(1, len(pairs) // SAMPLES)
+    for (source, reference), output in list(zip(pairs, outputs, strict=True))[::step][:SAMPLES]:
+        print(f"\n  source:      {source}\n  translation: {output}\n  reference:   {reference}")
+    show(scores)
+    (folder / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
+    write_json(folder / "scores.json", scores)
+    if isinstance(translator.model, EncoderDecoder):
+        draw_attention(folder, translator, pairs, outputs)
+    return scores
+
+
+def draw_attention(folder: Path, translator: Translator, pairs: list[Pair], outputs: list[str]) -> None:
+    """Of the first held-out sentence of a length that can be read in a figure."""
+    readable = [i for i, (source, _) in enumerate(pairs) if 8 <= len(translator.tokenizer.encode(source).ids) <= 25]
+    chosen = readable[0] if readable else 0
+    path = folder / "cross_attention.png"
+    attention_map(*translator.cross_attention(pairs[chosen][0], outputs[chosen]), path)
+    print(f"written: {path}, {folder / 'loss.png'}")
+
+
+def measure(translator: Translator, pairs: list[Pair], method: str, beam_size: int = 5) -> tuple[list[str], dict]:
+    """Translations of all sources, and their BLEU and chrF with sacreBLEU's signatures, and the speed."""
+    sources, references = (list(texts) for texts in zip(*pairs, strict=True))
+    start = time.perf_counter()
+    outputs = translator.translate(sources, method=method, beam_size=beam_size, progress=True)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(encoding.ids) + 1 for encoding in translator.tokenizer.encode_batch(outputs))
+    scores = {"method": f"beam {beam_size}" if method == "beam" else method, "sentences": len(pairs)}
+    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        scores[name] = round(metric.corpus_score(outputs, [references]).score, 2)
+        scores[f"{name} signature"] = str(metric.get_signature())
+    return outputs, scores | {"tokens/s": round(tokens / seconds)}
+
+
+def show(scores: dict) -> None:
+    print(
+        f"\n{scores['method']}, {scores['sentences']} held-out sentences, {scores['tokens/s']} tokens/s\n"
+        f"BLEU {scores['BLEU']:.2f}  {scores['BLEU signature']}\nchrF {scores['chrF']:.2f}  {scores['chrF signature']}"
+    )
+
+
+def evaluate(folder: Path, *, method: str = "beam", beam_size: int = 5) -> None:
+    show(measure(Translator.load(folder, device()), read_pairs(folder / "test.tsv"), method, beam_size)[1])
+
+
+def translate(folder: Path, *, text: str | None = None, file: Path | None = None, **decoding) -> None:
+    translator = Translator.load(folder, device())
+    if text is not None and file is not None:
+        raise ValueError(f"text: expected a text or --file, got both ({file})")
+    if text is not None:
+        print(translator.translate([text], **decoding)[0])
+    elif file is not None:
+        with open(file, "rb") as stream:
+            texts = list(lines_of(stream, str(file)))
+        print("\n".join(translator.translate(texts, progress=True, **decoding)))
+    else:
+        for line in lines_of(sys.stdin.buffer, "standard input"):
+            print(translator.translate([line], **decoding)[0], flush=True)
+
+
+def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
+    """The lines of UTF-8 text as they come."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: expected UTF-8, got byte 0x{line[error.start]:02x} at place {error.start + 1}"
+            ) from None
+
+
+def compare(folder: Path, **given) -> None:
+    """Trains with each kind of positions, where that was not done yet, and decodes in each way."""
+    rows = []
+    for positions in COMPARED:
+        own = folder / positions
+        train(own, **given, positions=positions, resume=(own / OPTIONS).exists())
+        translator, pairs = Translator.load(own, device()), read_pairs(own / "test.tsv")
+        for method in METHODS:
+            scores = measure(translator, pairs, method)[1]
+            rows.append(
+                {"positions": positions, "decoding": scores["method"]}
+                | {n: scores[n] for n in ("BLEU", "chrF", "tokens/s")}
+            )
+    table = markdown(rows)
+    print(f"\n{table}")
+    (folder / "comparison.md").write_text(f"{table}\n")
+    bars(rows, folder / "comparison.png")
+    print(f"written: {folder / 'comparison.md'}, {folder / 'comparison.png'}")
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()
