@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -168,16 +168,14 @@ def trainer(folder: Path, options: Options, tokenizer, parts: dict, device: torc
 
     def score(model: TranslationLoss) -> float:
         sources, references = zip(*scored, strict=True)
-        return (
-            BLEU()
-            .corpus_score(Translator(model.model, tokenizer).translate(sources, method="greedy"), [references])
-            .score
-        )
+        outputs = Translator(model.model, tokenizer).translate(sources, method="greedy")
+        return BLEU().corpus_score(outputs, [references]).score
 
+    same = {name: value for name, value in asdict(options).items() if name not in ("corpus", "minutes", "steps")}
     return Trainer(
         model, loss, config, batches(tokenizer, parts["train"], options), folder,
         validation=batches(tokenizer, parts["validation"], options), score=score,
-        description={"options": {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("corpus", "minutes", "steps")}},
+        description={"options": same},
         tensorboard=tensorboard,
     )  # fmt: skip
 
@@ -300,10 +298,8 @@ def compare(folder: Path, **given) -> None:
         translator, pairs = Translator.load(own, device()), read_pairs(own / "test.tsv")
         for method in METHODS:
             scores = measure(translator, pairs, method)[1]
-            rows.append(
-                {"positions": positions, "decoding": scores["method"]}
-                | {n: scores[n] for n in ("BLEU", "chrF", "tokens/s")}
-            )
+            shown = {name: scores[name] for name in ("BLEU", "chrF", "tokens/s")}
+            rows.append({"positions": positions, "decoding": scores["method"], **shown})
     table = markdown(rows)
     print(f"\n{table}")
     (folder / "comparison.md").write_text(f"{table}\n")
