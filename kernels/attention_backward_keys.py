@@ -111,7 +111,7 @@ def _visit_queries(
             p_line += i_h * group.line
         score = Score(scale, softcap, slope, p_line, radius)
         b_q = load_head(queries, rotary, i_m, F, DESCRIPTOR, BLOCK_M, True, TILE.LONG)
-        b_s = pieces_product(b_k, b_q, F.PRECISION)  # (BLOCK_N, BLOCK_M)
+        b_s = pieces_product(b_k, b_q, F)  # (BLOCK_N, BLOCK_M)
         i_row = i_h.to(tl.int64) * group.padded_q + i_m
         b_pivot = tl.load(group.p_pivot + i_row + o_m)  # (BLOCK_M,)
         if KIND == "far":
@@ -130,7 +130,7 @@ def _visit_queries(
         if MASKED:
             b_p = tl.where(m_pair, b_p, 0.0)
         b_grad = load_pieces(grads, i_m, 0, F.HEAD_DIM_V, F.BLOCK_D, DESCRIPTOR, BLOCK_M, True, TILE.LONG)
-        b_grad_p = pieces_product(b_v, b_grad, F.PRECISION)  # (BLOCK_N, BLOCK_M)
+        b_grad_p = pieces_product(b_v, b_grad, F)  # (BLOCK_N, BLOCK_M)
         if KIND == "careful":
             b_grad_v = spoil_rows(b_grad_v, m_pair & nonfinite_rows(b_grad)[None, :])
             b_grad = finite_or_zero(b_grad)
@@ -138,7 +138,7 @@ def _visit_queries(
         if F.HAS_DROPOUT:
             dropout = Dropout(group.dropout.seed, group.dropout.i_h + i_h, group.dropout.dropped)
             b_kept = tl.where(kept_weights_on_end(dropout, i_m, i_n, BLOCK_M, BLOCK_N), b_p, 0.0)
-        b_grad_v = add_product(b_grad_v, b_kept, b_grad, F.PRECISION)  # (BLOCK_N, BLOCK_D) each
+        b_grad_v = add_product(b_grad_v, b_kept, b_grad, F)  # (BLOCK_N, BLOCK_D) each
         b_delta = tl.load(group.p_delta + i_row + o_m)  # (BLOCK_M,)
         if F.HAS_DROPOUT:
             b_ds = b_kept * b_grad_p - b_p * b_delta[None, :]
@@ -151,7 +151,7 @@ def _visit_queries(
         if KIND == "careful":
             b_grad_k = spoil_rows(b_grad_k, m_pair & nonfinite_rows(b_q)[None, :])
             b_q = finite_or_zero(b_q)
-        b_grad_k = add_product(b_grad_k, b_ds, b_q, F.PRECISION)  # (BLOCK_N, channels) each
+        b_grad_k = add_product(b_grad_k, b_ds, b_q, F)  # (BLOCK_N, channels) each
         i_block += BLOCK_M
         i_h += tl.where(i_block >= span.end, 1, 0)
         i_block = tl.where(i_block >= span.end, span.start, i_block)

@@ -124,7 +124,7 @@ def _visit_keys(
             if F.HAS_LEFT:
                 m_pair = m_pair & (o_n[None, :] >= (b_lower - i_n)[:, None])
         b_k = load_head(keys, rotary, i_n, F, DESCRIPTOR, BLOCK_N, MASKED, TILE.LONG)
-        b_s = pieces_product(b_q, b_k, F.PRECISION)  # (BLOCK_M, BLOCK_N)
+        b_s = pieces_product(b_q, b_k, F)  # (BLOCK_M, BLOCK_N)
         if KIND == "far":
             b_shift = constant
             b_x, b_tanh = capped_scores(b_s, score, F, ACCURATE)
@@ -139,7 +139,7 @@ def _visit_keys(
             )  # fmt: skip
             b_p = tl.exp2(b_x - b_pivot[:, None])
         b_v = load_pieces(values, i_n, 0, F.HEAD_DIM_V, F.BLOCK_D, DESCRIPTOR, BLOCK_N, MASKED, TILE.LONG)
-        b_grad_p = pieces_product(b_grad, b_v, F.PRECISION)  # (BLOCK_M, BLOCK_N)
+        b_grad_p = pieces_product(b_grad, b_v, F)  # (BLOCK_M, BLOCK_N)
         if F.HAS_DROPOUT:
             b_kept = tl.where(kept_weights(dropout, i_m, i_n, BLOCK_M, BLOCK_N), b_p, 0.0)
             b_ds = b_kept * b_grad_p - b_p * b_delta[:, None]
@@ -164,7 +164,7 @@ def _visit_keys(
         if KIND == "careful":
             b_grad_q = spoil_rows(b_grad_q, m_pair & nonfinite_rows(b_k)[None, :])
             b_k = finite_or_zero(b_k)
-        b_grad_q = add_product(b_grad_q, b_ds, b_k, F.PRECISION)  # (BLOCK_M, channels) each
+        b_grad_q = add_product(b_grad_q, b_ds, b_k, F)  # (BLOCK_M, channels) each
     return b_grad_q, b_slope, b_left, b_right
 
 

@@ -124,14 +124,14 @@ def _key_rows(cache, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.cons
 
 @triton.jit
 def _add_key_product(
-    b_s, b_q, p_k, o_k, m_n, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    b_s, b_q, p_k, o_k, m_n, F: tl.constexpr,
+    FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """s + q k^T over channels FIRST .. END, whose pieces in q these are, and the pieces of k."""
     b_k = ()
     for i_c in tl.static_range(FIRST, END, BLOCK_C):
         b_k = b_k + load_rows(p_k + i_c, o_k, m_n, 0, min(END - i_c, BLOCK_C), BLOCK_C, BOUND)
-        b_s = tl.dot(b_q[(i_c - FIRST) // BLOCK_C], tl.trans(b_k[len(b_k) - 1]), b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_q[(i_c - FIRST) // BLOCK_C], tl.trans(b_k[len(b_k) - 1]), b_s, input_precision=F.PRECISION)
     return b_s, b_k
 
 
@@ -144,13 +144,13 @@ def _score_keys(b_q, p_k, o_k, m_n, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
         BEFORE: tl.constexpr = (F.INSIDE + F.BLOCK_D - 1) // F.BLOCK_D  # pieces
         BEHIND: tl.constexpr = BEFORE + (F.HEAD_DIM_V + F.BLOCK_V - 1) // F.BLOCK_V
         END: tl.constexpr = F.INSIDE + F.HEAD_DIM_V
-        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, 0, F.INSIDE, F.BLOCK_D, BOUND, F.PRECISION)
+        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, F, 0, F.INSIDE, F.BLOCK_D, BOUND)
         b_s, b_v = _add_key_product(
-            b_s, b_q[BEFORE:BEHIND], p_k, o_k, m_n, F.INSIDE, END, F.BLOCK_V, BOUND, F.PRECISION
+            b_s, b_q[BEFORE:BEHIND], p_k, o_k, m_n, F, F.INSIDE, END, F.BLOCK_V, BOUND
         )  # fmt: skip
-        b_s, _ = _add_key_product(b_s, b_q[BEHIND:], p_k, o_k, m_n, END, F.HEAD_DIM, F.BLOCK_D, BOUND, F.PRECISION)
+        b_s, _ = _add_key_product(b_s, b_q[BEHIND:], p_k, o_k, m_n, F, END, F.HEAD_DIM, F.BLOCK_D, BOUND)
     else:
-        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, 0, F.HEAD_DIM, F.BLOCK_D, BOUND, F.PRECISION)
+        b_s, _ = _add_key_product(b_s, b_q, p_k, o_k, m_n, F, 0, F.HEAD_DIM, F.BLOCK_D, BOUND)
     return b_s, b_v
 
 
@@ -172,7 +172,7 @@ def _add_values(
         if CAREFUL:
             b_bad = b_bad | nonfinite_rows(b_v)
             b_v = finite_or_zero(b_v)
-        b_y = b_y + add_product((b_acc[i_c // BLOCK_C],), b_w, b_v, F.PRECISION)  # (BLOCK_M, BLOCK_V)
+        b_y = b_y + add_product((b_acc[i_c // BLOCK_C],), b_w, b_v, F)  # (BLOCK_M, BLOCK_V)
     if CAREFUL:
         b_y = spoil_rows(b_y, m_pair & b_bad[None, :])
     return b_y

@@ -68,7 +68,7 @@ def _visit_blocks(
             b_v = load_pieces(values, i_n, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_N, True, TILE.LONG)
             b_acc = spoil_rows(b_acc, m_pair & nonfinite_rows(b_v)[None, :])
         b_k = load_head(keys, rotary, i_n, F, DESCRIPTOR, BLOCK_N, MASKED, TILE.LONG)
-        b_s = pieces_product(b_q, b_k, F.PRECISION)  # (BLOCK_M, BLOCK_N)
+        b_s = pieces_product(b_q, b_k, F)  # (BLOCK_M, BLOCK_N)
         b_shift = constant  # what every score of a row still lacks
         if KIND == "far":
             if F.HAS_SLOPES:
@@ -102,7 +102,7 @@ def _visit_blocks(
             b_v = finite_or_zero(b_v)
         if F.HAS_DROPOUT:
             b_p = tl.where(kept_weights(dropout, i_m, i_n, BLOCK_M, BLOCK_N), b_p, 0.0)
-        b_acc = add_product(b_acc, b_p, b_v, F.PRECISION)  # (BLOCK_M, BLOCK_D) each
+        b_acc = add_product(b_acc, b_p, b_v, F)  # (BLOCK_M, BLOCK_D) each
         b_m = b_max
     return b_m, b_l, b_acc
 

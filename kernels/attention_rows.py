@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2E, capped_scores
+from .attention_tiles import LOG2E, capped_scores, or_zero
 
 
 class Rotary(NamedTuple):
@@ -120,7 +120,7 @@ def row_score(
         p_line += b_h * (2 * radius + 1) + radius
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
-    return Score(scale, softcap, b_place, b_slope, p_line, radius)
+    return Score(scale, softcap, b_place, b_slope, or_zero(p_line), radius)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .attention_tiles import Rotary, Rows
+from .attention_tiles import Rotary, Rows, or_zero
 
 STATISTICS_ROWS = tl.constexpr(128)  # a sequence's rows of statistics start and end at multiples of every tile's
 
@@ -121,7 +121,7 @@ def key_block(
 def head_rows(p_x, descriptor, i_b, start, i_h, stride_b, stride_s, stride_h, limit):
     """Of a tensor (batch, rows, heads, head_dim) one head of the sequence that starts at row `start`."""
     p_x = p_x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h + start.to(tl.int64) * stride_s
-    return Rows(p_x, descriptor, i_b, i_h, start, stride_s, limit)
+    return Rows(p_x, or_zero(descriptor), i_b, i_h, start, stride_s, limit)
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def sequence_rotary(p_cos, p_sin, p_positions, sequence, rows_k, start, HAS_POSI
     """Position ids are a row of the keys' for each batch."""
     if HAS_POSITIONS:
         p_positions += sequence.i_b.to(tl.int64) * rows_k + sequence.start_k
-    return Rotary(p_cos, p_sin, p_positions, start)
+    return Rotary(or_zero(p_cos), or_zero(p_sin), or_zero(p_positions), start)
 
 
 @triton.jit

@@ -92,6 +92,14 @@ class Span(NamedTuple):
 
 
 @triton.jit
+def or_zero(p):
+    """p, or 0 where a call does without it: Triton 3.6 has no functions that return None."""
+    if p is None:
+        p = 0
+    return p
+
+
+@triton.jit
 def block_ranges(
     first, last, limit, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_TAIL: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -154,7 +162,7 @@ def head_score(p_slopes, p_line, i, i_h, stride_slopes, scale, softcap, radius, 
         right = tl.load(p_line + radius)
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
-    return Score(scale, softcap, slope, p_line, radius), left, right
+    return Score(scale, softcap, slope, or_zero(p_line), radius), left, right
 
 
 @triton.jit
@@ -351,21 +359,21 @@ def keep_pieces(b_x, m_x):
 
 
 @triton.jit
-def pieces_product(b_x, b_y, PRECISION: tl.constexpr):
+def pieces_product(b_x, b_y, F: tl.constexpr):
     """x y^T summed over the pieces: (ROWS_X, ROWS_Y) fp32."""
-    b_s = tl.dot(b_x[0], tl.trans(b_y[0]), input_precision=PRECISION)
+    b_s = tl.dot(b_x[0], tl.trans(b_y[0]), input_precision=F.PRECISION)
     for i in tl.static_range(1, len(b_x)):
-        b_s = tl.dot(b_x[i], tl.trans(b_y[i]), b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_x[i], tl.trans(b_y[i]), b_s, input_precision=F.PRECISION)
     return b_s
 
 
 @triton.jit
-def add_product(b_sum, b_w, b_x, PRECISION: tl.constexpr):
+def add_product(b_sum, b_w, b_x, F: tl.constexpr):
     """sum + w x for every piece."""
     b_w = b_w.to(b_x[0].dtype)
     b_y = ()
     for i in tl.static_range(0, len(b_x)):
-        b_y = b_y + (tl.dot(b_w, b_x[i], b_sum[i], input_precision=PRECISION),)
+        b_y = b_y + (tl.dot(b_w, b_x[i], b_sum[i], input_precision=F.PRECISION),)
     return b_y
 
 

@@ -64,7 +64,7 @@ def _scores(
     rotary = Rotary(p_cos, p_sin, _positions(p_positions, b_key, m_key, rotary_offset, F.HAS_POSITIONS))
     o_k = b_key.to(tl.int64) * keys.stride
     b_k = load_turned_rows(keys.p, o_k, m_key, rotary, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
-    b_s = pieces_product(b_q, b_k, F.PRECISION)  # (BLOCK_M, BLOCK_N)
+    b_s = pieces_product(b_q, b_k, F)  # (BLOCK_M, BLOCK_N)
     b_x = row_scores(b_s, score, i_n, F, b_q[0].dtype == tl.float32, BLOCK_N)
     m_pair = m_key[None, :] & seen_keys(score, i_n, left, right, F, BLOCK_N)
     return tl.where(m_pair, b_x, -float("inf"))
