@@ -27,6 +27,7 @@ from corpora import Pair, load_documents
 from figures import attention_map, bars
 from preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
 from sacrebleu.metrics import BLEU, CHRF
+from subword_sampling import load_segmentations, sample_segmentations
 from tqdm import tqdm
 from translator import (
     LONGEST,
@@ -49,6 +50,7 @@ from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfi
 
 OUTPUT = Path("results/translation")
 COMPARED = ("rope", "relative", "alibi", "sinusoidal")
+SIDES = ("source.safetensors", "target.safetensors")  # segmentations of the texts to train on
 SAMPLES, SCORED, VALIDATIONS = 5, 200, 6  # texts shown; texts and times of a BLEU score in training
 
 
@@ -108,9 +110,8 @@ def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **gi
         if options is None:
             options = prepare(folder, Options(**given), device)
         tokenizer = load_tokenizer(folder / TOKENIZER)
-        parts = {name: read_pairs(folder / f"{name}.tsv") for name in ("train", "validation", "test")}
-        trainer(folder, options, tokenizer, parts, device, tensorboard).train(resume=resume)
-        return report(folder, Translator.load(folder, device), parts["test"])
+        trainer(folder, options, tokenizer, device, tensorboard).train(resume=resume)
+        return report(folder, Translator.load(folder, device), read_pairs(folder / "test.tsv"))
 
 
 def resumed_options(folder: Path, given: dict) -> Options:
@@ -139,15 +140,19 @@ def prepare(folder: Path, options: Options, device: torch.device) -> Options:
         write_pairs(folder / f"{name}.tsv", part)
     tokenizer = train_tokenizer(parts["train"], options.vocabulary)
     save_tokenizer(tokenizer, folder / TOKENIZER)
+    if not options.overfit:
+        for side, texts in zip(SIDES, zip(*parts["train"], strict=True), strict=True):
+            sample_segmentations(tokenizer, list(texts), folder / side)
     if options.steps is None:
-        seconds = seconds_per_step(options, tokenizer, parts["train"], device)
+        seconds = seconds_per_step(options, tokenizer, training_batches(folder, options, tokenizer), device)
         options = replace(options, steps=max(20, round(60 * options.minutes / seconds)))
         print(f"{seconds:.2f} s a step: {options.steps} steps in {options.minutes:g} minutes")
     save_options(folder, options)
     return options
 
 
-def trainer(folder: Path, options: Options, tokenizer, parts: dict, device: torch.device, tensorboard: bool) -> Trainer:
+def trainer(folder: Path, options: Options, tokenizer, device: torch.device, tensorboard: bool) -> Trainer:
+    validation = read_pairs(folder / "validation.tsv")
     torch.manual_seed(options.seed)
     model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
     config = TrainingConfig(
@@ -160,7 +165,7 @@ def trainer(folder: Path, options: Options, tokenizer, parts: dict, device: torc
         validate_every=max(1, -(-options.steps // VALIDATIONS)),
         save_every=max(1, min(200, options.steps // 4)),
     )
-    scored = parts["validation"][:SCORED]
+    scored = validation[:SCORED]
 
     def loss(model: TranslationLoss, batch: tuple) -> tuple:
         batch = [x.to(device) for x in batch]
@@ -173,31 +178,49 @@ def trainer(folder: Path, options: Options, tokenizer, parts: dict, device: torc
 
     same = {name: value for name, value in asdict(options).items() if name not in ("corpus", "minutes", "steps")}
     return Trainer(
-        model, loss, config, batches(tokenizer, parts["train"], options), folder,
-        validation=batches(tokenizer, parts["validation"], options), score=score,
-        description={"options": same},
+        model, loss, config, training_batches(folder, options, tokenizer), folder,
+        validation=plain_batches(tokenizer, validation, options), score=score, description={"options": same},
         tensorboard=tensorboard,
     )  # fmt: skip
 
 
-def batches(tokenizer, pairs: Sequence[Pair], options: Options) -> Batches:
-    """Of all pairs that the model is made for."""
-    sources, targets = ([e.ids for e in tokenizer.encode_batch(list(texts))] for texts in zip(*pairs, strict=True))
-    limit = min(LONGEST - 1, options.max_tokens // 2 - 1)
-    fit = [i for i in range(len(pairs)) if max(len(sources[i]), len(targets[i])) <= limit]
+def training_batches(folder: Path, options: Options, tokenizer) -> Batches:
+    """Of all segmentations that were drawn, or of the plain ones where there are none."""
+    if all((folder / side).exists() for side in SIDES):
+        return batches(*(load_segmentations(folder / side) for side in SIDES), options)
+    return plain_batches(tokenizer, read_pairs(folder / "train.tsv"), options)
+
+
+def plain_batches(tokenizer, pairs: list[Pair], options: Options) -> Batches:
+    return batches(*([encode(tokenizer, texts)] for texts in zip(*pairs, strict=True)), options)
+
+
+def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def batches(sources: list[list[list[int]]], targets: list[list[list[int]]], options: Options) -> Batches:
+    """Of all pairs that the model is made for; of their segmentations `[variant][text]` each time one is drawn."""
+    longest = [[max(map(len, variants)) + 1 for variants in zip(*side, strict=True)] for side in (sources, targets)]
+    limit = min(LONGEST, options.max_tokens // 2)
+    pairs = list(zip(*longest, strict=True))
+    fit = [i for i, lengths in enumerate(pairs) if max(lengths) <= limit]
     if len(fit) < len(pairs):
-        print(f"left out: {len(pairs) - len(fit)} pairs of more than {limit} tokens")
-    lengths = [(len(sources[i]) + 1, len(targets[i]) + 1) for i in fit]
+        print(f"left out: {len(pairs) - len(fit)} pairs of more than {limit - 1} tokens")
 
     def collate_items(items: list[int]) -> tuple:
-        return collate([sources[fit[i]] for i in items], [targets[fit[i]] for i in items])
+        places = [fit[item] for item in items]
+        drawn = torch.randint(len(sources), (2, len(items))).tolist()  # of the generator that checkpoints keep
+        return collate(
+            [sources[variant][place] for variant, place in zip(drawn[0], places, strict=True)],
+            [targets[variant][place] for variant, place in zip(drawn[1], places, strict=True)],
+        )
 
-    return Batches(lengths, options.max_tokens, collate_items, seed=options.seed)
+    return Batches([pairs[place] for place in fit], options.max_tokens, collate_items, seed=options.seed)
 
 
-def seconds_per_step(options: Options, tokenizer, pairs: list[Pair], device: torch.device) -> float:
+def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.device) -> float:
     """Of a training like the one to come, on batches drawn from all over the corpus."""
-    data = batches(tokenizer, pairs, options)
     model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, fused=True)
     seconds = []

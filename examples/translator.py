@@ -51,23 +51,29 @@ class Options:
     dim: int = 256
     layers: int = 3
     heads: int = 4
-    dropout: float = 0.2
+    dropout: float = 0.25
     label_smoothing: float = 0.1
     vocabulary: int = 8000
     max_tokens: int = 4096
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
     def make_model(self, vocabulary: int) -> nn.Module:
-        """Ours or PyTorch's, for tokens 0 to vocabulary - 1."""
+        """Ours or PyTorch's, for tokens 0 to vocabulary - 1, with the usual weights of translation models at first."""
         if self.baseline:
             return StockTransformer(vocabulary, self.dim, self.layers, self.heads, self.dropout, LONGEST)
-        return EncoderDecoder(
+        model = EncoderDecoder(
             TransformerConfig(
                 vocabulary, self.dim, self.layers, self.heads, positions=self.positions, dropout=self.dropout,
                 max_positions=LONGEST,
             )
         )  # fmt: skip
+        for name, parameter in model.named_parameters():
+            if name.startswith("embedding"):
+                nn.init.normal_(parameter, std=self.dim**-0.5)
+            elif parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+        return model
 
 
 class TranslationLoss(nn.Module):
