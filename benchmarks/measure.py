@@ -75,7 +75,8 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return result | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def write_json(name: str, content: object) -> Path:

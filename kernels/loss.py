@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOGITS = 2**25  # of a chunk, at most: 64 MiB of bf16
+LOGITS = 2**25  # of a chunk of few rows: 64 MiB of bf16
 BLOCK = 4096
 
 
@@ -132,7 +132,7 @@ def linear_cross_entropy(
         HAS_SMOOTHING=label_smoothing > 0,
         NEEDS_GRADIENT=needs_gradient,
     )
-    size = chunk_rows(vocabulary)
+    size = chunk_rows(rows.shape[0], vocabulary)
     chunk = torch.empty((min(size, rows.shape[0]), vocabulary), dtype=x.dtype, device=x.device)
     for first in range(0, rows.shape[0], size):
         own = slice(first, first + size)
@@ -155,6 +155,9 @@ def linear_cross_entropy(
     return result, grad_x.view(x.shape) if needs_x else grad_x, grad_weight.to(weight_dtype), grad_bias
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose logits are in memory at once: as many as keep a chip busy, few enough to be no burden."""
-    return max(256, LOGITS // vocabulary // 128 * 128)
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """Rows whose logits are in memory at once: as many as keep a chip busy, few enough to be no burden.
+
+    An eighth of many: each chunk reads and writes all of the weight's gradient.
+    """
+    return max(256, LOGITS // vocabulary // 128 * 128, rows // 8 // 128 * 128)

@@ -1,0 +1,299 @@
+"""`python -m benchmarks.gpu`: attention, decoding, norms, gates and the loss on a GPU beside PyTorch's own.
+
+Peers are SDPA by its FlashAttention and cuDNN kernels, FlexAttention where there is a bias, and PyTorch's operations
+alone ("eager") or compiled. Attention: 16,384 tokens, 2,048 channels in heads of 64 or 128, bf16, as in the papers of
+FlashAttention; FLOP/s count the pairs that the mask leaves. Times are medians; shares are of what a large matrix
+product and a large copy reach in this run. A result that is further from fp64 than PyTorch's by more than a factor of
+two (gradients: three) has no time. With PYNLP_AUTOTUNE=1 tiles are measured first. Writes results/gpu.json.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from benchmarks.measure import largest_error, machine, table, write_json
+from pynlp.functional import alibi_slopes, attention, attention_decode, gelu, layer_norm, linear_cross_entropy, rms_norm
+
+BF16 = torch.bfloat16
+TOKENS, CHANNELS = 16384, 2048
+ATTENTION = (  # tokens of a sequence, channels of a head, causal
+    (4096, 128, True), (4096, 64, True), (16384, 128, True), (16384, 64, True), (1024, 128, True), (4096, 128, False),
+)  # fmt: skip
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+@dataclass
+class Case:
+    """Calls that give the same, `ours` among them; those of `small` do it in little, also in fp64 as "exact"."""
+
+    name: str
+    calls: dict[str, Callable[[], object]]
+    small: dict[str, Callable[[], list[Tensor]]]
+    flop: float = 0.0
+    bytes: float = 0.0
+    gradients: bool = False
+    memory: bool = False  # whether the peak memory is told
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def with_gradients(function: Callable, tensors: dict[str, Tensor], backward_alone: bool = False) -> Callable:
+    """A call that gives what the function gives, and the gradients of its tensors; or these alone."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+    def outputs() -> list[Tensor]:
+        result = function(**leaves)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    first = outputs()
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, device="cuda").to(BF16).to(x.dtype) for x in first]
+    if backward_alone:
+        return lambda: torch.autograd.grad(first, list(leaves.values()), weights, retain_graph=True)
+
+    def call() -> list[Tensor]:
+        results = outputs()
+        return [*results, *torch.autograd.grad(results, list(leaves.values()), weights)]
+
+    return call
+
+
+def scaled(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None) -> Tensor:
+    """SDPA of (batch, seqlen, heads, head_dim)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def attention_case(seqlen: int, head_dim: int, causal: bool, backward: bool) -> Case:
+    heads, batch = CHANNELS // head_dim, TOKENS // seqlen
+    tensors = {name: normal(batch, seqlen, heads, head_dim) for name in "qkv"}
+    part = {name: x[:1, :1024, :2] for name, x in tensors.items()}
+    functions = {"ours": lambda q, k, v: attention(q, k, v, causal=causal)}
+    functions |= {name: lambda q, k, v, b=b: scaled(q, k, v, causal, b) for name, b in BACKENDS.items()}
+    small = {name: with_gradients(function, part) for name, function in functions.items()}
+    wide = {name: x.double() for name, x in part.items()}
+    small["exact"] = with_gradients(lambda q, k, v: scaled(q, k, v, causal, SDPBackend.MATH), wide)
+    if backward:
+        calls = {name: with_gradients(function, tensors, True) for name, function in functions.items()}
+    else:
+        calls = {name: lambda function=function: function(**tensors) for name, function in functions.items()}
+    pairs = seqlen * (seqlen + 1) // 2 if causal else seqlen**2
+    return Case(
+        f"{'causal' if causal else 'full'} S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}",
+        calls, small, flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), gradients=True,
+    )  # fmt: skip
+
+
+def alibi_case(backward: bool) -> Case:
+    """Against FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seqlen, head_dim = 4096, 128
+    heads, batch = CHANNELS // head_dim, TOKENS // seqlen
+    tensors = {name: normal(batch, seqlen, heads, head_dim) for name in "qkv"}
+    slopes = alibi_slopes(heads).cuda()
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seqlen, seqlen, device="cuda")
+    torch._functorch.config.donated_buffer = False  # backward is timed again and again
+    compiled = torch.compile(flex_attention)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = compiled(q, k, v, score_mod=lambda s, b, h, i, j: s - slopes[h] * (i - j), block_mask=mask)
+        return out.transpose(1, 2)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = torch.arange(seqlen, device="cuda") - torch.arange(seqlen, device="cuda")[:, None]
+        bias = (slopes[:1, None, None].double() * distance).masked_fill(distance > 0, -torch.inf)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+
+    functions = {"ours": lambda q, k, v: attention(q, k, v, causal=True, alibi_slopes=slopes), "Flex": flex}
+    # The first head of each, of the whole.
+    small = {name: lambda f=f: [x[:1, :, :1] for x in with_gradients(f, tensors)()] for name, f in functions.items()}
+
+    def exact_head() -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(1)
+        weight = torch.randn(tensors["q"].shape, generator=generator, device="cuda").to(BF16)[:1, :, :1].double()
+        leaves = [x[:1, :, :1].double().requires_grad_() for x in tensors.values()]
+        out = exact(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, weight)]
+
+    small["exact"] = exact_head
+    if backward:
+        calls = {name: with_gradients(function, tensors, True) for name, function in functions.items()}
+    else:
+        calls = {name: lambda function=function: function(**tensors) for name, function in functions.items()}
+    pairs = seqlen * (seqlen + 1) // 2
+    return Case(
+        f"causal, ALiBi, S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}", calls, small,
+        flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), gradients=True,
+    )  # fmt: skip
+
+
+def decode_case(batch: int, length: int) -> Case:
+    """One new token of 32 query heads on 8 of keys and values, of 128 channels."""
+    q, k, v = normal(batch, 1, 32, 128), normal(batch, length, 8, 128), normal(batch, length, 8, 128)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    functions = {
+        "ours": lambda q, k, v: attention_decode(q, k, v, lengths[: q.shape[0]]),
+        **{name: lambda q, k, v, b=b: scaled(q, k, v, False, b) for name, b in BACKENDS.items()},
+    }
+    small = {name: lambda f=f: [f(q[:1], k[:1], v[:1])] for name, f in functions.items()}
+    small["exact"] = lambda: [scaled(q[:1].double(), k[:1].double(), v[:1].double(), False, SDPBackend.MATH)]
+    calls = {name: lambda f=f: f(q, k, v) for name, f in functions.items()}
+    return Case(f"decode, batch {batch}, cache {length}, heads 32/8", calls, small, bytes=4 * k.numel())
+
+
+def layer_case(name: str, ours: Callable, eager: Callable, shapes: dict[str, tuple[int, ...]], passes: int) -> Case:
+    """Forward and backward; `passes`: how often a tensor like x is read or written at least."""
+    tensors = {n: normal(*shape, dtype=torch.float32 if len(shape) == 1 else BF16) for n, shape in shapes.items()}
+    part = {n: x if x.dim() == 1 else x[:64] for n, x in tensors.items()}
+    functions = {"ours": ours, "eager": eager}
+    small = {n: with_gradients(f, part) for n, f in functions.items()}
+    small["exact"] = with_gradients(eager, {n: x.double() for n, x in part.items()})
+    calls = {n: with_gradients(f, tensors) for n, f in (functions | {"compiled": torch.compile(eager)}).items()}
+    return Case(name, calls, small, bytes=passes * 2 * tensors["x"].numel(), gradients=True)
+
+
+def loss_case(vocabulary: int) -> Case:
+    """8,192 tokens of 2,048 channels."""
+    target = torch.randint(vocabulary, (8192,), device="cuda")
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, target[: x.shape[0]])
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy((x @ weight.T).to(torch.promote_types(torch.float32, x.dtype)), target[: x.shape[0]])
+
+    tensors = {"x": normal(8192, 2048), "weight": normal(vocabulary, 2048) * 0.02}
+    part = {"x": tensors["x"][:256], "weight": tensors["weight"]}
+    functions = {"ours": ours, "eager": eager}
+    small = {n: with_gradients(f, part) for n, f in functions.items()}
+    small["exact"] = with_gradients(eager, {n: x.double() for n, x in part.items()})
+    calls = {n: with_gradients(f, tensors) for n, f in (functions | {"compiled": torch.compile(eager)}).items()}
+    return Case(
+        f"linear + cross-entropy, vocabulary {vocabulary}", calls, small, flop=6 * 8192 * 2048 * vocabulary,
+        gradients=True, memory=True,
+    )  # fmt: skip
+
+
+def eager_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    new = residual + x
+    return F.layer_norm(new, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype)), new
+
+
+def cases() -> dict[str, Callable[[], Case]]:
+    made = {}
+    for backward in (False, True):
+        for seqlen, head_dim, causal in ATTENTION:
+            name = f"attention {seqlen} {head_dim} {causal} {backward}"
+            made[name] = lambda s=seqlen, d=head_dim, c=causal, b=backward: attention_case(s, d, c, b)
+        made[f"alibi {backward}"] = lambda b=backward: alibi_case(b)
+    for batch, length in ((1, 16384), (16, 16384), (64, 4096)):
+        made[f"decode {batch}"] = lambda b=batch, n=length: decode_case(b, n)
+    rows, vector = (TOKENS, 4096), (4096,)
+    both = {"x": rows, "weight": vector, "bias": vector, "residual": rows}
+    made["layer norm"] = lambda: layer_case(
+        "residual + layer norm", lambda x, weight, bias, residual: layer_norm(x, weight, bias, residual=residual),
+        eager_norm, both, 9,
+    )  # fmt: skip
+    made["rms norm"] = lambda: layer_case(
+        "rms norm", lambda x, weight: rms_norm(x, weight),
+        lambda x, weight: F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6), {"x": rows, "weight": vector}, 5,
+    )  # fmt: skip
+    made["gelu"] = lambda: layer_case("gelu", gelu, F.gelu, {"x": rows}, 5)
+    for vocabulary in (32000, 128000):
+        made[f"loss {vocabulary}"] = lambda v=vocabulary: loss_case(v)
+    return made
+
+
+def time_of(call: Callable) -> float:
+    """Seconds, the median of many."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=20, rep=80, return_mode="median") / 1e3
+
+
+def peaks() -> tuple[float, float]:
+    """FLOP/s of a large bf16 matrix product, and bytes a second of a large copy, read and written."""
+    a, b = normal(8192, 8192), normal(8192, 8192)
+    x, y = (torch.empty(2**30, dtype=torch.int32, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / time_of(lambda: a @ b), 2 * 4 * x.numel() / time_of(lambda: y.copy_(x))
+
+
+def peak_memory(call: Callable) -> int:
+    """Bytes above what there was before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run_case(case: Case, flops: float, bandwidth: float) -> dict:
+    exact = case.small.pop("exact")()
+    errors = {name: largest_error(call(), exact) for name, call in case.small.items()}
+    ours, peers = errors.pop("ours"), list(errors.values())
+    allowed = 3 if case.gradients else 2
+    correct = all(error <= allowed * max(each) + 1e-6 for error, *each in zip(ours, *peers, strict=True))
+    times = {name: time_of(call) for name, call in case.calls.items()} if correct else {}
+    share = 0.0
+    if times:
+        share = case.flop / times["ours"] / flops if case.flop else case.bytes / times["ours"] / bandwidth
+    row = {
+        "case": case.name,
+        "error": f"{max(ours):.1e}",
+        "PyTorch's": f"{max(map(max, peers)):.1e}",
+        "ms": f"{1e3 * times['ours']:.3f}" if times else "wrong",
+        "rate": f"{case.flop / times['ours'] / 1e12:.0f} TFLOP/s" if times and case.flop else "-",
+        "of peak": f"{share:.0%}",
+        "time / ours": ", ".join(f"{n} {t / times['ours']:.2f}" for n, t in times.items() if n != "ours") or "-",
+        "memory / ours": "-",
+    }
+    if times and case.bytes:
+        row["rate"] = f"{case.bytes / times['ours'] / 1e9:.0f} GB/s"
+    if times and case.memory:
+        memory = {name: peak_memory(call) for name, call in case.calls.items()}
+        row["memory / ours"] = ", ".join(f"{n} {m / memory['ours']:.1f}" for n, m in memory.items() if n != "ours")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
+    only = parser.parse_args().only
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu needs a GPU, and there is none")
+    made = {name: make for name, make in cases().items() if only in name}
+    if not made:
+        parser.error(f"--only: expected a part of one of {', '.join(cases())}, got {only!r}")
+    torch.manual_seed(0)
+    flops, bandwidth = peaks()
+    torch.cuda.empty_cache()
+    rows = []
+    for make in tqdm(made.values(), desc="cases", leave=False):
+        rows.append(run_case(make(), flops, bandwidth))
+        tqdm.write(", ".join(rows[-1].values()))
+        torch.cuda.empty_cache()
+    print(table(rows))
+    where = machine() | {"TFLOP/s": round(flops / 1e12), "GB/s": round(bandwidth / 1e9)}
+    print(f"\n{where}")
+    if not only:
+        print(f"written: {write_json('gpu', {'machine': where, 'cases': rows})}")
+
+
+if __name__ == "__main__":
+    main()
