@@ -1,15 +1,20 @@
-# make demo | bench | test | fuzz | sanitize: each is complete on a fresh machine. It creates .venv, installs what
-# constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
+# make demo | translate | bench | test | fuzz | sanitize: each is complete on a fresh machine. It creates .venv, installs
+# what constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 APT := apt-get install -y python3-venv python3-dev g++
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo bench test fuzz sanitize lint install clean FORCE
+.PHONY: demo translate bench test fuzz sanitize lint install clean FORCE
 
 demo: install
 	$(PY) examples/language_model.py
+
+# Fetches the corpus, trains for ten minutes; what was begun is gone on with.
+translate: install
+	$(PY) examples/translation.py train --minutes 10 \
+		$$(test ! -e results/translation/options.json || echo --resume)
 
 bench: install build/.models
 	$(PY) -m benchmarks.attention

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import torch.distributed as dist
 from corpora import Pair, load_documents
 from figures import attention_map, bars
 from preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
@@ -46,16 +47,17 @@ from translator import (
 
 from pynlp.models import EncoderDecoder
 from pynlp.models.config import POSITIONS
-from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, process_group
+from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, latest, process_group
 
 OUTPUT = Path("results/translation")
 COMPARED = ("rope", "relative", "alibi", "sinusoidal")
 SIDES = ("source.safetensors", "target.safetensors")  # segmentations of the texts to train on
+HELD_OUT = 1000  # pairs to validate with, and to test with, or a tenth of few
 SAMPLES, SCORED, VALIDATIONS = 5, 200, 6  # texts shown; texts and times of a BLEU score in training
 
 
-def main() -> None:
-    arguments = vars(parser().parse_args())
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = vars(parser().parse_args(words))
     command = arguments.pop("command")
     folder = Path(arguments.pop("output", OUTPUT))
     try:
@@ -103,15 +105,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **given) -> dict:
-    """Trains, or goes on, measures, and writes the figures. Returns the scores of the test set."""
+def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **given) -> None:
+    """Trains, or goes on, measures, and writes the figures."""
     with process_group() as device:
-        options = resumed_options(folder, given) if resume else None
-        if options is None:
-            options = prepare(folder, Options(**given), device)
-        tokenizer = load_tokenizer(folder / TOKENIZER)
-        trainer(folder, options, tokenizer, device, tensorboard).train(resume=resume)
-        return report(folder, Translator.load(folder, device), read_pairs(folder / "test.tsv"))
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first and not resume:
+            prepare(folder, Options(**given), device)
+        if dist.is_initialized():
+            dist.barrier()
+        options = resumed_options(folder, given) if resume else load_options(folder)
+        training = trainer(folder, options, load_tokenizer(folder / TOKENIZER), device, tensorboard)
+        training.train(resume=resume and latest(folder) is not None)
+        if first:
+            report(folder, Translator.load(folder, device), read_pairs(folder / "test.tsv"))
 
 
 def resumed_options(folder: Path, given: dict) -> Options:
@@ -124,14 +130,16 @@ def resumed_options(folder: Path, given: dict) -> Options:
     return options
 
 
-def prepare(folder: Path, options: Options, device: torch.device) -> Options:
+def prepare(folder: Path, options: Options, device: torch.device) -> None:
     """Sets documents aside, trains the subwords, plans the steps, and writes all of that down."""
     if (folder / OPTIONS).exists():
         raise FileExistsError(f"--output: expected a folder without a model, or --resume, got {folder}")
     if options.overfit:
         options = replace(options, dropout=0.0, label_smoothing=0.0)
     options = replace(options, corpus=tuple(options.corpus))
-    pairs = split(load_documents(*options.corpus))
+    documents = load_documents(*options.corpus)
+    held_out = min(HELD_OUT, max(1, sum(len(document.pairs) for document in documents) // 10))
+    pairs = split(documents, validation=held_out, test=held_out)
     parts = {name: getattr(pairs, name) for name in ("train", "validation", "test")}
     if options.overfit:
         parts = dict.fromkeys(parts, pairs.train[: options.overfit])
@@ -148,7 +156,6 @@ def prepare(folder: Path, options: Options, device: torch.device) -> Options:
         options = replace(options, steps=max(20, round(60 * options.minutes / seconds)))
         print(f"{seconds:.2f} s a step: {options.steps} steps in {options.minutes:g} minutes")
     save_options(folder, options)
-    return options
 
 
 def trainer(folder: Path, options: Options, tokenizer, device: torch.device, tensorboard: bool) -> Trainer:
@@ -238,7 +245,7 @@ def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.d
     return sum(warm) / len(warm)
 
 
-def report(folder: Path, translator: Translator, pairs: list[Pair]) -> dict:
+def report(folder: Path, translator: Translator, pairs: list[Pair]) -> None:
     """Prints translations beside their references, and the scores; writes them and the cross-attention."""
     outputs, scores = measure(translator, pairs, "beam")
     step = max(1, len(pairs) // SAMPLES)
@@ -249,7 +256,6 @@ def report(folder: Path, translator: Translator, pairs: list[Pair]) -> dict:
     write_json(folder / "scores.json", scores)
     if isinstance(translator.model, EncoderDecoder):
         draw_attention(folder, translator, pairs, outputs)
-    return scores
 
 
 def draw_attention(folder: Path, translator: Translator, pairs: list[Pair], outputs: list[str]) -> None:

@@ -172,20 +172,21 @@ def loss_and_gradients(model, autocast=None):
     return [loss, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize(("autocast", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kind", ["rms pre swiglu", "layer post gelu"])
-def test_encoder_decoder(kind, positions, autocast, tolerance):
-    """Its loss and the gradient of each parameter."""
+def test_encoder_decoder(kind, positions, autocast):
+    """Its loss and the gradient of each parameter: as near to exact as on the CPU in the same precision."""
     norm, place, activation = kind.split()
     options = dict(norm=norm, pre_norm=place == "pre", activation=activation)
     model = make_model(EncoderDecoder, positions, **options)
     expected = loss_and_gradients(copy.deepcopy(model).double())
+    cpu = loss_and_gradients(copy.deepcopy(model), autocast)
     ours = loss_and_gradients(model.cuda(), autocast)
     names = ["loss", *(name for name, _ in model.named_parameters())]
-    for name, x, exact in zip(names, ours, expected, strict=True):
-        error = (x.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm()
-        assert error <= tolerance, f"{name}: {error:.3g}"
+    for name, x, peer, exact in zip(names, ours, cpu, expected, strict=True):
+        error, allowed = ((y.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm() for y in (x, peer))
+        assert error <= 3 * allowed + 1e-5, f"{name}: {error:.3g}, on the CPU {allowed:.3g}"
 
 
 @pytest.mark.parametrize("positions", ["rope", "relative", "alibi", "learned"])

@@ -41,7 +41,8 @@ def test_command(command, tmp_path):
         run = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0 and run.stdout, run.stderr
     elif words[0] == "python":
-        arguments = [*words[1:], "--help"] if words[2].startswith("benchmarks") else words[1:]
+        long = words[1].startswith("examples") or words[2].startswith("benchmarks")
+        arguments = [*words[1:], "--help"] if long else words[1:]
         run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0 and run.stdout, run.stderr
     elif words[0].startswith("PYNLP_BUILD_CPP=0"):
