@@ -21,6 +21,7 @@ bench: install build/.models
 	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.layers
 	$(PY) -m benchmarks.training
+	$(PY) -m benchmarks.decoding
 	$(PY) -m benchmarks.generate
 	$(PY) -m benchmarks.audit
 	$(PY) -m benchmarks.audit_decode

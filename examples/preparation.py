@@ -4,7 +4,6 @@ train, validation, test, dropped = split(documents)
 tokenizer = train_tokenizer(train)
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from hashlib import sha256
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from corpora import SENTENCE_END, Document, Pair, normalise
+from reports import write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -181,9 +181,7 @@ def train_tokenizer(pairs: list[Pair], vocabulary: int = 8000) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """All of the file or nothing of it."""
-    temporary = path.with_name(f"{path.stem}.part{path.suffix}")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, path)
+    write(path, lambda part: tokenizer.save(str(part)))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -6,10 +6,10 @@ library draws without a seed: what it drew is kept in a file, so that a training
 Source: Provilkov et al., arXiv 1910.13267.
 """
 
-import os
 from pathlib import Path
 
 import torch
+from reports import write
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -27,9 +27,7 @@ def sample_segmentations(tokenizer: Tokenizer, texts: list[str], path: Path) -> 
         rows = [encoding.ids for encoding in noisy.encode_batch(texts)]
         tensors[f"{number}.lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
         tensors[f"{number}.ids"] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-    temporary = path.with_name(f"{path.name}.part")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    write(path, lambda part: save_file(tensors, part))
 
 
 def load_segmentations(path: Path) -> list[list[list[int]]]:

@@ -14,7 +14,6 @@ positions and decodes in each way.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,12 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 from corpora import Pair, load_documents
-from figures import attention_map, bars
 from preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
+from reports import table, write_text
 from sacrebleu.metrics import BLEU, CHRF
 from subword_sampling import load_segmentations, sample_segmentations
 from tqdm import tqdm
+from translation_figures import attention_map, bars
 from translator import (
     LONGEST,
     METHODS,
@@ -252,8 +252,8 @@ def report(folder: Path, translator: Translator, pairs: list[Pair]) -> None:
     for (source, reference), output in list(zip(pairs, outputs, strict=True))[::step][:SAMPLES]:
         print(f"\n  source:      {source}\n  translation: {output}\n  reference:   {reference}")
     show(scores)
-    (folder / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
-    write_json(folder / "scores.json", scores)
+    write_text(folder / "translations.txt", "\n".join(outputs))
+    write_text(folder / "scores.json", json.dumps(scores, indent=1))
     if isinstance(translator.model, EncoderDecoder):
         draw_attention(folder, translator, pairs, outputs)
 
@@ -329,22 +329,11 @@ def compare(folder: Path, **given) -> None:
             scores = measure(translator, pairs, method)[1]
             shown = {name: scores[name] for name in ("BLEU", "chrF", "tokens/s")}
             rows.append({"positions": positions, "decoding": scores["method"], **shown})
-    table = markdown(rows)
-    print(f"\n{table}")
-    (folder / "comparison.md").write_text(f"{table}\n")
+    compared = table(list(rows[0]), [list(row.values()) for row in rows])
+    print(f"\n{compared}")
+    write_text(folder / "comparison.md", compared)
     bars(rows, folder / "comparison.png")
     print(f"written: {folder / 'comparison.md'}, {folder / 'comparison.png'}")
-
-
-def markdown(rows: list[dict]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 def device() -> torch.device:

@@ -5,7 +5,6 @@ validation.tsv and test.tsv, and the checkpoints and the log of `pynlp.training`
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from corpora import Pair, read_tsv
 from preparation import BEGIN, END, PAD, load_tokenizer
+from reports import write_text
 from stock_transformer import StockTransformer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -214,10 +214,7 @@ class Translator:
 
 
 def save_options(folder: Path, options: Options) -> None:
-    """All of the file or nothing of it."""
-    temporary = folder / f"{OPTIONS}.part"
-    temporary.write_text(json.dumps(asdict(options), indent=1))
-    os.replace(temporary, folder / OPTIONS)
+    write_text(folder / OPTIONS, json.dumps(asdict(options), indent=1))
 
 
 def load_options(folder: Path) -> Options:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from reports import write
 from torch import Tensor
 
 
@@ -16,7 +17,7 @@ def attention_map(source: list[str], target: list[str], weights: Tensor, path: P
     axes.set_yticks(range(len(target)), target)
     axes.set(xlabel="source", ylabel="translation")
     figure.colorbar(image, label="attention")
-    figure.savefig(path, dpi=150)
+    write(path, lambda part: figure.savefig(part, dpi=150))
 
 
 def bars(rows: list[dict], path: Path) -> None:
@@ -32,4 +33,4 @@ def bars(rows: list[dict], path: Path) -> None:
     axes.set_xticks(np.arange(len(names)) + width * (len(methods) - 1) / 2, names)
     axes.set(ylabel="BLEU")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write(path, lambda part: figure.savefig(part, dpi=150))
