@@ -7,6 +7,7 @@ their limit: all at 40 tokens, or each at its own length, and the loop waits for
 tokens. Writes results/decoding.json.
 """
 
+import argparse
 import statistics
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -175,6 +176,7 @@ def compare(name: str, calls: dict[str, Callable[[], list[list[int]]]]) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     model = make_model()
     lengths = torch.randint(8, 49, (BATCH,), dtype=torch.int32)
     source = torch.randint(3, VOCABULARY, (BATCH, int(lengths.max())))
