@@ -64,6 +64,13 @@ def with_gradients(function: Callable, tensors: dict[str, Tensor], backward_alon
     return call
 
 
+def timed(functions: dict[str, Callable], tensors: dict[str, Tensor], backward: bool) -> dict[str, Callable]:
+    """Calls of the forward passes alone, or of the backward passes alone."""
+    if backward:
+        return {name: with_gradients(function, tensors, True) for name, function in functions.items()}
+    return {name: lambda function=function: function(**tensors) for name, function in functions.items()}
+
+
 def scaled(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None) -> Tensor:
     """SDPA of (batch, seqlen, heads, head_dim)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -85,10 +92,7 @@ def attention_case(seqlen: int, head_dim: int, causal: bool, backward: bool) -> 
     small = {name: with_gradients(function, part) for name, function in functions.items()}
     wide = {name: x.double() for name, x in part.items()}
     small["exact"] = with_gradients(lambda q, k, v: scaled(q, k, v, causal, SDPBackend.MATH), wide)
-    if backward:
-        calls = {name: with_gradients(function, tensors, True) for name, function in functions.items()}
-    else:
-        calls = {name: lambda function=function: function(**tensors) for name, function in functions.items()}
+    calls = timed(functions, tensors, backward)
     pairs = seqlen * (seqlen + 1) // 2 if causal else seqlen**2
     return Case(
         f"{'causal' if causal else 'full'} S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}",
@@ -131,10 +135,7 @@ def alibi_case(backward: bool) -> Case:
         return [out, *torch.autograd.grad(out, leaves, weight)]
 
     small["exact"] = exact_head
-    if backward:
-        calls = {name: with_gradients(function, tensors, True) for name, function in functions.items()}
-    else:
-        calls = {name: lambda function=function: function(**tensors) for name, function in functions.items()}
+    calls = timed(functions, tensors, backward)
     pairs = seqlen * (seqlen + 1) // 2
     return Case(
         f"causal, ALiBi, S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}", calls, small,

@@ -273,7 +273,7 @@ def measure(translator: Translator, pairs: list[Pair], method: str, beam_size: i
     start = time.perf_counter()
     outputs = translator.translate(sources, method=method, beam_size=beam_size, progress=True)
     seconds = time.perf_counter() - start
-    tokens = sum(len(encoding.ids) + 1 for encoding in translator.tokenizer.encode_batch(outputs))
+    tokens = sum(len(ids) + 1 for ids in encode(translator.tokenizer, outputs))
     scores = {"method": f"beam {beam_size}" if method == "beam" else method, "sentences": len(pairs)}
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
         scores[name] = round(metric.corpus_score(outputs, [references]).score, 2)

@@ -1,6 +1,7 @@
 """What all tests share, and the rule that a test which silently does not run fails the run."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,6 +36,15 @@ def restore_process_state():
     torch.set_num_threads(threads)
     if isa is not None:
         pynlp.set_isa(isa)
+
+
+@pytest.fixture
+def one_thread_and_pythons_ctrl_c():
+    """For models so small that they only wait for a second thread, and training that Ctrl-C interrupts."""
+    torch.set_num_threads(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -18,12 +18,7 @@ ROOT = Path(__file__).parents[1]
 RESUMED = dict(batches_per_step=2, ema_decay=0.9, save_every=7, validate_every=5, keep_last=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_pythons_ctrl_c():
-    torch.set_num_threads(1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
 
 
 def resumable(folder, collate=None, **changes):

@@ -30,13 +30,7 @@ from pynlp.training import Interrupted, latest  # noqa: E402
 TINY = ["--dim", "32", "--layers", "1", "--heads", "2", "--vocabulary", "500", "--max-tokens", "1000"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_pythons_ctrl_c():
-    """Models this small only wait for a second thread."""
-    torch.set_num_threads(1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
 
 
 @pytest.fixture(scope="module")
