@@ -4,6 +4,7 @@ from pynlp.ops.activation import gelu, relu, swiglu
 from pynlp.ops.attention import attention, attention_varlen
 from pynlp.ops.attention_decode import attention_decode
 from pynlp.ops.attention_weights import attention_weights
+from pynlp.ops.linear import linear
 from pynlp.ops.loss import linear_cross_entropy
 from pynlp.ops.norm import layer_norm, rms_norm
 from pynlp.ops.positions import alibi_slopes, rotary_tables
@@ -16,6 +17,7 @@ __all__ = [
     "attention_weights",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "relu",
     "rms_norm",

@@ -26,8 +26,12 @@ class Decode {
     for (int64_t b = 0; b < in.batch; ++b)
       for (int64_t n = 0; n < first(b + 1).part - first(b).part; ++n) *part++ = {b, n};
     longest_ = 0;
-    for (int64_t b = 0; b < in.batch; ++b)
-      if (few_queries(in, in.sequence(b))) longest_ = larger(longest_, in.sequence(b).queries);
+    finished_ = true;
+    for (int64_t b = 0; b < in.batch; ++b) {
+      if (!few_queries(in, in.sequence(b))) continue;
+      longest_ = larger(longest_, in.sequence(b).queries);
+      finished_ &= parts_of(b) == 1;
+    }
     Arena sizes{nullptr};
     Scratch(*this, sizes);
     scratch_bytes_ = sizes.used;
@@ -38,9 +42,10 @@ class Decode {
     const auto self = const_cast<Decode*>(this);
     run_tasks(
         first(in_.batch).part, [](void* d, int64_t task) { static_cast<const Decode*>(d)->run_task(task); }, self);
+    if (finished_) return;
     run_tasks(
-        in_.batch * longest_ * in_.heads, [](void* d, int64_t task) { static_cast<const Decode*>(d)->combine(task); },
-        self);
+        in_.batch * longest_ * in_.heads,
+        [](void* d, int64_t task) { static_cast<const Decode*>(d)->combine_parts(task); }, self);
   }
 
  private:
@@ -58,6 +63,8 @@ class Decode {
     int64_t part, partial;  // how many parts, and floats of their results, the sequences before have
   };
   const First& first(int64_t b) const { return static_cast<const First*>(firsts_.data)[b]; }
+
+  int64_t parts_of(int64_t b) const { return first(b + 1).part - first(b).part; }
 
   // Keys of a part: enough parts to share, but not so many that they cost.
   static int64_t keys_of_part(int64_t keys, int64_t num_splits) {
@@ -160,6 +167,15 @@ class Decode {
                                               partial(part, rows, row));
                   });
     }
+    if (parts_of(part.sequence) == 1)  // while it is at hand
+      for (int64_t row = 0; row < rows; ++row) combine(sequence, part.sequence, row);
+  }
+
+  void combine_parts(int64_t task) const {
+    const int64_t b = task / (longest_ * in_.heads), row = task % (longest_ * in_.heads);
+    const Sequence sequence = in_.sequence(b);
+    if (few_queries(in_, sequence) && parts_of(b) != 1 && row < sequence.queries * in_.heads)
+      combine(sequence, b, row);
   }
 
   static Range both(Range a, Range b) { return {larger(a.first, b.first), smaller(a.last, b.last)}; }
@@ -284,12 +300,9 @@ class Decode {
   }
 
   // Puts the parts of one query together, a sink with them, and writes its row of out and of lse.
-  void combine(int64_t task) const {
-    const int64_t b = task / (longest_ * in_.heads), row = task % (longest_ * in_.heads);
+  void combine(const Sequence& sequence, int64_t b, int64_t row) const {
     const int64_t i = row / in_.heads, head = row % in_.heads;
-    const Sequence sequence = in_.sequence(b);
-    if (!few_queries(in_, sequence) || i >= sequence.queries) return;
-    const int64_t parts = first(b + 1).part - first(b).part, rows = sequence.queries * in_.heads;
+    const int64_t parts = parts_of(b), rows = sequence.queries * in_.heads;
     const float sink = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();
     float best = sink;
     for (int64_t n = 0; n < parts; ++n) {
@@ -318,6 +331,7 @@ class Decode {
   int64_t size_v_, group_;
   Buffer firsts_, parts_, partials_;
   int64_t longest_;
+  bool finished_;  // where all sequences have one part, a task leaves its result
   size_t scratch_bytes_;
 };
 

@@ -1,6 +1,8 @@
 // Norms, activations and the loss in torch's dispatcher: tensors become pointers and strides.
 #include "../layers/layers.h"
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace {
@@ -153,6 +155,26 @@ std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTenso
   return {grad_x, grad_up};
 }
 
+Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
+  pynlp::LinearForward in{};
+  in.rows = rows_of(x);
+  in.columns = columns_of(x);
+  STD_TORCH_CHECK(weight.dim() == 2 && columns_of(weight) == in.columns && in.columns > 0,
+                  "pynlp: weight: expected another shape");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float,
+                  "pynlp: x, weight: expected float32");
+  in.outputs = weight.size(0);
+  in.x = rows_in(x, "x");
+  in.weight = rows_in(weight, "weight");
+  in.bias = bias ? statistics(*bias, in.outputs, "bias") : nullptr;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = in.outputs;
+  Tensor y = output(x, sizes);
+  in.y = floats(y);
+  pynlp::linear_forward(in);
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, MaybeTensor bias,
                                                                 Tensor targets, MaybeTensor row_scale, bool needs_x,
                                                                 bool needs_weight, bool needs_bias,
@@ -228,5 +250,6 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   m.impl("norm_backward", &norm_backward_boxed);
   m.impl("activation_forward", &activation_forward_boxed);
   m.impl("activation_backward", &activation_backward_boxed);
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_cross_entropy", &linear_cross_entropy_boxed);
 }

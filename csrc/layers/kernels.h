@@ -1,4 +1,4 @@
-// The kernels of each instruction set, all from the same source (norm.h, activation.h, loss.h).
+// The kernels of each instruction set, all from the same source (norm.h, activation.h, linear.h, loss.h).
 #pragma once
 
 #include "layers.h"
@@ -10,6 +10,7 @@ struct LayerKernels {
   void (*norm_backward)(const NormBackward& problem);
   void (*activation_forward)(const ActivationForward& problem);
   void (*activation_backward)(const ActivationBackward& problem);
+  void (*linear_forward)(const LinearForward& problem);
   void (*linear_cross_entropy)(const LinearCrossEntropy& problem);
 };
 

@@ -23,6 +23,7 @@ void norm_forward(const NormForward& problem) { kernels().norm_forward(problem);
 void norm_backward(const NormBackward& problem) { kernels().norm_backward(problem); }
 void activation_forward(const ActivationForward& problem) { kernels().activation_forward(problem); }
 void activation_backward(const ActivationBackward& problem) { kernels().activation_backward(problem); }
+void linear_forward(const LinearForward& problem) { kernels().linear_forward(problem); }
 void linear_cross_entropy(const LinearCrossEntropy& problem) { kernels().linear_cross_entropy(problem); }
 
 }  // namespace pynlp

@@ -79,7 +79,16 @@ struct LinearCrossEntropy {
   float* grad_bias;             // or null
 };
 
+// y = x weight' + bias, in fp32.
+struct LinearForward {
+  int64_t rows, columns, outputs;  // of x; of x and the weight; rows of the weight
+  RowsIn x, weight;
+  const float* bias;  // (outputs,) or null
+  float* y;           // (rows, outputs)
+};
+
 void linear_cross_entropy(const LinearCrossEntropy& problem);
+void linear_forward(const LinearForward& problem);
 void norm_forward(const NormForward& problem);
 void norm_backward(const NormBackward& problem);
 void activation_forward(const ActivationForward& problem);

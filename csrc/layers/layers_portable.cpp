@@ -14,6 +14,7 @@
 #define PYNLP_BF16 0
 #include "activation.h"
 #include "kernels.h"
+#include "linear.h"
 #include "loss.h"
 #include "norm.h"
 
@@ -24,6 +25,7 @@ const LayerKernels layers_portable = {
     [](const NormBackward& problem) { NormGradient(problem).run(); },
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearForward& problem) { Linear(problem).run(); },
     [](const LinearCrossEntropy& problem) { Loss<Fp32>(problem).run(); },
 };
 

@@ -21,6 +21,7 @@ constexpr int TILE_ROWS = 6;  // 16 registers: 12 accumulators
 constexpr int TILE_ROWS = 4;  // 16 registers, and a product and a sum instead of one instruction
 #endif
 constexpr int TILE_VECTORS = 2;
+constexpr int LINE = 16;  // words of a cache line
 
 // What the product does to c.
 enum class Into { overwrite, add, scale_and_add };  // scale_and_add: c = c * lane_scale[lane] + product
@@ -41,10 +42,12 @@ struct Bf16 {
 };
 #endif
 
+// `ahead`: rows of a that come after this tile, or null. They are fetched while it computes, a line of each at a time:
+// all at once they would fill the buffers of the loads that the tile itself waits for.
 template <class E, Into INTO, int ROWS, int VECTORS>
 __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int32_t* a, int64_t a_row, int64_t a_depth,
                                                        const int32_t* b, int64_t b_depth, float* c, int64_t c_row,
-                                                       const float* lane_scale) {
+                                                       const float* lane_scale, const int32_t* ahead = nullptr) {
   Float sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -54,18 +57,25 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
       if constexpr (INTO != Into::overwrite) __builtin_prefetch(c + r * c_row + v * LANES);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Int lanes[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) lanes[v] = load(b + v * LANES);
+  for (int64_t line = 0; line < depth; line += LINE) {
+    if (ahead) {
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const Int value = broadcast(a[r * a_row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = E::multiply_add(sum[r][v], value, lanes[v]);
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(ahead + r * a_row + line);
     }
-    a += a_depth;
-    b += b_depth;
+    const int64_t steps = smaller(LINE, depth - line);
+    for (int64_t k = 0; k < steps; ++k) {
+      Int lanes[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) lanes[v] = load(b + v * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const Int value = broadcast(a[r * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = E::multiply_add(sum[r][v], value, lanes[v]);
+      }
+      a += a_depth;
+      b += b_depth;
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -78,12 +88,6 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
       store(p, sum[r][v]);
     }
   }
-}
-
-// Brings the rows of the next tile to the first-level cache: a tile is too short for its first loads to be hidden.
-inline void prefetch_rows(const int32_t* a, int64_t a_row, int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(a + r * a_row + k);
 }
 
 // The last rows, fewer than a full tile.
@@ -104,10 +108,9 @@ __attribute__((always_inline)) inline void matmul_columns(int64_t rows, int64_t 
                                                           int64_t c_row, const float* lane_scale) {
   int64_t r = 0;
   for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
-    if (a_depth == 1)
-      prefetch_rows(a + (r + TILE_ROWS) * a_row, a_row, smaller(rows - r - TILE_ROWS, TILE_ROWS), depth);
+    const bool more = a_depth == 1 && r + 2 * TILE_ROWS <= rows;
     matmul_tile<E, INTO, TILE_ROWS, VECTORS>(depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row,
-                                             lane_scale);
+                                             lane_scale, more ? a + (r + TILE_ROWS) * a_row : nullptr);
   }
   if (r < rows)
     matmul_rest<E, INTO, VECTORS>(rows - r, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row,

@@ -5,13 +5,13 @@ Shapes: B batch, S source tokens, T target tokens, E embed_dim, V vocab_size.
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.models.states import EncoderDecoderState
-from pynlp.nn import LayerCache
+from pynlp.nn import LayerCache, Linear
+from pynlp.ops.linear import linear
 from pynlp.ops.attention import attention as fused_attention
 
 
@@ -35,7 +35,7 @@ class EncoderDecoder(nn.Module):
         self.source_embedding = self.output = None
         if not config.tied_embeddings:
             self.source_embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-            self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+            self.output = Linear(config.embed_dim, config.vocab_size, bias=False)
         encoder_layers = config.layers if config.encoder_layers is None else config.encoder_layers
         self.encoder = Stack(config, encoder_layers, causal=False, attention=attention)
         self.decoder = Stack(config, config.layers, causal=True, cross_attention=True, attention=attention)
@@ -51,7 +51,7 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
         """Logits of the target's next token, `(B, T, V)`; see `features` for the arguments."""
-        return F.linear(self.features(source, source_lengths, target), self.output_weight)
+        return linear(self.features(source, source_lengths, target), self.output_weight)
 
     def features(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
         """What the logits are a projection of.

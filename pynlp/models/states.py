@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pynlp.nn import KVCache, MultiHeadAttention
+from pynlp.ops.linear import linear
 from pynlp.ops.attention_decode import attention_decode
 from pynlp.ops.attention_weights import attention_weights
 
@@ -34,11 +34,11 @@ class DecoderState:
         self.model = model
         self.cache = KVCache(batch, max_length, **model.cache_shape, dtype=weight.dtype, device=weight.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
         features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
-        return F.linear(features[:, -1], self.model.output_weight)
+        return linear(features[:, -1], self.model.output_weight)
 
     def select(self, rows: Tensor) -> None:
         """Row i goes on from the history of old row `rows[i]`."""
@@ -79,26 +79,26 @@ class EncoderDecoderState:
         max_length: Most target tokens of a row, prefix included.
     """
 
-    @torch.no_grad()
     def __init__(self, model: EncoderDecoder, source: Tensor, source_lengths: Tensor | None, max_length: int):
-        features = model.encode(source, source_lengths)  # (N, S, E)
         batch, seqlen = source.shape
         weight = model.embedding.weight
         shape = model.decoder.cache_shape
         self.model = model
         self.cache = KVCache(batch, max_length, **shape, dtype=weight.dtype, device=weight.device)
-        self.keys_values = [block.cross_attention.keys_values(features) for block in model.decoder.blocks]
+        with torch.inference_mode():
+            features = model.encode(source, source_lengths)  # (N, S, E)
+            self.keys_values = [block.cross_attention.keys_values(features) for block in model.decoder.blocks]
         self.sources = torch.arange(batch, dtype=torch.int32, device=source.device)
         self.lengths = torch.full_like(self.sources, seqlen) if source_lengths is None else source_lengths
         self.query = None  # of the last layer's cross-attention
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
         memories = [SharedSource(k, v, self.sources, self.lengths) for k, v in self.keys_values]
         features = self.model.decode(tokens, memories, self.cache.append(tokens.shape[1]))
         self.query = memories[-1].query
-        return F.linear(features[:, -1], self.model.output_weight)
+        return linear(features[:, -1], self.model.output_weight)
 
     def select(self, rows: Tensor) -> None:
         """Row i goes on from the history of old row `rows[i]`."""

@@ -5,13 +5,13 @@ Shapes: B batch, S tokens, E embed_dim, V vocab_size.
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynlp.models.blocks import Stack, check_lengths, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.models.states import DecoderState
-from pynlp.nn import LayerCache
+from pynlp.nn import LayerCache, Linear
+from pynlp.ops.linear import linear
 from pynlp.ops.attention import attention as fused_attention
 
 
@@ -62,12 +62,12 @@ class Decoder(Stack):
     def __init__(self, config: TransformerConfig, *, attention: Callable[..., Tensor] = fused_attention):
         super().__init__(config, config.layers, causal=True, attention=attention)
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.output = None if config.tied_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.output = None if config.tied_embeddings else Linear(config.embed_dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """Logits of the next token, `(B, S, V)`; see `features` for the arguments."""
-        return F.linear(self.features(tokens, cache), self.output_weight)
+        return linear(self.features(tokens, cache), self.output_weight)
 
     def features(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """What the logits are a projection of.

@@ -4,6 +4,7 @@ from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache
 from pynlp.nn.feed_forward import FeedForward
 from pynlp.nn.latent_attention import LatentAttention
+from pynlp.nn.linear import Linear
 from pynlp.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LatentAttention",
     "LayerCache",
     "LayerNorm",
+    "Linear",
     "MultiHeadAttention",
     "OutOfPages",
     "PagedKVCache",

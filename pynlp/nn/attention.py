@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pynlp.nn.cache import LayerCache
+from pynlp.nn.linear import Linear
 from pynlp.ops.attention import attention as fused_attention
 from pynlp.ops.attention import attention_varlen
 from pynlp.ops.attention_decode import attention_decode
@@ -95,10 +96,10 @@ class MultiHeadAttention(nn.Module):
         self.attention = attention
 
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, heads * head_dim, bias, **factory)
-        self.k_proj = nn.Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
-        self.v_proj = nn.Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
-        self.out_proj = nn.Linear(heads * head_dim, embed_dim, bias, **factory)
+        self.q_proj = Linear(embed_dim, heads * head_dim, bias, **factory)
+        self.k_proj = Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
+        self.v_proj = Linear(self.memory_dim, kv_heads * head_dim, bias, **factory)
+        self.out_proj = Linear(heads * head_dim, embed_dim, bias, **factory)
 
         self.rotary = None
         if positions == "rope":

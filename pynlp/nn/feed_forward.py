@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pynlp.nn.linear import Linear
 from pynlp.ops.activation import gelu, relu, swiglu
 
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "swiglu": swiglu}
@@ -35,8 +36,8 @@ class FeedForward(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
         self.activation, self.dropout = activation, dropout
-        self.up_proj = nn.Linear(embed_dim, 2 * ffn_dim if activation == "swiglu" else ffn_dim, bias)
-        self.down_proj = nn.Linear(ffn_dim, embed_dim, bias)
+        self.up_proj = Linear(embed_dim, 2 * ffn_dim if activation == "swiglu" else ffn_dim, bias)
+        self.down_proj = Linear(ffn_dim, embed_dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(.., E)` of x `(.., E)`."""

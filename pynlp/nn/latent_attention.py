@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pynlp.nn.attention import RotaryTables
 from pynlp.nn.cache import LayerCache
+from pynlp.nn.linear import Linear
 from pynlp.ops.attention import attention as fused_attention
 from pynlp.ops.attention import attention_varlen
 from pynlp.ops.attention_decode import attention_decode
@@ -80,17 +81,17 @@ class LatentAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         q_width = heads * (rope_dim + nope_dim)
         if q_rank is None:
-            self.q_proj = nn.Linear(embed_dim, q_width, bias=False, **factory)
+            self.q_proj = Linear(embed_dim, q_width, bias=False, **factory)
         else:
             self.q_proj = nn.Sequential(
-                nn.Linear(embed_dim, q_rank, bias=False, **factory),
+                Linear(embed_dim, q_rank, bias=False, **factory),
                 nn.RMSNorm(q_rank, norm_eps, **factory),
-                nn.Linear(q_rank, q_width, bias=False, **factory),
+                Linear(q_rank, q_width, bias=False, **factory),
             )
-        self.kv_down_proj = nn.Linear(embed_dim, rope_dim + kv_rank, bias=False, **factory)
+        self.kv_down_proj = Linear(embed_dim, rope_dim + kv_rank, bias=False, **factory)
         self.kv_norm = nn.RMSNorm(kv_rank, norm_eps, **factory)
-        self.kv_up_proj = nn.Linear(kv_rank, heads * (nope_dim + head_dim_v), bias=False, **factory)
-        self.out_proj = nn.Linear(heads * head_dim_v, embed_dim, bias=False, **factory)
+        self.kv_up_proj = Linear(kv_rank, heads * (nope_dim + head_dim_v), bias=False, **factory)
+        self.out_proj = Linear(heads * head_dim_v, embed_dim, bias=False, **factory)
 
     def forward(
         self,

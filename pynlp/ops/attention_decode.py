@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops import attention_checks as checks
-from pynlp.ops.checks import check, check_dtype, check_range, rows_in_place
+from pynlp.ops.checks import at_once, check, check_dtype, check_range, extremes, rows_in_place
 from pynlp.ops.library import LIBRARY, define, triton_launcher
 from pynlp.reference import attention_decode as reference
 
@@ -200,6 +200,10 @@ def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_ca
     if block_table.numel() == 0:
         return
     pages, page_size = k_cache.shape[:2]
+    if at_once(block_table):
+        smallest, largest = extremes(block_table)
+        if smallest >= 0 and largest < pages:  # then it does not matter which entries are needed
+            return
     first = torch.arange(block_table.shape[1], device=block_table.device) * page_size  # a page's first key
     unused = first >= cache_lengths[:, None] + appended
     outside = ~unused & ((block_table < 0) | (block_table >= pages))

@@ -29,6 +29,8 @@ def rows_in_place(x: Tensor) -> Tensor:
 
 def rows_at_one_stride(x: Tensor) -> Tensor:
     """x (.., columns) whose rows are contiguous and lie one after the other at a fixed distance."""
+    if x.is_contiguous():
+        return x
     strides, sizes = x.stride(), x.shape
     if strides[-1] == 1 or sizes[-1] == 1:
         outer = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
@@ -69,7 +71,8 @@ def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...
 
 def statistics(x: Tensor, like: Tensor) -> Tensor:
     """Biases, tables and weights of norms are kept in fp32 (fp64 for fp64 inputs), contiguous."""
-    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
@@ -86,17 +89,18 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
 def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
     smallest, largest = torch.aminmax(x)
-    return (smallest.item(), largest.item()) if _at_once(x) else (smallest, largest)
+    return (smallest.item(), largest.item()) if at_once(x) else (smallest, largest)
 
 
 def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
     """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
-    if isinstance(condition, bool) or _at_once(condition):
+    if isinstance(condition, bool) or at_once(condition):
         if not condition:
             raise ValueError(f"{expected}, {got()}")
     else:
         torch._assert_async(condition, expected)
 
 
-def _at_once(x: Tensor) -> bool:
+def at_once(x: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
