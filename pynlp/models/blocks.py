@@ -75,14 +75,14 @@ class Block(nn.Module):
         self,
         h: Tensor,
         residual: Tensor | None,
-        key_lengths: Tensor | None,
         memory: Memory | None,
-        cache: LayerCache | None,
+        layout: dict[str, Tensor | LayerCache | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """With pre-norm h `(B, S, E)` is yet to be added to the residual, if there is one; post-norm has h alone."""
-        h, residual = self.around(
-            lambda x: self.attention(x, key_lengths=key_lengths, cache=cache), self.attention_norm, h, residual
-        )
+        """With pre-norm h `(B, S, E)` is yet to be added to the residual, if there is one; post-norm has h alone.
+
+        `layout` are what the self-attention is to know of the tokens: key_lengths, cu_seqlens, or a cache.
+        """
+        h, residual = self.around(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
         if memory is not None:
             h, residual = self.around(
                 lambda x: memory.attend(self.cross_attention, x), self.cross_attention_norm, h, residual
@@ -160,44 +160,55 @@ class Stack(nn.Module):
         x: Tensor,
         *,
         key_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         memories: Sequence[Memory] | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """Features of tokens.
 
         Args:
-            x: Their embeddings `(B, S, E)`.
+            x: Their embeddings `(B, S, E)`, or packed without padding `(total, E)`.
             key_lengths: int32 `(B,)`, the tokens of each row that are none of its padding.
+            cu_seqlens: int32 `(B + 1,)`, where each sequence of a packed x starts and the last one ends.
             memories: What each block's cross-attention looks at.
             cache: As in `Decoder.forward`.
 
         Returns:
-            `(B, S, E)`, normalised.
+            As x, normalised.
         """
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
         if self.positions is not None:
-            x = x * self.scale + self.positions(self.position_ids(x, cache)).to(x.dtype)
+            x = x * self.scale + self.positions(self.position_ids(x, cu_seqlens, cache)).to(x.dtype)
         h, residual = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             memory = None if memories is None else memories[i]
-            layer_cache = None if cache is None else cache[i]
+            layout = dict(
+                key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=None if cache is None else cache[i]
+            )
             if self.checkpointing and torch.is_grad_enabled():
-                h, residual = checkpoint(block, h, residual, key_lengths, memory, layer_cache, use_reentrant=False)
+                h, residual = checkpoint(block, h, residual, memory, layout, use_reentrant=False)
             else:
-                h, residual = block(h, residual, key_lengths, memory, layer_cache)
+                h, residual = block(h, residual, memory, layout)
         return h if self.norm is None else self.norm(h, residual)[0]
 
-    def position_ids(self, x: Tensor, cache: Sequence[LayerCache] | None) -> Tensor:
-        """Those of x `(B, S, E)`: `(S,)`, or `(B, S)` with a cache, whose tokens come first."""
-        new = torch.arange(x.shape[1], device=x.device)
-        cached = 0 if cache is None or x.shape[0] == 0 else extremes(cache[0].lengths)[1]
+    def position_ids(self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[LayerCache] | None) -> Tensor:
+        """Those of x: `(S,)`, `(B, S)` with a cache, whose tokens come first, `(total,)` of a packed x."""
+        new = torch.arange(x.shape[-2], device=x.device)
+        longest = x.shape[-2]
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+            longest = 0 if len(lengths) == 0 else extremes(lengths)[1]
+            new = new - cu_seqlens[:-1].repeat_interleave(lengths, output_size=len(new))
+        elif cache is not None:
+            longest = longest + (0 if len(x) == 0 else extremes(cache[0].lengths)[1])
+            new = cache[0].lengths[:, None] + new
         check(
-            cached + x.shape[1] <= self.config.max_positions,
+            longest <= self.config.max_positions,
             f"tokens: expected at most max_positions = {self.config.max_positions} in a row, cached ones included",
-            lambda: f"got {cached + x.shape[1]}",
+            lambda: f"got {longest}",
         )
-        return new if cache is None else cache[0].lengths[:, None] + new
+        return new
 
     @property
     def cache_shape(self) -> dict[str, int]:

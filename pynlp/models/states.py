@@ -85,12 +85,15 @@ class EncoderDecoderState:
         shape = model.decoder.cache_shape
         self.model = model
         self.cache = KVCache(batch, max_length, **shape, dtype=weight.dtype, device=weight.device)
-        with torch.inference_mode():
-            features = model.encode(source, source_lengths)  # (N, S, E)
-            self.keys_values = [block.cross_attention.keys_values(features) for block in model.decoder.blocks]
         self.sources = torch.arange(batch, dtype=torch.int32, device=source.device)
         self.lengths = torch.full_like(self.sources, seqlen) if source_lengths is None else source_lengths
         self.query = None  # of the last layer's cross-attention
+        with torch.inference_mode():
+            features, places = model.encode_packed(source, self.lengths)  # (total, E)
+            self.keys_values = [
+                [padded(x, places, source.shape) for x in block.cross_attention.keys_values(features)]
+                for block in model.decoder.blocks
+            ]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -119,3 +122,9 @@ class EncoderDecoderState:
         weights = attention_weights(self.query, keys[self.sources], key_lengths=self.lengths)  # (R, H, 1, S)
         padding = torch.arange(keys.shape[1], device=keys.device) >= self.lengths[:, None]
         return weights.squeeze(2).mean(1).masked_fill(padding, 1.0)
+
+
+def padded(x: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Packed rows `(total, ..)` at their places among `N * S`: `(N, S, ..)`, 0 elsewhere."""
+    rows = x.new_zeros(sizes[0] * sizes[1], *x.shape[1:])
+    return rows.index_copy_(0, places, x).unflatten(0, sizes)
