@@ -15,11 +15,12 @@ from torch import Tensor
 RESULTS = Path("results")
 
 
-def round_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, list[float]]:
+def round_times(functions: dict[str, Callable], seconds: float = 1.5, pause: float = 0.0) -> dict[str, list[float]]:
     """The times of each function in seconds, a round each, called in turn so that noise meets all alike.
 
     There are at least three rounds after a warm-up, more while `seconds` last. In a round every function runs twice and
-    the shorter time counts: the first time it finds the caches and the thread pool as another one left them.
+    the shorter time counts: the first time it finds the caches and the thread pool as another one left them. Before it
+    there is a pause in seconds, for threads of another runtime: they wait for more work in a loop, at the cost of all.
     """
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -27,6 +28,7 @@ def round_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[st
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
         for name, function in functions.items():
+            time.sleep(pause)
             two = []
             for _ in range(2):
                 begin = time.perf_counter()
