@@ -1,9 +1,11 @@
 """`python -m benchmarks.layers`: norms, activations and the loss beside PyTorch's operators, forward and backward.
 
+And linear layers of few rows, forward alone, with so many weights that each comes from memory, as in decoding.
+
 As in benchmarks.serving a case is set up once, its errors against fp64 decide whether its speed is printed, and all
 implementations are timed in turn. The sizes are those of a training step: 4096 tokens, 256 channels, 1024 between the
 layers of a feed-forward, vocabularies of 8,000 and 32,000. Bytes are those that must be read and written once, against
-the read bandwidth; FLOP/s are those of the three products of the loss. Writes results/layers.json and layers.png.
+the read bandwidth; FLOP/s are those of the products. Writes results/layers.json and layers.png.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import RESULTS, machine, peak_memory, table, write_json
 from benchmarks.serving import BF16, FP32, Case, plot, run_case
-from pynlp.functional import gelu, layer_norm, linear_cross_entropy, relu, rms_norm, swiglu
+from pynlp.functional import gelu, layer_norm, linear, linear_cross_entropy, relu, rms_norm, swiglu
 from pynlp.reference.random import dropped_parts, keeps
 
 TOKENS, CHANNELS, INNER = 4096, 256, 1024
@@ -133,6 +135,17 @@ def loss_case(vocabulary: int, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def linear_case(rows: int) -> Case:
+    torch.manual_seed(0)
+    x, weights = torch.randn(rows, 1024), torch.randn(24, 1024, 1024) / 32
+    work = {"bytes": 4 * weights.numel()} if rows < 32 else {"flop": 2 * rows * weights.numel()}
+    return Case(
+        f"linear, {rows} rows, 24 weights of 1024 x 1024", FP32,
+        {"ours": lambda: [linear(x, w) for w in weights], "eager": lambda: [F.linear(x, w) for w in weights]},
+        lambda: [F.linear(x.double(), w.double()) for w in weights], {"eager": 1.0}, **work,
+    )  # fmt: skip
+
+
 def loss_memory(vocabulary: int, dtype: torch.dtype) -> dict:
     """Peak memory of forward and backward, in MiB."""
     script = f"""
@@ -179,6 +192,7 @@ CASES = {
         for dtype in (FP32, BF16)
         for vocabulary in (8000, 32000)
     },
+    **{f"linear {rows}": lambda *, rows=rows: linear_case(rows) for rows in (1, 8, 32, 160)},
 }
 
 

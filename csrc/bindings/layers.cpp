@@ -175,6 +175,16 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
   return y;
 }
 
+std::tuple<Tensor, Tensor> row_peaks(Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 2 && columns_of(x) > 0 && x.scalar_type() == ScalarType::Float,
+                  "pynlp: x: expected float32 (rows, columns)");
+  Tensor place = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Long);
+  Tensor lse = torch::stable::new_empty(x, {x.size(0)});
+  pynlp::row_peaks(
+      {x.size(0), columns_of(x), rows_in(x, "x"), static_cast<int64_t*>(place.mutable_data_ptr()), floats(lse)});
+  return {place, lse};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, MaybeTensor bias,
                                                                 Tensor targets, MaybeTensor row_scale, bool needs_x,
                                                                 bool needs_weight, bool needs_bias,
@@ -228,6 +238,10 @@ void norm_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) 
     TORCH_BOX (&norm_forward)(stack, inputs, outputs);
 }
 
+void row_peaks_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (!reference_serves("pynlp::row_peaks_reference", stack[0], stack)) TORCH_BOX (&row_peaks)(stack, inputs, outputs);
+}
+
 void norm_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!reference_serves("pynlp::norm_backward_reference", stack[0], stack))
     TORCH_BOX (&norm_backward)(stack, inputs, outputs);
@@ -251,5 +265,6 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   m.impl("activation_forward", &activation_forward_boxed);
   m.impl("activation_backward", &activation_backward_boxed);
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("row_peaks", &row_peaks_boxed);
   m.impl("linear_cross_entropy", &linear_cross_entropy_boxed);
 }

@@ -1,4 +1,4 @@
-// The kernels of each instruction set, all from the same source (norm.h, activation.h, linear.h, loss.h).
+// The kernels of each instruction set, all from the same source (norm.h, activation.h, linear.h, peak.h, loss.h).
 #pragma once
 
 #include "layers.h"
@@ -11,6 +11,7 @@ struct LayerKernels {
   void (*activation_forward)(const ActivationForward& problem);
   void (*activation_backward)(const ActivationBackward& problem);
   void (*linear_forward)(const LinearForward& problem);
+  void (*row_peaks)(const RowPeaks& problem);
   void (*linear_cross_entropy)(const LinearCrossEntropy& problem);
 };
 

@@ -24,6 +24,7 @@ void norm_backward(const NormBackward& problem) { kernels().norm_backward(proble
 void activation_forward(const ActivationForward& problem) { kernels().activation_forward(problem); }
 void activation_backward(const ActivationBackward& problem) { kernels().activation_backward(problem); }
 void linear_forward(const LinearForward& problem) { kernels().linear_forward(problem); }
+void row_peaks(const RowPeaks& problem) { kernels().row_peaks(problem); }
 void linear_cross_entropy(const LinearCrossEntropy& problem) { kernels().linear_cross_entropy(problem); }
 
 }  // namespace pynlp

@@ -87,8 +87,17 @@ struct LinearForward {
   float* y;           // (rows, outputs)
 };
 
+// Where each row has its largest value, the first of equal ones, and the logarithm of its sum of exponentials.
+struct RowPeaks {
+  int64_t rows, columns;
+  RowsIn x;        // fp32
+  int64_t* place;  // (rows,)
+  float* lse;      // (rows,)
+};
+
 void linear_cross_entropy(const LinearCrossEntropy& problem);
 void linear_forward(const LinearForward& problem);
+void row_peaks(const RowPeaks& problem);
 void norm_forward(const NormForward& problem);
 void norm_backward(const NormBackward& problem);
 void activation_forward(const ActivationForward& problem);

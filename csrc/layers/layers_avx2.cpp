@@ -17,6 +17,7 @@
 #include "linear.h"
 #include "loss.h"
 #include "norm.h"
+#include "peak.h"
 
 namespace pynlp {
 
@@ -26,6 +27,7 @@ const LayerKernels layers_avx2 = {
     [](const ActivationForward& problem) { Activate(problem).run(); },
     [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
     [](const LinearForward& problem) { Linear(problem).run(); },
+    [](const RowPeaks& problem) { Peaks(problem).run(); },
     [](const LinearCrossEntropy& problem) { Loss<Fp32>(problem).run(); },
 };
 

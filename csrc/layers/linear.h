@@ -39,12 +39,17 @@ class Linear {
 
   // PANEL rows of x as columns, zeros behind the last.
   void pack(int64_t panel) const {
-    float* rows = static_cast<float*>(thread_scratch(PANEL * depth_ * sizeof(float)));
     const int64_t first = panel * PANEL, count = smaller(PANEL, in_.rows - first), lanes = round_up(count, LANES);
-    memset(rows, 0, lanes * depth_ * sizeof(float));
-    for (int64_t r = 0; r < count; ++r)
-      copy_row(rows + r * depth_, static_cast<const float*>(in_.x.data) + (first + r) * in_.x.stride, 4 * in_.columns);
-    transpose(reinterpret_cast<const int32_t*>(rows), depth_, panel_of_x(panel), PANEL, lanes, depth_);
+    const int32_t* x = static_cast<const int32_t*>(in_.x.data) + first * in_.x.stride;
+    int64_t stride = in_.x.stride;
+    if (count < lanes || in_.columns < depth_) {
+      int32_t* rows = static_cast<int32_t*>(thread_scratch(lanes * depth_ * sizeof(float)));
+      memset(rows, 0, lanes * depth_ * sizeof(float));
+      for (int64_t r = 0; r < count; ++r) copy_row(rows + r * depth_, x + r * stride, 4 * in_.columns);
+      x = rows;
+      stride = depth_;
+    }
+    transpose(x, stride, panel_of_x(panel), PANEL, lanes, depth_);
   }
 
   // BLOCK rows of the weight by a chunk of x.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pynlp.decoding.hypotheses import Hypothesis, coverage_term, length_divisor
 from pynlp.decoding.rules import Rules, check_count
-from pynlp.decoding.state import AttentiveState, DecodingState, attention_weights, largest, log_normalizer, next_logits
+from pynlp.decoding.state import AttentiveState, DecodingState, attention_weights, largest, next_logits
 
 
 @torch.no_grad()
@@ -140,8 +140,7 @@ class _BeamSearch:
             Log probabilities, rows that are extended and tokens of the best candidates, each `(S, candidates)`, and
             how many of them at least do not end, up to the beam size.
         """
-        logits = next_logits(self.state, tokens)
-        normalizer = log_normalizer(logits)
+        logits, normalizer = next_logits(self.state, tokens)
         if self.coverage_penalty:
             self.coverage = self.coverage + attention_weights(self.state, len(tokens))
         allowed = self.rules.apply(logits, self.history)

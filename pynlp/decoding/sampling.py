@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pynlp.decoding.hypotheses import Hypothesis
 from pynlp.decoding.rules import Rules, check_count
-from pynlp.decoding.state import DecodingState, largest, log_probability_of, next_logits
+from pynlp.decoding.state import DecodingState, largest, next_logits
+from pynlp.ops.peaks import row_peaks
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def greedy(
             or +inf, or the rules forbid every token; the message says which.
     """
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
-    return _write(state, prefix, rules, 1, lambda logits, rows, drawn: logits.max(dim=1, keepdim=True).indices)
+    return _write(state, prefix, rules, 1, lambda logits, rows, drawn: row_peaks(logits)[0][:, None])
 
 
 @torch.no_grad()
@@ -115,14 +116,14 @@ def _write(
     hypotheses: list[Hypothesis] = [None] * (batch * copies)
     if batch == 0:
         return hypotheses
-    logits = next_logits(state, prefix)
+    logits, normalizer = next_logits(state, prefix)
     history, limits = prefix, rules.limits
     if copies > 1:
         sentences = torch.arange(batch, device=prefix.device).repeat_interleave(copies)
         state.select(sentences)
-        logits, history, limits = (x[sentences] for x in (logits, history, limits))
+        logits, normalizer, history, limits = (x[sentences] for x in (logits, normalizer, history, limits))
     rows = torch.arange(batch * copies, device=prefix.device)  # those unfinished
-    log_probabilities = torch.zeros_like(logits[:, 0])
+    log_probabilities = torch.zeros_like(normalizer)
 
     for drawn in count():
         allowed = rules.apply(logits, history)
@@ -131,7 +132,7 @@ def _write(
                 f"min_length, no_repeat_ngram: expected rules that leave some token, got none after {drawn} tokens"
             )
         tokens = choose(allowed, rows, drawn)
-        log_probabilities = log_probabilities + log_probability_of(logits, tokens.squeeze(1))
+        log_probabilities = log_probabilities + logits.gather(1, tokens).squeeze(1) - normalizer
         history = torch.cat((history, tokens), dim=1)
 
         ended = tokens.squeeze(1) == rules.end
@@ -149,7 +150,7 @@ def _write(
             rows, limits, tokens, history, log_probabilities = (
                 x[going] for x in (rows, limits, tokens, history, log_probabilities)
             )
-        logits = next_logits(state, tokens)
+        logits, normalizer = next_logits(state, tokens)
 
 
 def _uniform(seed: int, limits: Tensor, num_samples: int) -> Tensor:
@@ -176,7 +177,6 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None
         tokens = nucleus if tokens is None else tokens.gather(1, nucleus)
     cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
     places = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    places.clamp_(max=cumulative.shape[1] - 1)  # NaN, which is refused afterwards, is below nothing
     return places if tokens is None else tokens.gather(1, places)
 
 

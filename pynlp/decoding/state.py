@@ -4,8 +4,9 @@ import math
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pynlp.ops.peaks import row_peaks
 
 
 class DecodingState(Protocol):
@@ -47,11 +48,11 @@ class AttentiveState(DecodingState, Protocol):
         ...
 
 
-def next_logits(state: DecodingState, tokens: Tensor) -> Tensor:
-    """Logits `(rows, V)` after one more step, at least fp32.
+def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `(rows, V)` after one more step, at least fp32, and the `(rows,)` that make them log probabilities.
 
     Raises:
-        ValueError: the state's answer has another shape or dtype.
+        ValueError: the state's answer has another shape or dtype, or no token of a row is possible.
     """
     logits = state.step(tokens)
     rows = tokens.shape[0]
@@ -60,42 +61,13 @@ def next_logits(state: DecodingState, tokens: Tensor) -> Tensor:
             f"state.step: expected floating logits ({rows}, V) of 2 tokens or more, "
             f"got {logits.dtype} {tuple(logits.shape)}"
         )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def log_normalizer(logits: Tensor) -> Tensor:
-    """What makes logits `(rows, V)` log probabilities when it is taken from them, `(rows,)`.
-
-    Raises:
-        ValueError: a row has no finite logit, or NaN or +inf.
-    """
-    normalizer = logits.logsumexp(dim=1)
-    _check_finite(normalizer, logits)
-    return normalizer
-
-
-def log_probability_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """That of a token in each row, `(rows,)`.
-
-    Args:
-        logits: `(rows, V)`.
-        tokens: int64 `(rows,)`, possible ones.
-
-    Raises:
-        ValueError: as in `log_normalizer`.
-    """
-    negative = F.cross_entropy(logits, tokens, reduction="none")  # takes half as long as logsumexp
-    _check_finite(negative, logits)
-    return -negative
-
-
-def _check_finite(values: Tensor, logits: Tensor) -> None:
-    """`values` `(rows,)` are finite where the row of logits is as it should be."""
-    if not math.isfinite(values.sum()):
-        normalizer = logits.logsumexp(dim=1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    _, normalizer = row_peaks(logits)
+    if not math.isfinite(normalizer.sum()):
         row = normalizer.isfinite().logical_not().nonzero()[0].item()
         came = {math.inf: "+inf", -math.inf: "only -inf"}.get(normalizer[row].item(), "NaN")
         raise ValueError(f"state.step: expected finite logits, beside which some may be -inf, got {came} in row {row}")
+    return logits, normalizer
 
 
 def attention_weights(state: AttentiveState, rows: int) -> Tensor:
