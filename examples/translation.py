@@ -9,7 +9,7 @@
 sample translations, BLEU and chrF, the cross-attention of a sentence as cross_attention.png, and loss.png. With
 --baseline it trains torch.nn.Transformer in the same time. Ctrl-C saves; --resume goes on to the bit. `translate` takes
 a text, a file, or lines from the standard input, each translated as it comes. `compare` trains with each kind of
-positions and decodes in each way.
+positions and decodes in each way. Under `torchrun --nproc-per-node N` a training step takes a batch in each process.
 """
 
 import argparse
@@ -166,6 +166,7 @@ def trainer(folder: Path, options: Options, tokenizer, device: torch.device, ten
         options.steps,
         options.learning_rate,
         WarmupCosine(warmup=max(1, min(400, options.steps // 8)), steps=max(2, options.steps), floor=0.02),
+        batches_per_step=dist.get_world_size() if dist.is_initialized() else 1,
         bf16=True,
         ema_decay=0.998 if options.steps > 2000 else 0.98,
         seed=options.seed,

@@ -26,6 +26,7 @@ from subword_sampling import VARIANTS, load_segmentations  # noqa: E402
 from translator import Translator, load_options, read_pairs  # noqa: E402
 
 from pynlp.training import Interrupted, latest  # noqa: E402
+from pynlp.training.log import read_log  # noqa: E402
 
 TINY = ["--dim", "32", "--layers", "1", "--heads", "2", "--vocabulary", "500", "--max-tokens", "1000"]
 
@@ -202,6 +203,22 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resuming_changes_no_bit(tsv, tmp_pat
     run("train", "--resume", folder=tmp_path / "parts")
     whole, parts = (load_file(latest(tmp_path / name) / "model.safetensors") for name in ("whole", "parts"))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_two_processes_under_torchrun(tsv, trained, tmp_path, capsys):
+    """They take two batches a step, and one of them reports."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["train", "--output", tmp_path / "two", "--corpus", tsv, "--steps", 6, *TINY]
+    command = [*launcher, EXAMPLES / "translation.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("reference:") == 5
+    two, one = ([row["tokens"] for row in read_log(folder / "log.csv")] for folder in (tmp_path / "two", trained))
+    assert len(two) == len(one) == 6 and sum(two) > 1.5 * sum(one)
+    scores = json.loads((tmp_path / "two" / "scores.json").read_text())
+    run("evaluate", folder=tmp_path / "two")
+    assert f"BLEU {scores['BLEU']:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
