@@ -105,6 +105,17 @@ def test_cached_decoding_of_sources_equals_uncached(options):
     assert [x.data_ptr() for pair in state.keys_values for x in pair] == there
 
 
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_decoding_leaves_nothing_that_training_cannot_use(options):
+    """Its logits may be written to, and what it left in caches of any kind takes part in a gradient."""
+    model = randomized(EncoderDecoder, **options)
+    source, lengths = sources()
+    state = model.decoding_state(source, lengths, 3)
+    state.step(tokens(3, 2)).masked_fill_(torch.tensor(True), 0.0)
+    model.train()(source, lengths, tokens(3, 2)).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("options", [VARIANTS[0], *VARIANTS[-2:]], ids=str)
 def test_attention_to_the_source(options):
     model = randomized(EncoderDecoder, **options)

@@ -174,8 +174,7 @@ class Decode {
   void combine_parts(int64_t task) const {
     const int64_t b = task / (longest_ * in_.heads), row = task % (longest_ * in_.heads);
     const Sequence sequence = in_.sequence(b);
-    if (few_queries(in_, sequence) && parts_of(b) != 1 && row < sequence.queries * in_.heads)
-      combine(sequence, b, row);
+    if (few_queries(in_, sequence) && parts_of(b) != 1 && row < sequence.queries * in_.heads) combine(sequence, b, row);
   }
 
   static Range both(Range a, Range b) { return {larger(a.first, b.first), smaller(a.last, b.last)}; }

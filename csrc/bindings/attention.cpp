@@ -229,37 +229,12 @@ Tensor attention_weights(Tensor q, Tensor k, MaybeTensor rows, MaybeTensor lse, 
   return weights;
 }
 
-void attention_weights_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::attention_weights_reference", stack[0], stack))
-    TORCH_BOX (&attention_weights)(stack, inputs, outputs);
-}
-
-void attention_decode_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::attention_decode_reference", stack[0], stack))
-    TORCH_BOX (&attention_decode)(stack, inputs, outputs);
-}
-
-void attention_append_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::attention_append_reference", stack[0], stack))
-    TORCH_BOX (&attention_append)(stack, inputs, outputs);
-}
-
-void attention_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::attention_backward_reference", stack[2], stack))
-    TORCH_BOX (&attention_backward)(stack, inputs, outputs);
-}
-
-void attention_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::attention_forward_reference", stack[0], stack))
-    TORCH_BOX (&attention_forward)(stack, inputs, outputs);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
-  m.impl("attention_forward", &attention_forward_boxed);
-  m.impl("attention_backward", &attention_backward_boxed);
-  m.impl("attention_append", &attention_append_boxed);
-  m.impl("attention_decode", &attention_decode_boxed);
-  m.impl("attention_weights", &attention_weights_boxed);
+  PYNLP_IMPL(m, attention_forward);
+  PYNLP_IMPL(m, attention_backward);
+  PYNLP_IMPL(m, attention_append);
+  PYNLP_IMPL(m, attention_decode);
+  PYNLP_IMPL(m, attention_weights);
 }

@@ -228,43 +228,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor
   return {sum, grad_x, grad_weight, grad_bias};
 }
 
-void linear_cross_entropy_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::linear_cross_entropy_reference", stack[0], stack))
-    TORCH_BOX (&linear_cross_entropy)(stack, inputs, outputs);
-}
-
-void norm_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::norm_forward_reference", stack[0], stack))
-    TORCH_BOX (&norm_forward)(stack, inputs, outputs);
-}
-
-void row_peaks_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::row_peaks_reference", stack[0], stack)) TORCH_BOX (&row_peaks)(stack, inputs, outputs);
-}
-
-void norm_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::norm_backward_reference", stack[0], stack))
-    TORCH_BOX (&norm_backward)(stack, inputs, outputs);
-}
-
-void activation_forward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::activation_forward_reference", stack[0], stack))
-    TORCH_BOX (&activation_forward)(stack, inputs, outputs);
-}
-
-void activation_backward_boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  if (!reference_serves("pynlp::activation_backward_reference", stack[0], stack))
-    TORCH_BOX (&activation_backward)(stack, inputs, outputs);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
-  m.impl("norm_forward", &norm_forward_boxed);
-  m.impl("norm_backward", &norm_backward_boxed);
-  m.impl("activation_forward", &activation_forward_boxed);
-  m.impl("activation_backward", &activation_backward_boxed);
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("row_peaks", &row_peaks_boxed);
-  m.impl("linear_cross_entropy", &linear_cross_entropy_boxed);
+  PYNLP_IMPL(m, norm_forward);
+  PYNLP_IMPL(m, norm_backward);
+  PYNLP_IMPL(m, activation_forward);
+  PYNLP_IMPL(m, activation_backward);
+  PYNLP_IMPL(m, linear);
+  PYNLP_IMPL(m, row_peaks);
+  PYNLP_IMPL(m, linear_cross_entropy);
 }

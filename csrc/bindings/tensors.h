@@ -58,13 +58,19 @@ inline int32_t dropped_parts(double dropout_p) {
   return static_cast<int32_t>(std::min(65535.0, std::nearbyint(dropout_p * 65536)));
 }
 
-// Hands a call in fp64 to the reference, which has the same schema.
-inline bool reference_serves(const char* op, const StableIValue& q, StableIValue* stack) {
+// Hands a call whose first argument is in fp64 to the reference, which has the same schema.
+inline bool reference_serves(const char* op, StableIValue* stack) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(q), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &dtype));
   if (dtype != aoti_torch_dtype_float64()) return false;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
   return true;
 }
+
+// Makes the function `name` the kernel of pynlp::name.
+#define PYNLP_IMPL(library, name)                                                                          \
+  (library).impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {                       \
+    if (!reference_serves("pynlp::" #name "_reference", stack)) TORCH_BOX (&name)(stack, inputs, outputs); \
+  })
 
 }  // namespace

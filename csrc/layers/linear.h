@@ -32,7 +32,7 @@ class Linear {
  private:
   static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of x
   static constexpr int64_t BLOCK = 64;                    // rows of the weight
-  static constexpr int64_t DEPTH = 64;                   // sums of sums lose less than one long sum
+  static constexpr int64_t DEPTH = 64;                    // sums of sums lose less than one long sum
   static constexpr int64_t CHUNK = 1 << 17;               // values of x that stay in the second-level cache
 
   int32_t* panel_of_x(int64_t panel) const { return static_cast<int32_t*>(x_.data) + panel * PANEL * depth_; }

@@ -34,10 +34,11 @@ class DecoderState:
         self.model = model
         self.cache = KVCache(batch, max_length, **model.cache_shape, dtype=weight.dtype, device=weight.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
-        features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
+        with torch.inference_mode():
+            features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
         return linear(features[:, -1], self.model.output_weight)
 
     def select(self, rows: Tensor) -> None:
@@ -95,11 +96,12 @@ class EncoderDecoderState:
                 for block in model.decoder.blocks
             ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
         memories = [SharedSource(k, v, self.sources, self.lengths) for k, v in self.keys_values]
-        features = self.model.decode(tokens, memories, self.cache.append(tokens.shape[1]))
+        with torch.inference_mode():
+            features = self.model.decode(tokens, memories, self.cache.append(tokens.shape[1]))
         self.query = memories[-1].query
         return linear(features[:, -1], self.model.output_weight)
 
