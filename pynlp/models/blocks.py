@@ -179,13 +179,13 @@ class Stack(nn.Module):
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
         if self.positions is not None:
-            x = (x if self.scale == 1 else x * self.scale) + self.positions(self.position_ids(x, cu_seqlens, cache)).to(x.dtype)
+            x = (x if self.scale == 1 else x * self.scale) + self.positions(self.position_ids(x, cu_seqlens, cache)).to(
+                x.dtype
+            )
         h, residual = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             memory = None if memories is None else memories[i]
-            layout = dict(
-                key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=None if cache is None else cache[i]
-            )
+            layout = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=None if cache is None else cache[i])
             if self.checkpointing and torch.is_grad_enabled():
                 h, residual = checkpoint(block, h, residual, memory, layout, use_reentrant=False)
             else:
