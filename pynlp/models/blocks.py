@@ -179,9 +179,8 @@ class Stack(nn.Module):
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
         if self.positions is not None:
-            x = (x if self.scale == 1 else x * self.scale) + self.positions(self.position_ids(x, cu_seqlens, cache)).to(
-                x.dtype
-            )
+            positions = self.positions(self.position_ids(x, cu_seqlens, cache)).to(x.dtype)
+            x = torch.add(positions, x, alpha=self.scale)
         h, residual = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             memory = None if memories is None else memories[i]
