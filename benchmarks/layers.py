@@ -8,16 +8,14 @@ layers of a feed-forward, vocabularies of 8,000 and 32,000. Bytes are those that
 the read bandwidth; FLOP/s are those of the products. Writes results/layers.json and layers.png.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.measure import RESULTS, machine, peak_memory, table, write_json
-from benchmarks.serving import BF16, FP32, Case, plot, run_case
+from benchmarks.cases import BF16, FP32, Case, run_cases
+from benchmarks.measure import peak_memory
 from pynlp.functional import gelu, layer_norm, linear, linear_cross_entropy, relu, rms_norm, swiglu
 from pynlp.reference.random import dropped_parts, keeps
 
@@ -197,21 +195,11 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
-    only = parser.parse_args().only
-    chosen = [make for name, make in CASES.items() if only in name]
-    if not chosen:
-        parser.error(f"--only: expected a part of one of {', '.join(CASES)}, got {only!r}")
-    rows = [run_case(make()) for make in tqdm(chosen, desc="cases", leave=False)]
-    print(table(rows))
-    if only:
-        return
-    memory = [loss_memory(vocabulary, dtype) for dtype in (FP32, BF16) for vocabulary in (8000, 32000)]
-    print(f"\n{table(memory)}")
-    path = write_json("layers", {"machine": machine(), "cases": rows, "memory": memory})
-    plot(rows, "layers", "% of the machine's peak: read bandwidth, FLOP/s for the loss")
-    print(f"\n{machine()}\nwritten: {path}, {RESULTS / 'layers.png'}")
+    label = "% of the machine's peak: read bandwidth, FLOP/s for products"
+    memory = {
+        "memory": lambda: [loss_memory(vocabulary, dtype) for dtype in (FP32, BF16) for vocabulary in (8000, 32000)]
+    }
+    run_cases("layers", __doc__, CASES, label, memory)
 
 
 if __name__ == "__main__":
