@@ -103,7 +103,7 @@ def test_prompts_of_unequal_lengths_are_padded_and_cut():
 
 
 def test_selected_entries_go_on_from_their_own_histories():
-    """Named twice, not at all, or in another order; unequal lengths, in two layers."""
+    """Named twice, not at all, or in another order; unequal lengths, in two layers; copied, moved and given back."""
     cache = contiguous(layers=2)
     written = [(rows(2, 5), rows(2, 5, KV_HEADS, HEAD_DIM_V)) for _ in range(2)]
     before = cache.append(5)
@@ -111,19 +111,23 @@ def test_selected_entries_go_on_from_their_own_histories():
         write(layer, k, v)
     cache.truncate([5, 2])
     histories = [[(k[0], v[0]), (k[1, :2], v[1, :2])] for k, v in written]
-    for chosen in ([1, 0, 1], [2, 2, 1, 0], [3], [0, 0]):
+    pages = []
+    for chosen in ([1, 0, 1], [2, 2, 1, 0], [3, 0, 1], [2, 0, 2, 1], [1, 1, 1, 0], [3], [0, 0]):
         cache.select(torch.tensor(chosen))
         histories = [[layer[row] for row in chosen] for layer in histories]
         assert cache.lengths == [len(k) for k, _ in histories[0]]
         new = [(rows(len(chosen), 1), rows(len(chosen), 1, KV_HEADS, HEAD_DIM_V)) for _ in range(2)]
         for i, layer in enumerate(cache.append(1)):
-            assert layer.k.shape == (len(chosen), 16, KV_HEADS, HEAD_DIM) and not layer.empty
+            assert layer.k.shape[1:] == (16, KV_HEADS, HEAD_DIM) and not layer.empty
             write(layer, *new[i])
+            places = range(len(chosen)) if layer.block_table is None else layer.block_table.squeeze(1).tolist()
             for row, (k, v) in enumerate(histories[i]):
                 k, v = torch.cat((k, new[i][0][row])), torch.cat((v, new[i][1][row]))
-                assert torch.equal(layer.k[row, : len(k)], k) and torch.equal(layer.v[row, : len(v)], v)
+                place = places[row]
+                assert torch.equal(layer.k[place, : len(k)], k) and torch.equal(layer.v[place, : len(v)], v)
                 histories[i][row] = k, v
-    assert torch.equal(before[0].k[:, :5], written[0][0])  # what was given out before is as it was
+        pages.append(len(layer.k))
+    assert pages == [3, 4, 4, 4, 4, 1, 2]
     assert cache.nbytes == contiguous(layers=2).nbytes
 
 

@@ -20,7 +20,8 @@ class LayerCache(NamedTuple):
     Attributes:
         k, v: `(batch, capacity, kv_heads, head_dim)`, `(.., head_dim_v)`; or `(pages, page_size, kv_heads, head_dim)`.
         lengths: int32 `(batch,)`, the tokens of each entry that were there before the step.
-        block_table: int32 `(batch, pages)`, the pages of each entry in order, -1 behind the last; None without pages.
+        block_table: int32 `(batch, pages)`, the pages of each entry in order, -1 behind the last; None where entry i is
+            row i of k and v.
         tokens: New tokens of each entry that there is room for.
         empty: Whether all lengths are 0: known without asking the device.
     """
@@ -63,6 +64,8 @@ class OutOfPages(RuntimeError):
 class KVCache:
     """Keys and values of a batch, with room for `capacity` tokens an entry.
 
+    An entry is a page of memory of its own. Where entries change places or leave, only a table of pages changes.
+
     Args:
         batch, capacity: Entries, and the most tokens of each.
         kv_heads, head_dim: Of the keys; a module's `cache_shape` names what it needs.
@@ -70,7 +73,7 @@ class KVCache:
         layers: Layers, all of one shape.
 
     Attributes:
-        k, v: `(layers, batch, capacity, kv_heads, head_dim)` and `(.., head_dim_v)`.
+        k, v: `(layers, pages, capacity, kv_heads, head_dim)` and `(.., head_dim_v)`; at first page i is entry i's.
         lengths: Tokens of each entry.
 
     Raises:
@@ -92,6 +95,7 @@ class KVCache:
         sizes = dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
         self.k, self.v = _pools(sizes, head_dim_v, dtype, device)
         self.lengths = [0] * batch
+        self._pages = list(range(batch))  # of each entry
 
     def append(self, tokens: int) -> list[LayerCache]:
         """Room for `tokens` more tokens in every entry: what each layer needs to write and read them.
@@ -107,7 +111,9 @@ class KVCache:
         room = capacity - max(self.lengths, default=0)
         if tokens > room:
             raise ValueError(f"tokens: expected at most {room}, the room behind the longest entry, got {tokens}")
-        layers = _layers(self.k, self.v, self.lengths, None, tokens)
+        in_order = self._pages == list(range(self.k.shape[1]))
+        tables = None if in_order else [[page] for page in self._pages]
+        layers = _layers(self.k, self.v, self.lengths, tables, tokens)
         self.lengths = [length + tokens for length in self.lengths]
         return layers
 
@@ -126,7 +132,8 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Entry i goes on from what old entry `rows[i]` has: an entry may be named several times or not at all.
 
-        A `LayerCache` from before still has the old entries.
+        What is named again is copied, into pages that have become free or into new memory; when more than half of the
+        pages are free they are given back. A `LayerCache` from before is of no use any more.
 
         Args:
             rows: int64 or int32 `(new_batch,)`.
@@ -140,8 +147,22 @@ class KVCache:
         for row in chosen:
             if not 0 <= row < len(self.lengths):
                 raise ValueError(f"rows: expected entries 0 to {len(self.lengths) - 1}, got {row}")
+        pages = [self._pages[row] for row in chosen]
+        first = {page: entry for entry, page in reversed(list(enumerate(pages)))}
+        again = [entry for entry, page in enumerate(pages) if first[page] != entry]
+        free = [page for page in range(self.k.shape[1]) if page not in first]
         longest = max(self.lengths, default=0)  # there is nothing behind it that would need copying
-        self.k, self.v = (_selected(pool, rows, longest) for pool in (self.k, self.v))
+        if len(again) > len(free) or 2 * len(pages) < self.k.shape[1]:
+            order = torch.tensor(pages, dtype=torch.int64, device=self.k.device)
+            self.k, self.v = (_selected(pool, order, longest) for pool in (self.k, self.v))
+            pages = list(range(len(pages)))
+        elif again:
+            sources, targets = [pages[entry] for entry in again], free[: len(again)]
+            for pool in (self.k, self.v):
+                pool[:, targets, :longest] = pool[:, sources, :longest]
+            for entry, page in zip(again, targets, strict=True):
+                pages[entry] = page
+        self._pages = pages
         self.lengths = [self.lengths[row] for row in chosen]
 
     @property
@@ -334,7 +355,7 @@ def _pools(
 
 
 def _selected(pool: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """A pool (layers, new_batch, capacity, heads, head_dim) with the first tokens of these entries."""
+    """A pool (layers, new_batch, capacity, heads, head_dim) with the first tokens of these pages."""
     layers, _, *rest = pool.shape
     selected = pool.new_empty(layers, len(rows), *rest)
     torch.index_select(pool[:, :, :tokens], 1, rows, out=selected[:, :, :tokens])
