@@ -21,8 +21,9 @@ def _fake(x, weight, bias):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, as F.linear, which it is for all but one case.
 
-    That case is a CPU in fp32 without gradients, with up to 2048 rows: then the weight is read where it lies, each
-    value once for 32 rows, and a row gets the same bits whatever the other rows and the number of threads.
+    That case is a CPU in fp32 without gradients, up to 2048 rows and a product that is not tiny (2^17 terms or more):
+    then the weight is read where it lies, each value once for 32 rows, and a row gets the same bits whatever the other
+    rows and the number of threads.
 
     Args:
         x: `(.., K)`.
