@@ -44,7 +44,8 @@ sanitize: install
 		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py \
 		tests/test_attention_varlen.py tests/test_attention_decode.py tests/test_attention_weights.py \
 		tests/test_attention_offsets.py tests/test_norm.py tests/test_activation.py tests/test_loss.py \
-		tests/test_random.py tests/test_cache.py tests/test_fuzz.py -k "not compile"
+		tests/test_linear.py tests/test_peaks.py tests/test_random.py tests/test_cache.py tests/test_fuzz.py \
+		-k "not compile"
 
 lint: install
 	$(PY) -m ruff check .
