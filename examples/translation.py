@@ -148,7 +148,7 @@ def prepare(folder: Path, options: Options, device: torch.device) -> None:
         write_pairs(folder / f"{name}.tsv", part)
     tokenizer = train_tokenizer(parts["train"], options.vocabulary)
     save_tokenizer(tokenizer, folder / TOKENIZER)
-    if not options.overfit:
+    if not options.overfit and not options.baseline:  # of few epochs, which noise would only slow down
         for side, texts in zip(SIDES, zip(*parts["train"], strict=True), strict=True):
             sample_segmentations(tokenizer, list(texts), folder / side)
     if options.steps is None:
