@@ -74,9 +74,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """The encoder's features `(B, S, E)`; those of padding mean nothing."""
-        check_tokens("source", source)
-        check_lengths("source_lengths", source_lengths, source)
-        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        embedding = self.embedding_of(source, source_lengths)
         return self.encoder.transform(embedding(source), key_lengths=source_lengths)
 
     def encode_packed(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,13 +83,17 @@ class EncoderDecoder(nn.Module):
         Returns:
             `(total, E)`, and the place of each token in `source.flatten()`, int64 `(total,)`.
         """
-        check_tokens("source", source)
-        check_lengths("source_lengths", source_lengths, source)
-        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        embedding = self.embedding_of(source, source_lengths)
         real = torch.arange(source.shape[1], device=source.device) < source_lengths[:, None]
         places = real.flatten().nonzero().squeeze(1)
         cu_seqlens = F.pad(source_lengths.cumsum(0), (1, 0)).to(torch.int32)
         return self.encoder.transform(embedding(source.flatten()[places]), cu_seqlens=cu_seqlens), places
+
+    def embedding_of(self, source: Tensor, source_lengths: Tensor | None) -> nn.Embedding:
+        """The one of sources, after a check of them."""
+        check_tokens("source", source)
+        check_lengths("source_lengths", source_lengths, source)
+        return self.embedding if self.source_embedding is None else self.source_embedding
 
     def decode(self, target: Tensor, memories: Sequence[Memory], cache: Sequence[LayerCache] | None = None) -> Tensor:
         """The decoder's features `(B, T, E)`.
