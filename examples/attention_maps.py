@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from reports import write
 from torch import Tensor, nn
 
@@ -51,14 +53,20 @@ def check_weights(weights: Tensor, *, causal: bool, lengths: Tensor | None = Non
         raise ValueError(f"weights: expected none on {what}, got token {query} on {key} in head {head} of row {row}")
 
 
+def heat_map(axes: Axes, weights: Tensor, looking: list[str], looked_at: list[str]) -> AxesImage:
+    """Weights `(looking, looked at)`, a row for each token that looks."""
+    image = axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axes.set_xticks(range(len(looked_at)), looked_at, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(looking)), looking, fontsize=7)
+    return image
+
+
 def plot_attention(weights: Tensor, tokens: list[str], title: str, path: Path) -> None:
     """A figure of one layer's weights `(H, S, S)`, a map a head."""
     side = 1.5 + 0.16 * len(tokens)
     figure = Figure(figsize=(side * len(weights), side + 0.4), layout="constrained")
     for head, axes in enumerate(figure.subplots(1, len(weights), squeeze=False)[0]):
-        image = axes.imshow(weights[head].numpy(), vmin=0, vmax=1, cmap="Blues")
-        axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
+        image = heat_map(axes, weights[head], tokens, tokens)
         axes.set(title=f"head {head + 1}", xlabel="is looked at", ylabel="looks")
     figure.colorbar(image, ax=figure.axes, shrink=0.7)
     figure.suptitle(title)

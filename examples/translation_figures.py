@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from attention_maps import heat_map
 from matplotlib.figure import Figure
 from reports import write
 from torch import Tensor
@@ -12,9 +13,7 @@ def attention_map(source: list[str], target: list[str], weights: Tensor, path: P
     """Which source tokens (columns) each target token (rows) looks at; weights `(target tokens, source tokens)`."""
     figure = Figure(figsize=(2.5 + 0.3 * len(source), 1.8 + 0.26 * len(target)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(source)), source, rotation=90)
-    axes.set_yticks(range(len(target)), target)
+    image = heat_map(axes, weights, target, source)
     axes.set(xlabel="source", ylabel="translation")
     figure.colorbar(image, label="attention")
     write(path, lambda part: figure.savefig(part, dpi=150))

@@ -140,7 +140,7 @@ class _BeamSearch:
             Log probabilities, rows that are extended and tokens of the best candidates, each `(S, candidates)`, and
             how many of them at least do not end, up to the beam size.
         """
-        logits, normalizer = next_logits(self.state, tokens)
+        logits, _, normalizer = next_logits(self.state, tokens)
         if self.coverage_penalty:
             self.coverage = self.coverage + attention_weights(self.state, len(tokens))
         allowed = self.rules.apply(logits, self.history)

@@ -42,7 +42,7 @@ def greedy(
             or +inf, or the rules forbid every token; the message says which.
     """
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
-    return _write(state, prefix, rules, 1, lambda logits, rows, drawn: row_peaks(logits)[0][:, None])
+    return _write(state, prefix, rules, 1, lambda logits, likeliest, rows, drawn: likeliest[:, None])
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def sample(
     check_count("seed", seed, 0)
     uniform = _uniform(seed, rules.limits, num_samples)
 
-    def choose(logits: Tensor, rows: Tensor, drawn: int) -> Tensor:
+    def choose(logits: Tensor, likeliest: Tensor, rows: Tensor, drawn: int) -> Tensor:
         return _draw(logits, uniform[rows, drawn : drawn + 1], temperature, top_k, top_p)
 
     hypotheses = _write(state, prefix, rules, num_samples, choose)
@@ -104,34 +104,38 @@ def _write(
     prefix: Tensor,
     rules: Rules,
     copies: int,
-    choose: Callable[[Tensor, Tensor, int], Tensor],
+    choose: Callable[[Tensor, Tensor, Tensor, int], Tensor],
 ) -> list[Hypothesis]:
     """`copies` hypotheses a sentence, one after another.
 
     Args:
-        choose: Called with the logits `(rows, V)` of unfinished hypotheses, their numbers among all `(rows,)`, and how
-            many tokens they have; returns the next ones, `(rows, 1)`.
+        choose: Called with the logits `(rows, V)` of unfinished hypotheses, the likeliest token of each `(rows,)`,
+            their numbers among all `(rows,)`, and how many tokens they have; returns the next ones, `(rows, 1)`.
     """
     batch, prefix_length = prefix.shape
     hypotheses: list[Hypothesis] = [None] * (batch * copies)
     if batch == 0:
         return hypotheses
-    logits, normalizer = next_logits(state, prefix)
+    logits, likeliest, normalizer = next_logits(state, prefix)
     history, limits = prefix, rules.limits
     if copies > 1:
         sentences = torch.arange(batch, device=prefix.device).repeat_interleave(copies)
         state.select(sentences)
-        logits, normalizer, history, limits = (x[sentences] for x in (logits, normalizer, history, limits))
+        logits, likeliest, normalizer, history, limits = (
+            x[sentences] for x in (logits, likeliest, normalizer, history, limits)
+        )
     rows = torch.arange(batch * copies, device=prefix.device)  # those unfinished
     log_probabilities = torch.zeros_like(normalizer)
 
     for drawn in count():
         allowed = rules.apply(logits, history)
-        if allowed is not logits and (allowed.amax(dim=1) == -math.inf).any():
-            raise ValueError(
-                f"min_length, no_repeat_ngram: expected rules that leave some token, got none after {drawn} tokens"
-            )
-        tokens = choose(allowed, rows, drawn)
+        if allowed is not logits:
+            likeliest, of_allowed = row_peaks(allowed)
+            if (of_allowed == -math.inf).any():
+                raise ValueError(
+                    f"min_length, no_repeat_ngram: expected rules that leave some token, got none after {drawn} tokens"
+                )
+        tokens = choose(allowed, likeliest, rows, drawn)
         log_probabilities = log_probabilities + logits.gather(1, tokens).squeeze(1) - normalizer
         history = torch.cat((history, tokens), dim=1)
 
@@ -150,7 +154,7 @@ def _write(
             rows, limits, tokens, history, log_probabilities = (
                 x[going] for x in (rows, limits, tokens, history, log_probabilities)
             )
-        logits, normalizer = next_logits(state, tokens)
+        logits, likeliest, normalizer = next_logits(state, tokens)
 
 
 def _uniform(seed: int, limits: Tensor, num_samples: int) -> Tensor:

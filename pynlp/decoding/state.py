@@ -48,8 +48,12 @@ class AttentiveState(DecodingState, Protocol):
         ...
 
 
-def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `(rows, V)` after one more step, at least fp32, and the `(rows,)` that make them log probabilities.
+def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows after one more step.
+
+    Returns:
+        Logits `(rows, V)`, at least fp32; the likeliest token of each row, int64 `(rows,)`, of equal ones the lowest;
+        and the `(rows,)` that make logits log probabilities.
 
     Raises:
         ValueError: the state's answer has another shape or dtype, or no token of a row is possible.
@@ -62,12 +66,12 @@ def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor]:
             f"got {logits.dtype} {tuple(logits.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    _, normalizer = row_peaks(logits)
+    likeliest, normalizer = row_peaks(logits)
     if not math.isfinite(normalizer.sum()):
         row = normalizer.isfinite().logical_not().nonzero()[0].item()
         came = {math.inf: "+inf", -math.inf: "only -inf"}.get(normalizer[row].item(), "NaN")
         raise ValueError(f"state.step: expected finite logits, beside which some may be -inf, got {came} in row {row}")
-    return logits, normalizer
+    return logits, likeliest, normalizer
 
 
 def attention_weights(state: AttentiveState, rows: int) -> Tensor:
