@@ -1,7 +1,11 @@
 """The baseline of the translation example: torch.nn.Transformer, with what makes it fastest and best on its side.
 
-It has the size and the regularisation of ours, learned positions and GELU, pre-norm; batch_first, masks made once a
-batch, and logits of real tokens alone. It decodes as torch.nn.Transformer can: the whole prefix again for each token.
+It has the size of ours, learned positions and GELU, pre-norm; batch_first, masks made once a batch, and logits of real
+tokens alone. It decodes as torch.nn.Transformer can: the whole prefix again for each token.
+
+Of what was tried, in 7 minutes each, this had the best BLEU on the validation set: embeddings times the root of their
+width 7.4, not so 2.4; with it sinusoidal positions less than learned ones (4.0 against 5.0 when half of it was done),
+post-norm with ReLU far less.
 """
 
 import torch
@@ -14,6 +18,7 @@ class StockTransformer(nn.Module):
 
     def __init__(self, vocabulary: int, dim: int, layers: int, heads: int, dropout: float, longest: int):
         super().__init__()
+        self.scale = dim**0.5
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = nn.Embedding(longest, dim)
         self.dropout = nn.Dropout(dropout)
@@ -32,7 +37,7 @@ class StockTransformer(nn.Module):
         return self.decode(target, self.encode(source, padding), padding)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.embedding(tokens) + self.positions.weight[: tokens.shape[1]])
+        return self.dropout(self.scale * self.embedding(tokens) + self.positions.weight[: tokens.shape[1]])
 
     def padding(self, source: Tensor, lengths: Tensor | None) -> Tensor | None:
         """True where a source has ended."""

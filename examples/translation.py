@@ -31,6 +31,7 @@ from subword_sampling import load_segmentations, sample_segmentations
 from tqdm import tqdm
 from translation_figures import attention_map, bars
 from translator import (
+    BASELINE,
     LONGEST,
     METHODS,
     OPTIONS,
@@ -110,7 +111,7 @@ def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **gi
     with process_group() as device:
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and not resume:
-            prepare(folder, Options(**given), device)
+            prepare(folder, Options(**(BASELINE if given.get("baseline") else {}) | given), device)
         if dist.is_initialized():
             dist.barrier()
         options = resumed_options(folder, given) if resume else load_options(folder)

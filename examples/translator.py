@@ -26,6 +26,8 @@ from pynlp.models import EncoderDecoder, TransformerConfig
 from pynlp.training import IGNORED, best, latest, load_weights, pad, teacher_forcing
 
 LONGEST = 512  # tokens that a model is made for
+# What the baseline is trained with unless told otherwise: what was best for it on the validation set.
+BASELINE = dict(max_tokens=1024, learning_rate=1e-3, dropout=0.2)
 METHODS = ("greedy", "beam", "top-k")
 OPTIONS, TOKENIZER = "options.json", "tokenizer.json"
 

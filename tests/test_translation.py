@@ -23,7 +23,7 @@ from corpora import load_documents  # noqa: E402
 from preparation import BEGIN, END, load_tokenizer  # noqa: E402
 from stock_transformer import StockTransformer  # noqa: E402
 from subword_sampling import VARIANTS, load_segmentations  # noqa: E402
-from translator import Translator, load_options, read_pairs  # noqa: E402
+from translator import BASELINE, Options, Translator, load_options, read_pairs  # noqa: E402
 
 from pynlp.training import Interrupted, latest  # noqa: E402
 from pynlp.training.log import read_log  # noqa: E402
@@ -162,7 +162,10 @@ def test_minutes_become_steps(tsv, tmp_path, capsys):
 
 
 def test_baseline(tsv, tmp_path):
-    run("train", "--corpus", tsv, "--steps", 3, "--baseline", *TINY, folder=tmp_path)
+    run("train", "--corpus", tsv, "--steps", 3, "--baseline", *TINY, "--dropout", 0.1, folder=tmp_path)
+    options = load_options(tmp_path)
+    assert options.learning_rate == BASELINE["learning_rate"] != Options.learning_rate  # its own, but what is given
+    assert (options.max_tokens, options.dropout) == (1000, 0.1)
     model = Translator.load(tmp_path, "cpu").model
     assert isinstance(model, StockTransformer) and (tmp_path / "scores.json").exists()
     assert not any("pynlp" in type(module).__module__ for module in model.modules())

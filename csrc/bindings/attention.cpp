@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   problem.grad_k = grad_k.mutable_data_ptr();
   problem.grad_v = grad_v.mutable_data_ptr();
   const auto like = [&](const MaybeTensor& x, bool needed, float** pointer) {
-    Tensor grad = needed ? torch::stable::empty_like(*x) : torch::stable::new_empty(q, {0}, ScalarType::Float);
+    Tensor grad = needed ? torch::stable::empty_like(*x) : empty(q, {0}, ScalarType::Float);
     if (needed) *pointer = static_cast<float*>(grad.mutable_data_ptr());
     return grad;
   };

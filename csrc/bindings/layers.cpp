@@ -45,7 +45,7 @@ pynlp::RowDropout dropout_of(double dropout_p, const MaybeTensor& seed) {
 }
 
 Tensor like(const Tensor& x, ScalarType dtype) { return output(x, x.sizes(), dtype); }
-Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+Tensor nothing(const Tensor& x) { return empty(x, {0}); }
 pynlp::RowsOut rows_out(Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x)}; }
 float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor re
   Tensor y = like(x, x.scalar_type());
   Tensor added = residual || seed ? like(x, (residual ? *residual : x).scalar_type()) : nothing(x);
   const auto rows = x.sizes().slice(0, x.dim() - 1);
-  Tensor mean = centred ? output(x, rows, ScalarType::Float) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  Tensor mean = centred ? output(x, rows, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
   Tensor rstd = output(x, rows, ScalarType::Float);
   in.y = rows_out(y);
   if (residual || seed) in.added = rows_out(added);
@@ -178,8 +178,8 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
 std::tuple<Tensor, Tensor> row_peaks(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2 && columns_of(x) > 0 && x.scalar_type() == ScalarType::Float,
                   "pynlp: x: expected float32 (rows, columns)");
-  Tensor place = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Long);
-  Tensor lse = torch::stable::new_empty(x, {x.size(0)});
+  Tensor place = empty(x, {x.size(0)}, ScalarType::Long);
+  Tensor lse = empty(x, {x.size(0)});
   pynlp::row_peaks(
       {x.size(0), columns_of(x), rows_in(x, "x"), static_cast<int64_t*>(place.mutable_data_ptr()), floats(lse)});
   return {place, lse};
@@ -213,15 +213,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor
   Tensor losses = output(x, targets.sizes(), ScalarType::Float);
   Tensor grad_x = needs_x ? like(x, x.scalar_type()) : nothing(x);
   Tensor grad_weight = needs_weight ? like(weight, weight.scalar_type()) : nothing(weight);
-  Tensor grad_bias =
-      needs_bias ? torch::stable::empty_like(*bias) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  Tensor grad_bias = needs_bias ? torch::stable::empty_like(*bias) : empty(x, {0}, ScalarType::Float);
   in.losses = floats(losses);
   if (needs_x) in.grad_x = rows_out(grad_x);
   if (needs_weight) in.grad_weight = rows_out(grad_weight);
   if (needs_bias) in.grad_bias = floats(grad_bias);
   pynlp::linear_cross_entropy(in);
   if (!row_scale) return {losses, grad_x, grad_weight, grad_bias};
-  Tensor sum = torch::stable::new_empty(x, {}, ScalarType::Float);
+  Tensor sum = empty(x, {}, ScalarType::Float);
   double total = 0;
   for (int64_t t = 0; t < in.tokens; ++t) total += static_cast<double>(in.row_scale[t]) * in.losses[t];
   *floats(sum) = static_cast<float>(total);
