@@ -67,7 +67,7 @@ class Options:
         model = EncoderDecoder(
             TransformerConfig(
                 vocabulary, self.dim, self.layers, self.heads, positions=self.positions, dropout=self.dropout,
-                max_positions=LONGEST,
+                max_positions=LONGEST, scale_embeddings=True,
             )
         )  # fmt: skip
         for name, parameter in model.named_parameters():

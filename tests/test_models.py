@@ -65,6 +65,21 @@ def test_equals_mistral(window, tied):
     torch.testing.assert_close(ours(batch), theirs.eval()(batch).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_scaled_embeddings(positions):
+    """They are those of a model whose embeddings are larger by the root of the width, but for the projection."""
+    options = dict(positions=positions, tied_embeddings=False)
+    model, scaled = (randomized(EncoderDecoder, **options, scale_embeddings=on).double() for on in (False, True))
+    model.load_state_dict(scaled.state_dict())
+    source, target = tokens(7), tokens(9)
+    if positions != "sinusoidal":
+        with torch.no_grad():
+            assert not torch.allclose(model(source, None, target), scaled(source, None, target))
+            for embedding in (model.embedding, model.source_embedding):
+                embedding.weight *= SIZES["embed_dim"] ** 0.5
+    torch.testing.assert_close(model(source, None, target), scaled(source, None, target))
+
+
 def test_equals_gpt_neox():
     """LayerNorm, GELU, RoPE."""
     ours = randomized(Decoder, norm="layer", activation="gelu", tied_embeddings=False)

@@ -133,9 +133,10 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        self.scale, self.positions = 1.0, None
+        scaled = config.scale_embeddings or config.positions == "sinusoidal"
+        self.scale = config.embed_dim**0.5 if scaled else 1.0
+        self.positions = None
         if config.positions == "sinusoidal":
-            self.scale = config.embed_dim**0.5
             self.positions = SinusoidalPositions(config.max_positions, config.embed_dim)
         elif config.positions == "learned":
             self.positions = nn.Embedding(config.max_positions, config.embed_dim)
@@ -181,6 +182,8 @@ class Stack(nn.Module):
         if self.positions is not None:
             positions = self.positions(self.position_ids(x, cu_seqlens, cache)).to(x.dtype)
             x = torch.add(positions, x, alpha=self.scale)
+        elif self.scale != 1.0:
+            x = self.scale * x
         h, residual = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             memory = None if memories is None else memories[i]

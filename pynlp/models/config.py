@@ -17,8 +17,7 @@ class TransformerConfig:
         heads, kv_heads: Query heads, and key/value heads, a divisor of them; `heads` by default.
         ffn_dim: Inner width of the feed-forward layers; by default 4 E, with "swiglu" 8/3 E, which is as many weights.
         positions: "rope", "relative" (T5's table, one a layer) or "alibi" in self-attention, see
-            `pynlp.nn.MultiHeadAttention`; or added to the embeddings: "sinusoidal" (these then times the root of
-            `embed_dim`, as in arXiv 1706.03762) or "learned" (as GPT-2's); or "none".
+            `pynlp.nn.MultiHeadAttention`; "sinusoidal" or "learned" (as GPT-2's), added to the embeddings; or "none".
         window: A token sees itself and this many tokens before it, in an encoder also behind it; None = all.
         max_positions: Most tokens in a row with "rope", "sinusoidal" or "learned".
         norm: "rms" or "layer".
@@ -28,6 +27,8 @@ class TransformerConfig:
         dropout: Share of embeddings, attention weights, activations and what layers add to the residual that is set
             to 0 in training.
         tied_embeddings: Whether the output projection is the embedding, in an encoder-decoder also the source's.
+        scale_embeddings: Whether embeddings are multiplied by the root of `embed_dim`, as in arXiv 1706.03762; with
+            "sinusoidal" they always are.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -48,6 +49,7 @@ class TransformerConfig:
     dropout: float = 0.0
     pre_norm: bool = True
     encoder_layers: int | None = None
+    scale_embeddings: bool = False
 
     def __post_init__(self):
         for name, names in (("positions", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
