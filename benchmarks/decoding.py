@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from tempfile import TemporaryDirectory
 
 import torch
@@ -155,26 +156,26 @@ class CTranslate2:
     """
 
     def __init__(self, folder: str):
-        spawn = multiprocessing.get_context("spawn")
-        self.process = ProcessPoolExecutor(1, spawn, initializer=_load, initargs=(folder, torch.get_num_threads()))
+        self.folder = folder
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
     def __call__(self, source: Tensor, lengths: Tensor, limit: int) -> list[list[int]]:
         """`limit` tokens of each."""
         texts = [[str(i) for i in row[:n]] for row, n in zip(source.tolist(), lengths.tolist(), strict=True)]
-        return self.process.submit(_translate, texts, limit).result()
+        return self.process.submit(_translate, self.folder, torch.get_num_threads(), texts, limit).result()
 
 
-def _load(folder: str, threads: int) -> None:
-    global translator
+def _translate(folder: str, threads: int, texts: list[list[str]], limit: int) -> list[list[int]]:
+    limits = dict(max_decoding_length=limit, min_decoding_length=limit)
+    results = _translator(folder, threads).translate_batch(texts, beam_size=1, max_batch_size=BATCH, **limits)
+    return [[int(name) for name in result.hypotheses[0]] for result in results]
+
+
+@cache
+def _translator(folder: str, threads: int):
     import ctranslate2
 
-    translator = ctranslate2.Translator(folder, device="cpu", compute_type="float32", intra_threads=threads)
-
-
-def _translate(texts: list[list[str]], limit: int) -> list[list[int]]:
-    limits = dict(max_decoding_length=limit, min_decoding_length=limit)
-    results = translator.translate_batch(texts, beam_size=1, max_batch_size=BATCH, **limits)
-    return [[int(name) for name in result.hypotheses[0]] for result in results]
+    return ctranslate2.Translator(folder, device="cpu", compute_type="float32", intra_threads=threads)
 
 
 def compare(name: str, calls: dict[str, Callable[[], list[list[int]]]]) -> dict:

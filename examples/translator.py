@@ -56,8 +56,8 @@ class Options:
     dropout: float = 0.25
     label_smoothing: float = 0.1
     vocabulary: int = 8000
-    max_tokens: int = 4096
-    learning_rate: float = 2e-3
+    max_tokens: int = 2048
+    learning_rate: float = 1.5e-3
     seed: int = 0
 
     def make_model(self, vocabulary: int) -> nn.Module:
