@@ -10,6 +10,7 @@ from speeches import load_speeches
 from study_training import Recipe
 from vocabularies import encode_documents, train_byte_pairs
 
+from pynlp import has_bf16
 from pynlp.models import Decoder, TransformerConfig
 
 LAST_YEAR = 2008  # of training
@@ -37,7 +38,10 @@ def run(recipe: Recipe, sampling: Sampling) -> None:
     model = Decoder(TransformerConfig(
         corpus.tokenizer.get_vocab_size(), embed_dim=256, layers=6, heads=4, max_positions=BLOCK, dropout=0.1
     ))  # fmt: skip
-    evaluations = train_model(model, corpus, recipe, length=BLOCK, batch=BATCH, apart=64, learning_rate=1e-3, every=250)
+    evaluations = train_model(
+        model, corpus, recipe, length=BLOCK, batch=BATCH, apart=64, learning_rate=1e-3, every=250,
+        bf16=has_bf16(torch.device("cpu")),
+    )  # fmt: skip
     write(recipe.output / "tokenizer.json", lambda path: corpus.tokenizer.save(str(path)))
     plot_perplexity(evaluations, recipe.output / "perplexity.png")
     nats, count = negative_log_likelihood(model, documents, BLOCK, BLOCK // 2)

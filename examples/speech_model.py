@@ -126,12 +126,13 @@ def train_model(
     apart: int = 1,
     learning_rate: float = LEARNING_RATE,
     every: int = 100,
+    bf16: bool = False,
 ) -> dict[int, dict[str, float]]:
     """Trains the model on windows of `length` tokens, `batch` a step; perplexities at the steps they were told."""
     windows = Windows(corpus.training, length, apart)
     batches = Batches([length] * len(windows), length * batch, windows, seed=recipe.seed)
     return train(
-        model, next_token_loss, batches, recipe, every=every, learning_rate=learning_rate,
+        model, next_token_loss, batches, recipe, every=every, learning_rate=learning_rate, bf16=bf16,
         evaluate=partial(perplexities, corpus, length),
         score=lambda values: -values["training"],
         description={"model": asdict(model.config), "vocabulary": digest(corpus.tokenizer)},

@@ -42,6 +42,7 @@ def train(
     description: dict[str, Any],
     learning_rate: float,
     every: int = 100,
+    bf16: bool = False,
 ) -> dict[int, dict[str, float]]:
     """Trains the model, and evaluates it as it goes.
 
@@ -72,6 +73,7 @@ def train(
         recipe.steps,
         learning_rate,
         WarmupCosine(warmup, recipe.steps),
+        bf16=bf16,
         seed=recipe.seed,
         validate_every=every,
         save_every=every,

@@ -46,6 +46,7 @@ from translator import (
     write_pairs,
 )
 
+from pynlp import has_bf16
 from pynlp.models import EncoderDecoder
 from pynlp.models.config import POSITIONS
 from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, latest, process_group
@@ -138,6 +139,9 @@ def prepare(folder: Path, options: Options, device: torch.device) -> None:
     if options.overfit:
         options = replace(options, dropout=0.0, label_smoothing=0.0)
     options = replace(options, corpus=tuple(options.corpus))
+    if options.bf16 is None:
+        options = replace(options, bf16=has_bf16(device))
+        print(f"training in {'bf16' if options.bf16 else 'fp32: no instructions for bf16 here'}")
     documents = load_documents(*options.corpus)
     held_out = min(HELD_OUT, max(1, sum(len(document.pairs) for document in documents) // 10))
     pairs = split(documents, validation=held_out, test=held_out)
@@ -168,7 +172,7 @@ def trainer(folder: Path, options: Options, tokenizer, device: torch.device, ten
         options.learning_rate,
         WarmupCosine(warmup=max(1, min(400, options.steps // 8)), steps=max(2, options.steps), floor=0.02),
         batches_per_step=dist.get_world_size() if dist.is_initialized() else 1,
-        bf16=True,
+        bf16=options.bf16,
         ema_decay=0.998 if options.steps > 2000 else 0.98,
         seed=options.seed,
         validate_every=max(1, -(-options.steps // VALIDATIONS)),
@@ -236,7 +240,7 @@ def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.d
     for items in tqdm(data.epoch(0)[:25], "Timing steps", leave=False):
         start = time.perf_counter()
         source, lengths, target, labels = (x.to(device) for x in data.collate(items))
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             total = model(source, lengths, target, labels)
         (total / (labels != IGNORED).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

@@ -42,6 +42,7 @@ class Options:
         baseline: Whether it is torch.nn.Transformer in place of ours.
         overfit: Train, validate and test on the same few pairs, without regularisation; 0 = no.
         max_tokens: Of a batch, source and target with their padding.
+        bf16: Whether it trains in bf16; if None, where this machine has instructions for it.
     """
 
     corpus: tuple[str, ...] = ("libreoffice",)
@@ -59,6 +60,7 @@ class Options:
     max_tokens: int = 2048
     learning_rate: float = 1.5e-3
     seed: int = 0
+    bf16: bool | None = None
 
     def make_model(self, vocabulary: int) -> nn.Module:
         """Ours or PyTorch's, for tokens 0 to vocabulary - 1, with the usual weights of translation models at first."""

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_command_line():
     shown = subprocess.run([sys.executable, "-m", "pynlp"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for line in (f"torch: {torch.__version__}", "attention_forward:", f"cpu: native ({pynlp.get_isa()})"):
         assert line in shown
+
+
+def test_has_bf16(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pynlp.has_bf16(cpu) == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
+    monkeypatch.setattr(backends, "native", lambda: SimpleNamespace(detected_features=lambda: {"avx512_bf16": True}))
+    assert pynlp.has_bf16(cpu)
+    monkeypatch.setattr(backends, "_native", None)  # then nothing is known of the CPU
+    assert not pynlp.has_bf16(cpu)
 
 
 def test_info_of_an_op_without_a_kernel(monkeypatch):

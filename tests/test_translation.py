@@ -26,6 +26,7 @@ from subword_sampling import VARIANTS, load_segmentations  # noqa: E402
 from translator import BASELINE, Options, Translator, load_options, read_pairs  # noqa: E402
 
 from pynlp.training import Interrupted, latest  # noqa: E402
+from pynlp.training.checkpoints import read_state  # noqa: E402
 from pynlp.training.log import read_log  # noqa: E402
 
 TINY = ["--dim", "32", "--layers", "1", "--heads", "2", "--vocabulary", "500", "--max-tokens", "1000"]
@@ -159,6 +160,16 @@ def test_minutes_become_steps(tsv, tmp_path, capsys):
     run("train", "--corpus", tsv, "--minutes", 0.01, *TINY, folder=tmp_path)
     assert "s a step" in capsys.readouterr().out
     assert load_options(tmp_path).steps == len((tmp_path / "log.csv").read_text().splitlines()) - 1 >= 20
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_trains_in_bf16_where_there_are_instructions_for_it(has_bf16, tsv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(translation, "has_bf16", lambda device: has_bf16)
+    run("train", "--corpus", tsv, "--steps", 2, *TINY, folder=tmp_path)
+    assert f"training in {'bf16' if has_bf16 else 'fp32'}" in capsys.readouterr().out
+    assert load_options(tmp_path).bf16 == read_state(latest(tmp_path))["description"]["training"]["bf16"] == has_bf16
+    monkeypatch.setattr(translation, "has_bf16", lambda device: not has_bf16)  # gone on with on another machine
+    run("train", "--resume", folder=tmp_path)
 
 
 def test_baseline(tsv, tmp_path):

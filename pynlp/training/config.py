@@ -19,7 +19,7 @@ class TrainingConfig:
         batches_per_step: Batches whose gradients make one update, those of all processes together.
         weight_decay: Of matrices; biases and norms have none. Loshchilov and Hutter, arXiv 1711.05101.
         clip_norm: Largest norm of all gradients together.
-        bf16: Whether the loss is computed under autocast.
+        bf16: Whether the loss is computed under autocast; `pynlp.has_bf16` tells where that is faster.
         ema_decay: Of the moving average of the weights, which is then what is validated; None = no average.
         seed: Of dropout. The order of the batches has its own.
         validate_every, save_every: Steps; the last one counts as well, and each best one is saved.
