@@ -20,12 +20,13 @@ ISA_FEATURES = {
 }
 
 _native: ModuleType | None = None
+_isa: str | None = None  # the level in use, as the native code has it
 _native_missing_reason: str | None = "pynlp._C was not loaded yet"
 
 
 def load_native() -> None:
     """Load `pynlp._C`, which registers the CPU kernels; without it the reference serves, and warns that it does."""
-    global _native, _native_missing_reason
+    global _native, _isa, _native_missing_reason
     level = os.environ.get("PYNLP_ISA")
     if level is not None and level not in ISA_FEATURES:
         raise ValueError(f"environment variable PYNLP_ISA: expected one of {', '.join(ISA_FEATURES)}, got {level!r}")
@@ -37,6 +38,7 @@ def load_native() -> None:
         _native_missing_reason = f"extension does not load: {error}"
     else:
         _native_missing_reason = None
+        _isa = _native.isa().name
         if level is not None:
             _set_isa("environment variable PYNLP_ISA", level)
         return
@@ -93,7 +95,7 @@ def has_bf16(device: torch.device) -> bool:
 
 def get_isa() -> str | None:
     """The level of instruction sets that the native CPU kernels use; None without the extension."""
-    return None if _native is None else _native.isa().name
+    return _isa
 
 
 def set_isa(level: str) -> None:
@@ -135,10 +137,12 @@ def _version() -> str:
 
 
 def _set_isa(source: str, level: str) -> None:
+    global _isa
     available = available_isas()
     if level not in available:
         raise ValueError(f"{source}: expected a level of this CPU, {' or '.join(available)}, got {level!r}")
     _native.set_isa(_native.Isa.__members__[level])
+    _isa = _native.isa().name
 
 
 def _op_names() -> list[str]:
