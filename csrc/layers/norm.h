@@ -9,17 +9,17 @@
 namespace pynlp {
 namespace {
 
-// The sum of term(d) over the vectors of a row; four sums at once, which do not wait for each other.
-template <class Term>
-PYNLP_INLINE float sum_over(int64_t size, const Term& term) {
-  Float sums[4] = {};
+// add(d, n) for each vector d of a row: into n of four sums in turn, which do not wait for each other.
+template <class Add>
+PYNLP_INLINE void over_row(int64_t size, const Add& add) {
   int64_t d = 0;
   for (; d + 4 * LANES <= size; d += 4 * LANES)
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) sums[n] += term(d + n * LANES);
-  for (; d < size; d += LANES) sums[0] += term(d);
-  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int n = 0; n < 4; ++n) add(d + n * LANES, n);
+  for (; d < size; d += LANES) add(d, 0);
 }
+
+inline float total(const Float (&sums)[4]) { return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
 class Norm {
  public:
@@ -55,18 +55,22 @@ class Norm {
       const float* values = added(i, keeps, s);
       const float count = static_cast<float>(in_.columns);
       float mean = 0;
-      if (in_.centred) mean = sum_over(size_, [&](int64_t d) { return load(values + d); }) / count;
+      if (in_.centred) {
+        Float sums[4] = {};
+        over_row(size_, [&](int64_t d, int n) { sums[n] += load(values + d); });
+        mean = total(sums) / count;
+      }
       for (int64_t d = in_.columns; d < size_; ++d) s.values[d] = mean;  // padded rows lie there
       // The deviations also tell by how much the mean was rounded.
-      Float deviations = {};
-      const float squares = sum_over(size_, [&](int64_t d) {
+      Float squares[4] = {}, deviations[4] = {};
+      over_row(size_, [&](int64_t d, int n) {
         const Float centre = load(values + d) - broadcast(mean);
-        deviations += centre;
-        return centre * centre;
+        squares[n] += centre * centre;
+        deviations[n] += centre;
       });
-      float variance = squares / count;
+      float variance = total(squares) / count;
       if (in_.centred) {
-        const float off = lane_sum(deviations) / count;
+        const float off = total(deviations) / count;
         variance -= off * off;
         in_.mean[i] = mean += off;
       }
@@ -160,24 +164,18 @@ class NormGradient {
       const Float mean = broadcast(in_.centred ? in_.mean[i] : 0.0f), rstd = broadcast(in_.rstd[i]);
       const auto normal = [&](int64_t d) { return (load(added + d) - mean) * rstd; };
       float* grad = result_row(in_.grad_residual, i, in_.columns, in_.columns, s.grad);
-      Float levels[2] = {}, alongs[2] = {};
-      const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
+      Float levels[4] = {}, alongs[4] = {};
+      over_row(size_, [&](int64_t d, int n) {
         const Float own = load(grad_y + d), value = normal(d), scaled = own * load(weight + d);
         store(grad + d, scaled);
         store(weight_sum + d, load(weight_sum + d) + own * value);
         store(bias_sum + d, load(bias_sum + d) + own);
         levels[n] += scaled;
         alongs[n] += scaled * value;
-      };
-      int64_t d = 0;
-      for (; d + 2 * LANES <= size_; d += 2 * LANES) {
-        add(d, 0);
-        add(d + LANES, 1);
-      }
-      if (d < size_) add(d, 0);
+      });
       const float count = static_cast<float>(in_.columns);
-      const Float mean_along = broadcast(lane_sum(alongs[0] + alongs[1]) / count);
-      const Float mean_level = broadcast(in_.centred ? lane_sum(levels[0] + levels[1]) / count : 0.0f);
+      const Float mean_along = broadcast(total(alongs) / count);
+      const Float mean_level = broadcast(in_.centred ? total(levels) / count : 0.0f);
       const auto change = [&](int64_t d) { return (load(grad + d) - mean_level - normal(d) * mean_along) * rstd; };
       if (in_.grad_added.data) {
         const float* more = widened(in_.grad_added, i, in_.columns, s.grad_added);

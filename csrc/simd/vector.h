@@ -41,11 +41,13 @@ inline float lane_sum(Float x) {
 #if PYNLP_AVX512
   return _mm512_reduce_add_ps((__m512)x);
 #else
-  float sums[LANES];
-  memcpy(sums, &x, sizeof sums);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  return sums[0];
+#pragma GCC unroll 3
+  for (int half = LANES / 2; half > 0; half /= 2) {
+    Int moved;
+    for (int i = 0; i < LANES; ++i) moved[i] = (i + half) % LANES;
+    x += __builtin_shuffle(x, moved);
+  }
+  return x[0];
 #endif
 }
 inline Float as_float(Int x) { return (Float)x; }

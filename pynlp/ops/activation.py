@@ -1,6 +1,7 @@
 """Activations with dropout: schema, fake, autograd and the public functions."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pynlp.ops.checks import check_dropout, check_dtype, check_tensor, rows_at_one_stride
@@ -80,7 +81,10 @@ def gelu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None)
 
 
 def relu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
-    """dropout(max(x, 0)), in one pass. Arguments, result and errors are those of `gelu`."""
+    """dropout(max(x, 0)), in one pass. Arguments, result and errors are those of `gelu`.
+
+    Without dropout, where nothing is fused, it is F.relu.
+    """
     return _activation("x", x, None, "relu", dropout_p, seed)
 
 
@@ -110,6 +114,7 @@ def _activation(name: str, x: Tensor, up: Tensor | None, kind: str, dropout_p: f
     check_dtype(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected shape (.., dim), got a tensor without dimensions")
-    return torch.ops.pynlp.activation_forward(
-        rows_at_one_stride(x), up, KINDS.index(kind), *check_dropout(dropout_p, seed, x, of=name)
-    )
+    dropout_p, seed = check_dropout(dropout_p, seed, x, of=name)
+    if kind == "relu" and not dropout_p:
+        return F.relu(x)
+    return torch.ops.pynlp.activation_forward(rows_at_one_stride(x), up, KINDS.index(kind), dropout_p, seed)
