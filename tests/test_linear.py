@@ -13,7 +13,16 @@ from pynlp.nn import Linear
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # (rows, K, N): of one row, of a whole number of vectors, of neither; tails of each kind; more than one chunk of rows.
-SHAPES = [(1, 256, 512), (3, 999, 101), (16, 64, 300), (32, 256, 256), (33, 130, 65), (100, 1030, 70), (700, 300, 9)]
+SHAPES = [
+    (1, 256, 512),
+    (3, 999, 101),
+    (6, 70, 40),
+    (16, 64, 300),
+    (32, 256, 256),
+    (33, 130, 65),
+    (100, 1030, 70),
+    (700, 300, 9),
+]
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-// y = x weight' + bias, with the rows of x in the lanes: the weight is read where it is, each value once for as many
-// rows as two vectors hold. Decoding has so few rows that to read the weight is all it costs, and a matrix product that
-// first repacks it reads it twice.
+// y = x weight' + bias, reading the weight where it is, each value once for many rows of x. Decoding has so few rows
+// that to read the weight is all it costs, and a matrix product that first repacks it reads it twice.
 //
-// A sum runs over k in order whatever the rows and threads: a row gets the same bits in every batch.
+// Rows of x are in the lanes. Of few rows most lanes would be empty: then rows of the weight are, turned a block at a
+// time in the first-level cache. A sum runs over k in the same order either way and for any threads: a row gets the
+// same bits in every batch.
 #pragma once
 
 #include "../parallel.h"
@@ -24,32 +25,47 @@ class Linear {
         x_(panels_ * PANEL * depth_ * sizeof(float)) {}
 
   void run() {
-    run_tasks(panels_, [](void* l, int64_t task) { static_cast<Linear*>(l)->pack(task); }, this);
+    if (in_.rows <= FEW) {
+      run_tasks(blocks_, [](void* l, int64_t task) { static_cast<Linear*>(l)->multiply_few(task); }, this);
+      return;
+    }
+    run_tasks(panels_, [](void* l, int64_t task) { static_cast<Linear*>(l)->pack_x(task); }, this);
     const int64_t chunks = (panels_ + chunk_ - 1) / chunk_;
     run_tasks(chunks * blocks_, [](void* l, int64_t task) { static_cast<Linear*>(l)->multiply(task); }, this);
   }
 
  private:
-  static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of x
+  static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows that lie in the lanes
   static constexpr int64_t BLOCK = 64;                    // rows of the weight
   static constexpr int64_t DEPTH = 64;                    // sums of sums lose less than one long sum
   static constexpr int64_t CHUNK = 1 << 17;               // values of x that stay in the second-level cache
 
+  // Rows of x for which rows of the weight are turned; 16 lanes keep up with the memory if one of them is in use.
+  static constexpr int64_t FEW = PYNLP_AVX512 ? 0 : TILE_ROWS;
+
+  const float* weight(int64_t row) const {
+    return static_cast<const float*>(in_.weight.data) + row * in_.weight.stride;
+  }
+  const int32_t* x(int64_t row) const { return static_cast<const int32_t*>(in_.x.data) + row * in_.x.stride; }
   int32_t* panel_of_x(int64_t panel) const { return static_cast<int32_t*>(x_.data) + panel * PANEL * depth_; }
 
-  // PANEL rows of x as columns, zeros behind the last.
-  void pack(int64_t panel) const {
-    const int64_t first = panel * PANEL, count = smaller(PANEL, in_.rows - first), lanes = round_up(count, LANES);
-    const int32_t* x = static_cast<const int32_t*>(in_.x.data) + first * in_.x.stride;
-    int64_t stride = in_.x.stride;
-    if (count < lanes || in_.columns < depth_) {
-      int32_t* rows = static_cast<int32_t*>(thread_scratch(lanes * depth_ * sizeof(float)));
-      memset(rows, 0, lanes * depth_ * sizeof(float));
-      for (int64_t r = 0; r < count; ++r) copy_row(rows + r * depth_, x + r * stride, 4 * in_.columns);
-      x = rows;
-      stride = depth_;
+  // Up to PANEL rows as columns, with zeros up to whole vectors.
+  static void pack(const void* from, int64_t stride, int64_t count, int64_t columns, int32_t* to) {
+    const int32_t* words = static_cast<const int32_t*>(from);
+    const int64_t lanes = round_up(count, LANES), depth = round_up(columns, LANES);
+    if (count < lanes || columns < depth) {
+      int32_t* rows = static_cast<int32_t*>(thread_scratch(lanes * depth * sizeof(float)));
+      memset(rows, 0, lanes * depth * sizeof(float));
+      for (int64_t r = 0; r < count; ++r) copy_row(rows + r * depth, words + r * stride, 4 * columns);
+      words = rows;
+      stride = depth;
     }
-    transpose(x, stride, panel_of_x(panel), PANEL, lanes, depth_);
+    transpose(words, stride, to, PANEL, lanes, depth);
+  }
+
+  void pack_x(int64_t panel) const {
+    const int64_t first = panel * PANEL;
+    pack(x(first), in_.x.stride, smaller(PANEL, in_.rows - first), in_.columns, panel_of_x(panel));
   }
 
   // BLOCK rows of the weight by a chunk of x.
@@ -57,23 +73,41 @@ class Linear {
     const int64_t block = task % blocks_, first_panel = task / blocks_ * chunk_;
     alignas(64) float products[BLOCK * PANEL], rows[PANEL * BLOCK];
     const int64_t first = block * BLOCK, count = smaller(BLOCK, in_.outputs - first);
-    const float* weight = static_cast<const float*>(in_.weight.data) + first * in_.weight.stride;
     for (int64_t panel = first_panel; panel < smaller(panels_, first_panel + chunk_); ++panel) {
       const int64_t tokens = smaller(PANEL, in_.rows - panel * PANEL), lanes = round_up(tokens, LANES);
       for (int64_t k = 0; k < in_.columns; k += DEPTH) {
         const auto product = k == 0 ? matmul<Fp32, Into::overwrite> : matmul<Fp32, Into::add>;
-        product(count, lanes, smaller(DEPTH, in_.columns - k), weight + k, in_.weight.stride, 1,
+        product(count, lanes, smaller(DEPTH, in_.columns - k), weight(first) + k, in_.weight.stride, 1,
                 panel_of_x(panel) + k * PANEL, PANEL, products, PANEL, nullptr);
       }
       transpose(reinterpret_cast<int32_t*>(products), PANEL, reinterpret_cast<int32_t*>(rows), BLOCK,
                 round_up(count, LANES), lanes);
-      for (int64_t t = 0; t < tokens; ++t) {
-        float* row = rows + t * BLOCK;
-        if (in_.bias)
-          for (int64_t n = 0; n < count; ++n) row[n] += in_.bias[first + n];
-        copy_row(in_.y + (panel * PANEL + t) * in_.outputs + first, row, 4 * count);
+      for (int64_t t = 0; t < tokens; ++t) write(panel * PANEL + t, first, count, rows + t * BLOCK);
+    }
+  }
+
+  // BLOCK rows of the weight by all of x.
+  void multiply_few(int64_t block) const {
+    alignas(64) int32_t turned[DEPTH * PANEL];
+    alignas(64) float rows[TILE_ROWS * BLOCK];
+    const int64_t first = block * BLOCK, count = smaller(BLOCK, in_.outputs - first);
+    for (int64_t n = 0; n < count; n += PANEL) {
+      const int64_t some = smaller(PANEL, count - n), lanes = round_up(some, LANES);
+      for (int64_t k = 0; k < in_.columns; k += DEPTH) {
+        const int64_t depth = smaller(DEPTH, in_.columns - k);
+        pack(weight(first + n) + k, in_.weight.stride, some, depth, turned);
+        const auto product = k == 0 ? matmul<Fp32, Into::overwrite> : matmul<Fp32, Into::add>;
+        product(in_.rows, lanes, depth, x(0) + k, in_.x.stride, 1, turned, PANEL, rows + n, BLOCK, nullptr);
       }
     }
+    for (int64_t t = 0; t < in_.rows; ++t) write(t, first, count, rows + t * BLOCK);
+  }
+
+  // Row t of y from `first` on, with the bias.
+  void write(int64_t t, int64_t first, int64_t count, float* values) const {
+    if (in_.bias)
+      for (int64_t n = 0; n < count; ++n) values[n] += in_.bias[first + n];
+    copy_row(in_.y + t * in_.outputs + first, values, 4 * count);
   }
 
   const LinearForward& in_;
