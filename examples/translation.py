@@ -31,7 +31,6 @@ from subword_sampling import load_segmentations, sample_segmentations
 from tqdm import tqdm
 from translation_figures import attention_map, bars
 from translator import (
-    BASELINE,
     LONGEST,
     METHODS,
     OPTIONS,
@@ -54,6 +53,7 @@ from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfi
 OUTPUT = Path("results/translation")
 COMPARED = ("rope", "relative", "alibi", "sinusoidal")
 SIDES = ("source.safetensors", "target.safetensors")  # segmentations of the texts to train on
+FEW_EPOCHS = 20  # that segmentations other than the plain one would only slow down
 HELD_OUT = 1000  # pairs to validate with, and to test with, or a tenth of few
 SAMPLES, SCORED, VALIDATIONS = 5, 200, 6  # texts shown; texts and times of a BLEU score in training
 
@@ -112,7 +112,7 @@ def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **gi
     with process_group() as device:
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first and not resume:
-            prepare(folder, Options(**(BASELINE if given.get("baseline") else {}) | given), device)
+            prepare(folder, Options(**given), device)
         if dist.is_initialized():
             dist.barrier()
         options = resumed_options(folder, given) if resume else load_options(folder)
@@ -153,13 +153,14 @@ def prepare(folder: Path, options: Options, device: torch.device) -> None:
         write_pairs(folder / f"{name}.tsv", part)
     tokenizer = train_tokenizer(parts["train"], options.vocabulary)
     save_tokenizer(tokenizer, folder / TOKENIZER)
-    if not options.overfit and not options.baseline:  # of few epochs, which noise would only slow down
-        for side, texts in zip(SIDES, zip(*parts["train"], strict=True), strict=True):
-            sample_segmentations(tokenizer, list(texts), folder / side)
+    plain = plain_batches(tokenizer, parts["train"], options)
     if options.steps is None:
-        seconds = seconds_per_step(options, tokenizer, training_batches(folder, options, tokenizer), device)
+        seconds = seconds_per_step(options, tokenizer, plain, device)
         options = replace(options, steps=max(20, round(60 * options.minutes / seconds)))
         print(f"{seconds:.2f} s a step: {options.steps} steps in {options.minutes:g} minutes")
+    if options.steps > FEW_EPOCHS * len(plain.epoch(0)) and not options.overfit:
+        for side, texts in zip(SIDES, zip(*parts["train"], strict=True), strict=True):
+            sample_segmentations(tokenizer, list(texts), folder / side)
     save_options(folder, options)
 
 

@@ -26,8 +26,6 @@ from pynlp.models import EncoderDecoder, TransformerConfig
 from pynlp.training import IGNORED, best, latest, load_weights, pad, teacher_forcing
 
 LONGEST = 512  # tokens that a model is made for
-# What the baseline is trained with unless told otherwise: what was best for it on the validation set.
-BASELINE = dict(max_tokens=1024, learning_rate=1e-3, dropout=0.2)
 METHODS = ("greedy", "beam", "top-k")
 OPTIONS, TOKENIZER = "options.json", "tokenizer.json"
 
@@ -54,11 +52,11 @@ class Options:
     dim: int = 256
     layers: int = 3
     heads: int = 4
-    dropout: float = 0.25
+    dropout: float = 0.2
     label_smoothing: float = 0.1
     vocabulary: int = 8000
-    max_tokens: int = 2048
-    learning_rate: float = 1.5e-3
+    max_tokens: int = 1024
+    learning_rate: float = 1e-3
     seed: int = 0
     bf16: bool | None = None
 

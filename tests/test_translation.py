@@ -23,7 +23,7 @@ from corpora import load_documents  # noqa: E402
 from preparation import BEGIN, END, load_tokenizer  # noqa: E402
 from stock_transformer import StockTransformer  # noqa: E402
 from subword_sampling import VARIANTS, load_segmentations  # noqa: E402
-from translator import BASELINE, Options, Translator, load_options, read_pairs  # noqa: E402
+from translator import Options, Translator, load_options, read_pairs  # noqa: E402
 
 from pynlp.training import Interrupted, latest  # noqa: E402
 from pynlp.training.checkpoints import read_state  # noqa: E402
@@ -82,10 +82,13 @@ def test_no_held_out_pair_is_trained_on(trained):
     assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
 
 
-def test_segmentations_say_the_same_and_differ(trained):
-    tokenizer = load_tokenizer(trained / "tokenizer.json")
-    texts = [target for _, target in read_pairs(trained / "train.tsv")]
-    variants = load_segmentations(trained / "target.safetensors")
+def test_segmentations_of_many_epochs_say_the_same_and_differ(tsv, trained, tmp_path, monkeypatch):
+    assert not (trained / "target.safetensors").exists()
+    monkeypatch.setattr(translation, "FEW_EPOCHS", 0)
+    translation.prepare(tmp_path, Options(corpus=(str(tsv),), steps=1, vocabulary=500), torch.device("cpu"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    texts = [target for _, target in read_pairs(tmp_path / "train.tsv")]
+    variants = load_segmentations(tmp_path / "target.safetensors")
     assert len(variants) == VARIANTS
     assert all(tokenizer.decode_batch(rows) == texts for rows in variants)
     assert variants[0] != variants[1]
@@ -173,10 +176,7 @@ def test_trains_in_bf16_where_there_are_instructions_for_it(has_bf16, tsv, tmp_p
 
 
 def test_baseline(tsv, tmp_path):
-    run("train", "--corpus", tsv, "--steps", 3, "--baseline", *TINY, "--dropout", 0.1, folder=tmp_path)
-    options = load_options(tmp_path)
-    assert options.learning_rate == BASELINE["learning_rate"] != Options.learning_rate  # its own, but what is given
-    assert (options.max_tokens, options.dropout) == (1000, 0.1)
+    run("train", "--corpus", tsv, "--steps", 3, "--baseline", *TINY, folder=tmp_path)
     model = Translator.load(tmp_path, "cpu").model
     assert isinstance(model, StockTransformer) and (tmp_path / "scores.json").exists()
     assert not any("pynlp" in type(module).__module__ for module in model.modules())
@@ -193,6 +193,7 @@ def test_baseline(tsv, tmp_path):
 
 def test_ctrl_c_saves_says_how_to_go_on_and_resuming_changes_no_bit(tsv, tmp_path, capsys, monkeypatch):
     """Dropout, segmentations and the order of batches included."""
+    monkeypatch.setattr(translation, "FEW_EPOCHS", 0)
     options = translator.Options(
         corpus=(str(tsv),), steps=9, dim=32, layers=1, heads=2, vocabulary=500, max_tokens=1000, dropout=0.3
     )
