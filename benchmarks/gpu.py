@@ -2,15 +2,17 @@
 
 Peers are SDPA by its FlashAttention and cuDNN kernels, FlexAttention where there is a bias, and PyTorch's operations
 alone ("eager") or compiled. Attention: 16,384 tokens, 2,048 channels in heads of 64 or 128, bf16, as in the papers of
-FlashAttention; FLOP/s count the pairs that the mask leaves. Times are medians; shares are of what a large matrix
-product and a large copy reach in this run. A result that is further from fp64 than PyTorch's by more than a factor of
-two (gradients: three) has no time. With PYNLP_AUTOTUNE=1 tiles are measured first. Writes results/gpu.json.
+FlashAttention; FLOP/s count the pairs that the mask leaves. Times are medians: of calls from Python, which can take
+longer than their kernels, and of calls captured in a CUDA graph, the GPU's time alone. Rates are of the latter, with
+their shares of what a large matrix product and a large copy reach in this run. A result that is further from fp64 than
+PyTorch's by more than a factor of two (gradients: three) has no time. With PYNLP_AUTOTUNE=1 tiles are measured first.
+Writes results/gpu.json.
 """
 
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,9 @@ TOKENS, CHANNELS = 16384, 2048
 ATTENTION = (  # tokens of a sequence, channels of a head, causal
     (4096, 128, True), (4096, 64, True), (16384, 128, True), (16384, 64, True), (1024, 128, True), (4096, 128, False),
 )  # fmt: skip
+COLUMNS = (
+    "case", "error", "PyTorch's", "ms", "time / ours", "ms in a graph", "time / ours in it", "rate", "memory / ours",
+)  # fmt: skip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -40,7 +45,6 @@ class Case:
     bytes: float = 0.0
     gradients: bool = False
     memory: bool = False  # whether the peak memory is told
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 def with_gradients(function: Callable, tensors: dict[str, Tensor], backward_alone: bool = False) -> Callable:
@@ -227,6 +231,15 @@ def time_of(call: Callable) -> float:
     return do_bench(call, warmup=20, rep=80, return_mode="median") / 1e3
 
 
+def graph_time_of(call: Callable, estimate: float) -> float:
+    """The same of one of many calls captured in a graph, on the stream that the tensors' own graphs were made on."""
+    graph, count = torch.cuda.CUDAGraph(), max(1, round(0.01 / estimate))
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(count):
+            call()
+    return time_of(graph.replay) / count
+
+
 def peaks() -> tuple[float, float]:
     """FLOP/s of a large bf16 matrix product, and bytes a second of a large copy, read and written."""
     a, b = normal(8192, 8192), normal(8192, 8192)
@@ -250,26 +263,25 @@ def run_case(case: Case, flops: float, bandwidth: float) -> dict:
     ours, peers = errors.pop("ours"), list(errors.values())
     allowed = 3 if case.gradients else 2
     correct = all(error <= allowed * max(each) + 1e-6 for error, *each in zip(ours, *peers, strict=True))
-    times = {name: time_of(call) for name, call in case.calls.items()} if correct else {}
-    share = 0.0
-    if times:
-        share = case.flop / times["ours"] / flops if case.flop else case.bytes / times["ours"] / bandwidth
-    row = {
-        "case": case.name,
-        "error": f"{max(ours):.1e}",
-        "PyTorch's": f"{max(map(max, peers)):.1e}",
-        "ms": f"{1e3 * times['ours']:.3f}" if times else "wrong",
-        "rate": f"{case.flop / times['ours'] / 1e12:.0f} TFLOP/s" if times and case.flop else "-",
-        "of peak": f"{share:.0%}",
-        "time / ours": ", ".join(f"{n} {t / times['ours']:.2f}" for n, t in times.items() if n != "ours") or "-",
-        "memory / ours": "-",
-    }
-    if times and case.bytes:
-        row["rate"] = f"{case.bytes / times['ours'] / 1e9:.0f} GB/s"
-    if times and case.memory:
-        memory = {name: peak_memory(call) for name, call in case.calls.items()}
-        row["memory / ours"] = ", ".join(f"{n} {m / memory['ours']:.1f}" for n, m in memory.items() if n != "ours")
+    row = dict.fromkeys(COLUMNS, "-")
+    row |= {"case": case.name, "error": f"{max(ours):.1e}", "PyTorch's": f"{max(map(max, peers)):.1e}"}
+    if not correct:
+        return row | {"ms": "wrong"}
+    times = {name: time_of(call) for name, call in case.calls.items()}
+    alone = {name: graph_time_of(call, times[name]) for name, call in case.calls.items()}
+    row |= {"ms": f"{1e3 * times['ours']:.3f}", "time / ours": shares(times)}
+    row |= {"ms in a graph": f"{1e3 * alone['ours']:.3f}", "time / ours in it": shares(alone)}
+    if case.flop:
+        row["rate"] = f"{case.flop / alone['ours'] / 1e12:.0f} TFLOP/s, {case.flop / alone['ours'] / flops:.0%}"
+    else:
+        row["rate"] = f"{case.bytes / alone['ours'] / 1e9:.0f} GB/s, {case.bytes / alone['ours'] / bandwidth:.0%}"
+    if case.memory:
+        row["memory / ours"] = shares({name: peak_memory(call) for name, call in case.calls.items()})
     return row
+
+
+def shares(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value / values['ours']:.2f}" for name, value in values.items() if name != "ours")
 
 
 def main() -> None:
@@ -282,6 +294,7 @@ def main() -> None:
     if not made:
         parser.error(f"--only: expected a part of one of {', '.join(cases())}, got {only!r}")
     torch.manual_seed(0)
+    torch.cuda.set_stream(torch.cuda.Stream())  # of the default one nothing can be captured
     flops, bandwidth = peaks()
     torch.cuda.empty_cache()
     rows = []

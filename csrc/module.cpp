@@ -1,4 +1,6 @@
 // What Python needs of the native code besides the ops: the instruction sets found and in use, and the probes.
+// Nothing of torch is used here. Its copy of pybind11 refuses, up to torch 2.11, files that name the stable ABI.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 #include "isa.h"

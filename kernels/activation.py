@@ -1,5 +1,6 @@
 """Activations with dropout in one pass, forward and backward: launchers and kernels."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import cdiv, next_power_of_2
 from .philox import drop, dropped_parts
 
 KINDS = ("gelu", "relu", "swiglu")
@@ -136,13 +138,14 @@ def _launch(kernel, inputs: tuple, seed: Tensor | None, outputs: tuple, kind: in
     rows_of_block, block = tile(columns)
     features = Features(columns, KINDS[kind], dropout_p > 0, align, rows_of_block, block)
     dropped = dropped_parts(dropout_p)
-    kernel[(triton.cdiv(rows, rows_of_block) * triton.cdiv(columns, block),)](
+    kernel[(cdiv(rows, rows_of_block) * cdiv(columns, block),)](
         *inputs, seed, *outputs, *(stride // align for stride in strides), rows, dropped, 1 - dropped / 65536, features,
         num_warps=WARPS,
     )  # fmt: skip
 
 
+@functools.cache
 def tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a program."""
-    block = min(max(16, triton.next_power_of_2(columns)), 1024)
+    block = min(max(16, next_power_of_2(columns)), 1024)
     return ELEMENTS // block, block

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arithmetic import cdiv, next_power_of_2
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
 from .attention_configs import Config, chip_of, configs
@@ -68,7 +68,7 @@ class Options(NamedTuple):
 
     def blocks(self, x: Tensor, rows: int) -> int:
         """How many blocks of so many rows a head of q (k, v) takes, wherever packed sequences start."""
-        return x.shape[1] // rows + self.sequences if self.packed else triton.cdiv(x.shape[1], rows)
+        return x.shape[1] // rows + self.sequences if self.packed else cdiv(x.shape[1], rows)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
@@ -326,7 +326,7 @@ def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) 
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _batch_stride(slopes: Tensor | None) -> int:

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from .arithmetic import cdiv, next_power_of_2
 from .attention_configs import Config, chip_of
 from .attention_decode_configs import configs
 from .attention_decode_kernels import (
@@ -66,7 +66,7 @@ def attention_append(
     if batch * rows == 0:
         return
     head_dim, head_dim_v = k.shape[3], v.shape[3]
-    attention_append_kernel[(triton.cdiv(rows, APPEND_ROWS) * batch,)](
+    attention_append_kernel[(cdiv(rows, APPEND_ROWS) * batch,)](
         k, v, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
         *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], _page_stride(block_table),
         seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256),
@@ -116,7 +116,7 @@ def attention_decode(
         # Pages are looked up as far ahead of the loads that wait for them as those are ahead of the products.
         stages = config.num_stages * 2 - 1 if options.block_table is not None else config.num_stages
         launch = dict(num_warps=config.num_warps, num_stages=stages)
-        grid = (triton.cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,)
+        grid = (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,)
         if compile_only:
             return attention_decode_kernel.warmup(*arguments, grid=grid, **launch)
         attention_decode_kernel[grid](*arguments, **launch)
@@ -124,7 +124,7 @@ def attention_decode(
             attention_combine_kernel[(batch * seqlen_q * heads,)](
                 results, maxima, sums, options.sinks, out, lse, seqlen_q, heads, splits, HEAD_DIM=head_dim_v,
                 BLOCK_D=_block(head_dim_v), HAS_SINKS=options.sinks is not None,
-                BLOCK_S=min(triton.next_power_of_2(splits), COMBINED // _block(head_dim_v)), num_warps=4,
+                BLOCK_S=min(next_power_of_2(splits), COMBINED // _block(head_dim_v)), num_warps=4,
             )  # fmt: skip
 
     chip = chip_of(q)
@@ -149,10 +149,10 @@ def _splits(q: Tensor, kv_heads: int, capacity: int, options: Options, config: C
         right = seqlen_q if options.window_right < 0 else options.window_right
         keys = min(keys, options.window_left + right + config.block_m)
     if options.num_splits:
-        return min(options.num_splits, triton.cdiv(keys, config.block_n))
+        return min(options.num_splits, cdiv(keys, config.block_n))
     least = max(LEAST_KEYS, LEAST_KEYS_A_ROW * min(rows, config.block_m))
-    tiles = triton.cdiv(rows, config.block_m) * batch * kv_heads
-    return max(1, min(triton.cdiv(PROGRAMS * processors, tiles), keys // least))
+    tiles = cdiv(rows, config.block_m) * batch * kv_heads
+    return max(1, min(cdiv(PROGRAMS * processors, tiles), keys // least))
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -200,7 +200,7 @@ def _piece(size: int, most: int) -> int:
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _page(k_cache: Tensor, block_table: Tensor | None) -> int:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from .arithmetic import cdiv, next_power_of_2
 from .attention import Options
 from .attention_configs import Config, chip_of
 from .attention_rows import Rotary, bias_line, load_turned_rows, row_score, row_scores, seen_keys, softmax_step
@@ -157,7 +158,7 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
     def features(config: Config) -> Features:
         return Features(
             HEAD_DIM=head_dim,
-            BLOCK_D=min(config.piece, max(16, triton.next_power_of_2(head_dim))),
+            BLOCK_D=min(config.piece, max(16, next_power_of_2(head_dim))),
             HALF=0 if options.rotary_cos is None else options.rotary_cos.shape[1],
             INTERLEAVED=options.rotary_interleaved,
             HAS_POSITIONS=options.rotary_positions is not None,
@@ -183,7 +184,7 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
             count, seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, radius, options.rotary_offset, scale,
             float(options.softcap), features(config), config.block_m, config.block_n,
         )  # fmt: skip
-        grid = (triton.cdiv(count, config.block_m) * batch * heads,)
+        grid = (cdiv(count, config.block_m) * batch * heads,)
         launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
         if compile_only:
             return attention_weights_kernel.warmup(*arguments, grid=grid, **launch)

@@ -4,6 +4,7 @@ A program takes blocks of ROWS rows. Rows that fit a block are read once; those 
 block, once for each sum that waits for another, and their parameters' gradients are sums of a kernel of their own.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import cdiv, next_power_of_2
 from .philox import drop, dropped_parts
 
 ELEMENTS = 2048  # of a block at least; 16 a thread
@@ -305,7 +307,7 @@ def norm_forward(
         HAS_DROPOUT=dropout_p > 0, HAS_GRAD_NEW=False, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
     )  # fmt: skip
     dropped = dropped_parts(dropout_p)
-    norm_forward_kernel[(triton.cdiv(rstd.numel(), rows_of_block),)](
+    norm_forward_kernel[(cdiv(rstd.numel(), rows_of_block),)](
         x, residual, weight, bias, dropout_seed, y, new, mean, rstd, *strides, rstd.numel(), eps,
         dropped, 1 - dropped / 65536, features, num_warps=warps,
     )  # fmt: skip
@@ -323,8 +325,8 @@ def norm_backward(
     grad_x = torch.empty(new.shape if separate else (0,), dtype=grad_y.dtype, device=new.device)
     rows_of_block, block, warps = tile(columns, BACKWARD_COLUMNS)
     most = ALL_ELEMENTS // (rows_of_block * block)
-    rows_of_program = triton.cdiv(triton.cdiv(rows, rows_of_block), most) * rows_of_block
-    programs = triton.cdiv(rows, rows_of_program) if rows else 0
+    rows_of_program = cdiv(cdiv(rows, rows_of_block), most) * rows_of_block
+    programs = cdiv(rows, rows_of_program) if rows else 0
     weight_sums = torch.empty((programs, columns), dtype=torch.float32, device=new.device)
     bias_sums = torch.empty((programs, columns if needs_bias else 0), dtype=torch.float32, device=new.device)
     if rows:
@@ -339,7 +341,7 @@ def norm_backward(
             *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
         )  # fmt: skip
         if columns > block:
-            norm_parameters_kernel[(programs * triton.cdiv(columns, block),)](
+            norm_parameters_kernel[(programs * cdiv(columns, block),)](
                 grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
                 features, num_warps=warps,
             )  # fmt: skip
@@ -353,9 +355,10 @@ def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     return align, [stride // align for stride in strides]
 
 
+@functools.cache
 def tile(columns: int, most: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and a program's warps."""
-    block = max(16, triton.next_power_of_2(columns))
+    block = max(16, next_power_of_2(columns))
     if block > most:
         block = 2 * ELEMENTS
     rows = max(1, ELEMENTS // block)

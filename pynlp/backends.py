@@ -90,7 +90,7 @@ def has_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _native is not None and native().detected_features()["avx512_bf16"]
+    return _native is not None and _native.detected_features()["avx512_bf16"]
 
 
 def get_isa() -> str | None:

@@ -56,7 +56,7 @@ def test_command_line():
 def test_has_bf16(monkeypatch):
     cpu = torch.device("cpu")
     assert pynlp.has_bf16(cpu) == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
-    monkeypatch.setattr(backends, "native", lambda: SimpleNamespace(detected_features=lambda: {"avx512_bf16": True}))
+    monkeypatch.setattr(backends, "_native", SimpleNamespace(detected_features=lambda: {"avx512_bf16": True}))
     assert pynlp.has_bf16(cpu)
     monkeypatch.setattr(backends, "_native", None)  # then nothing is known of the CPU
     assert not pynlp.has_bf16(cpu)

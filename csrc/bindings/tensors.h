@@ -19,6 +19,10 @@
 
 #include "../dtype.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name up to torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;

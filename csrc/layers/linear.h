@@ -22,7 +22,7 @@ class Linear {
         panels_((in.rows + PANEL - 1) / PANEL),
         blocks_((in.outputs + BLOCK - 1) / BLOCK),
         chunk_(larger(1, CHUNK / (PANEL * depth_))),
-        x_(panels_ * PANEL * depth_ * sizeof(float)) {}
+        x_(in.rows <= FEW ? 0 : panels_ * PANEL * depth_ * sizeof(float)) {}
 
   void run() {
     if (in_.rows <= FEW) {
