@@ -34,13 +34,14 @@ def run(recipe: Recipe, sampling: Sampling) -> None:
     corpus, test_bytes = prepare(load_speeches())
     [(test, documents)] = corpus.tests.items()
     encode_prompt(corpus.tokenizer, sampling.prompt, SAMPLED - 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
     model = Decoder(TransformerConfig(
         corpus.tokenizer.get_vocab_size(), embed_dim=256, layers=6, heads=4, max_positions=BLOCK, dropout=0.1
-    ))  # fmt: skip
+    )).to(device)  # fmt: skip
     evaluations = train_model(
         model, corpus, recipe, length=BLOCK, batch=BATCH, apart=64, learning_rate=1e-3, every=250,
-        bf16=has_bf16(torch.device("cpu")),
+        bf16=has_bf16(device),
     )  # fmt: skip
     write(recipe.output / "tokenizer.json", lambda path: corpus.tokenizer.save(str(path)))
     plot_perplexity(evaluations, recipe.output / "perplexity.png")

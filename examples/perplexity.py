@@ -37,12 +37,12 @@ def negative_log_likelihood(
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride: expected 1 to length={length}, got {stride}")
-    nats, count, training = 0.0, 0, model.training
+    nats, count, training, device = 0.0, 0, model.training, model.output_weight.device
     model.eval()
     for document in documents:
         if len(document) < 2:
             continue
-        inputs, targets = windows(document, length, stride)
+        inputs, targets = (x.to(device) for x in windows(document, length, stride))
         rows = max(1, TOKENS_AT_ONCE // inputs.shape[1])
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             nats += linear_cross_entropy(model.features(x), model.output_weight, y, reduction="sum").item()

@@ -105,7 +105,7 @@ def make_model(vocabulary: int, positions: str, seed: int) -> Decoder:
 
 
 def next_token_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    inputs, targets = batch
+    inputs, targets = (x.to(model.output_weight.device) for x in batch)
     loss = linear_cross_entropy(model.features(inputs), model.output_weight, targets, reduction="sum")
     return loss, targets.numel()
 
@@ -160,7 +160,7 @@ def sample_text(model: Decoder, corpus: Corpus, sampling: Sampling, length: int,
     end = tokenizer.token_to_id(END)
     model.eval()
     [[hypothesis]] = sample(
-        model.decoding_state(1, length), torch.tensor([prompt]),
+        model.decoding_state(1, length), torch.tensor([prompt], device=model.output_weight.device),
         end=PAD if end is None else end, max_length=length - len(prompt),
         top_k=sampling.top_k, top_p=sampling.top_p, temperature=sampling.temperature, seed=sampling.seed,
     )  # fmt: skip
