@@ -1,6 +1,5 @@
 """Activations with dropout in one pass, forward and backward: launchers and kernels."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -144,7 +143,6 @@ def _launch(kernel, inputs: tuple, seed: Tensor | None, outputs: tuple, kind: in
     )  # fmt: skip
 
 
-@functools.cache
 def tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a program."""
     block = min(max(16, next_power_of_2(columns)), 1024)

@@ -4,7 +4,6 @@ A program takes blocks of ROWS rows. Rows that fit a block are read once; those 
 block, once for each sum that waits for another, and their parameters' gradients are sums of a kernel of their own.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -355,7 +354,6 @@ def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     return align, [stride // align for stride in strides]
 
 
-@functools.cache
 def tile(columns: int, most: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and a program's warps."""
     block = max(16, next_power_of_2(columns))
