@@ -132,6 +132,7 @@ def test_the_preset_trains_on_the_past(tmp_path, monkeypatch):
     assert (tmp_path / "sample.txt").read_text().startswith("The state of")
 
 
+@pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
 def test_ctrl_c_saves_and_resuming_gives_the_same_to_the_bit(folder, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("two", folder, whole, "--steps", 8)
