@@ -184,10 +184,11 @@ def test_encoder_decoder(kind, positions, autocast):
     cpu = loss_and_gradients(copy.deepcopy(model), autocast)
     ours = loss_and_gradients(model.cuda(), autocast)
     names = ["loss", *(name for name, _ in model.named_parameters())]
-    least = 1e-5 if autocast is None else 1e-3  # a single value, the loss, may be far nearer to exact by chance
     for name, x, peer, exact in zip(names, ours, cpu, expected, strict=True):
         exact = exact.detach()
         error, allowed = ((y.detach().cpu().double() - exact).norm() / exact.norm() for y in (x, peer))
+        # A single value, the loss, may be far nearer to exact by chance.
+        least = 1e-3 if autocast is not None and name == "loss" else 1e-5
         assert error <= 3 * allowed + least, f"{name}: {error:.3g}, on the CPU {allowed:.3g}"
 
 
