@@ -165,7 +165,12 @@ def prepare(folder: Path, options: Options, device: torch.device) -> None:
 
 
 def trainer(folder: Path, options: Options, tokenizer, device: torch.device, tensorboard: bool) -> Trainer:
-    validation = read_pairs(folder / "validation.tsv")
+    pairs = {part: read_pairs(folder / f"{part}.tsv") for part in ("train", "validation")}
+    data = training_batches(folder, options, tokenizer, pairs["train"])
+    validation = plain_batches(tokenizer, pairs["validation"], options)
+    for part, kept in (("train", data), ("validation", validation)):
+        if left_out := len(pairs[part]) - len(kept.lengths):
+            print(f"{part}.tsv: {left_out:,} pairs of more than {longest_side(options)} tokens are left out")
     torch.manual_seed(options.seed)
     model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
     config = TrainingConfig(
@@ -179,30 +184,28 @@ def trainer(folder: Path, options: Options, tokenizer, device: torch.device, ten
         validate_every=max(1, -(-options.steps // VALIDATIONS)),
         save_every=max(1, min(200, options.steps // 4)),
     )
-    scored = validation[:SCORED]
 
     def loss(model: TranslationLoss, batch: tuple) -> tuple:
         batch = [x.to(device) for x in batch]
         return model(*batch), (batch[-1] != IGNORED).sum()
 
     def score(model: TranslationLoss) -> float:
-        sources, references = zip(*scored, strict=True)
+        sources, references = zip(*pairs["validation"][:SCORED], strict=True)
         outputs = Translator(model.model, tokenizer).translate(sources, method="greedy")
         return BLEU().corpus_score(outputs, [references]).score
 
     same = {name: value for name, value in asdict(options).items() if name not in ("corpus", "minutes", "steps")}
     return Trainer(
-        model, loss, config, training_batches(folder, options, tokenizer), folder,
-        validation=plain_batches(tokenizer, validation, options), score=score, description={"options": same},
+        model, loss, config, data, folder, validation=validation, score=score, description={"options": same},
         tensorboard=tensorboard,
     )  # fmt: skip
 
 
-def training_batches(folder: Path, options: Options, tokenizer) -> Batches:
+def training_batches(folder: Path, options: Options, tokenizer, pairs: list[Pair]) -> Batches:
     """Of all segmentations that were drawn, or of the plain ones where there are none."""
     if all((folder / side).exists() for side in SIDES):
         return batches(*(load_segmentations(folder / side) for side in SIDES), options)
-    return plain_batches(tokenizer, read_pairs(folder / "train.tsv"), options)
+    return plain_batches(tokenizer, pairs, options)
 
 
 def plain_batches(tokenizer, pairs: list[Pair], options: Options) -> Batches:
@@ -216,11 +219,8 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def batches(sources: list[list[list[int]]], targets: list[list[list[int]]], options: Options) -> Batches:
     """Of all pairs that the model is made for; of their segmentations `[variant][text]` each time one is drawn."""
     longest = [[max(map(len, variants)) + 1 for variants in zip(*side, strict=True)] for side in (sources, targets)]
-    limit = min(LONGEST, options.max_tokens // 2)
     pairs = list(zip(*longest, strict=True))
-    fit = [i for i, lengths in enumerate(pairs) if max(lengths) <= limit]
-    if len(fit) < len(pairs):
-        print(f"left out: {len(pairs) - len(fit)} pairs of more than {limit - 1} tokens")
+    fit = [i for i, lengths in enumerate(pairs) if max(lengths) <= longest_side(options) + 1]
 
     def collate_items(items: list[int]) -> tuple:
         places = [fit[item] for item in items]
@@ -231,6 +231,11 @@ def batches(sources: list[list[list[int]]], targets: list[list[list[int]]], opti
         )
 
     return Batches([pairs[place] for place in fit], options.max_tokens, collate_items, seed=options.seed)
+
+
+def longest_side(options: Options) -> int:
+    """Tokens of the longest sentence to train on, without the one that begins or ends it."""
+    return min(LONGEST, options.max_tokens // 2) - 1
 
 
 def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.device) -> float:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import cdiv, next_power_of_2
+from .arithmetic import cdiv, tile_width
 from .philox import drop, dropped_parts
 
 KINDS = ("gelu", "relu", "swiglu")
@@ -145,5 +145,5 @@ def _launch(kernel, inputs: tuple, seed: Tensor | None, outputs: tuple, kind: in
 
 def tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a program."""
-    block = min(max(16, next_power_of_2(columns)), 1024)
+    block = min(tile_width(columns), 1024)
     return ELEMENTS // block, block

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arithmetic import cdiv, next_power_of_2
+from .arithmetic import cdiv, tile_width
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
 from .attention_configs import Config, chip_of, configs
@@ -20,6 +20,7 @@ from .attention_sums import (
 )
 from .attention_tiles import Features, Tile
 from .choice import choose
+from .philox import dropped_parts
 
 LOG2E = 1.4426950408889634
 STATISTICS_ROWS = 128  # rows of statistics are padded to a multiple of every tile
@@ -54,8 +55,7 @@ class Options(NamedTuple):
 
     @property
     def dropped(self) -> int:
-        """How many of 65536 random numbers drop a weight."""
-        return min(round(self.dropout_p * 65536), 65535)
+        return dropped_parts(self.dropout_p)
 
     @property
     def kept_share(self) -> float:
@@ -196,7 +196,7 @@ def _statistics(
     attention_statistics_kernel[(blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK)](
         out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), options.cu_seqlens_q,
         pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], options.sequences, rows, pivot.shape[2], heads,
-        options.kept_share, HEAD_DIM=head_dim, BLOCK_D=_block(head_dim), HAS_GRAD_LSE=grad_lse is not None,
+        options.kept_share, HEAD_DIM=head_dim, BLOCK_D=tile_width(head_dim), HAS_GRAD_LSE=grad_lse is not None,
         PACKED=options.packed, LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
     )  # fmt: skip
     return pivot, delta
@@ -271,9 +271,9 @@ def _features(q: Tensor, v: Tensor, options: Options, config: Config) -> Feature
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         HALF=half,
-        BLOCK_HALF=min(_block(half), config.piece),
-        BLOCK_REST=min(_block(head_dim - 2 * half), config.piece),
-        BLOCK_D=min(_block(head_dim_v), config.piece),
+        BLOCK_HALF=min(tile_width(half), config.piece),
+        BLOCK_REST=min(tile_width(head_dim - 2 * half), config.piece),
+        BLOCK_D=min(tile_width(head_dim_v), config.piece),
         INTERLEAVED=half > 0 and options.rotary_interleaved,
         HAS_POSITIONS=options.rotary_positions is not None,
         HAS_LEFT=options.window_left >= 0,
@@ -325,10 +325,6 @@ def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) 
     kernel[(blocks,)](*arguments, **options)
 
 
-def _block(size: int) -> int:
-    return max(16, next_power_of_2(size))
-
-
 def _batch_stride(slopes: Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
 
@@ -354,7 +350,7 @@ def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDesc
     described = []
     for x, (batch, head, row) in zip(tensors, strides, strict=True):
         shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-        described.append(TensorDescriptor(x, shape, [batch, head, row, 1], [1, 1, rows, _block(x.shape[3])]))
+        described.append(TensorDescriptor(x, shape, [batch, head, row, 1], [1, 1, rows, tile_width(x.shape[3])]))
     return described
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .arithmetic import cdiv, next_power_of_2
+from .arithmetic import cdiv, next_power_of_2, tile_width
 from .attention_configs import Config, chip_of
 from .attention_decode_configs import configs
 from .attention_decode_kernels import (
@@ -123,8 +123,8 @@ def attention_decode(
         if features.SPLIT:
             attention_combine_kernel[(batch * seqlen_q * heads,)](
                 results, maxima, sums, options.sinks, out, lse, seqlen_q, heads, splits, HEAD_DIM=head_dim_v,
-                BLOCK_D=_block(head_dim_v), HAS_SINKS=options.sinks is not None,
-                BLOCK_S=min(next_power_of_2(splits), COMBINED // _block(head_dim_v)), num_warps=4,
+                BLOCK_D=tile_width(head_dim_v), HAS_SINKS=options.sinks is not None,
+                BLOCK_S=min(next_power_of_2(splits), COMBINED // tile_width(head_dim_v)), num_warps=4,
             )  # fmt: skip
 
     chip = chip_of(q)
@@ -196,11 +196,7 @@ def _place_in_keys(k_cache: Tensor, v_cache: Tensor) -> int:
 def _piece(size: int, most: int) -> int:
     """Channels of a piece: one that divides the head, if that is not too small."""
     divisor = size & -size
-    return min(most, divisor if divisor >= 32 else _block(size))
-
-
-def _block(size: int) -> int:
-    return max(16, next_power_of_2(size))
+    return min(most, divisor if divisor >= 32 else tile_width(size))
 
 
 def _page(k_cache: Tensor, block_table: Tensor | None) -> int:

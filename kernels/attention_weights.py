@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .arithmetic import cdiv, next_power_of_2
+from .arithmetic import cdiv, tile_width
 from .attention import Options
 from .attention_configs import Config, chip_of
 from .attention_rows import Rotary, bias_line, load_turned_rows, row_score, row_scores, seen_keys, softmax_step
@@ -158,7 +158,7 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
     def features(config: Config) -> Features:
         return Features(
             HEAD_DIM=head_dim,
-            BLOCK_D=min(config.piece, max(16, next_power_of_2(head_dim))),
+            BLOCK_D=min(config.piece, tile_width(head_dim)),
             HALF=0 if options.rotary_cos is None else options.rotary_cos.shape[1],
             INTERLEAVED=options.rotary_interleaved,
             HAS_POSITIONS=options.rotary_positions is not None,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import next_power_of_2
+from .arithmetic import tile_width
 
 LOGITS = 2**25  # of a chunk of few rows: 64 MiB of bf16
 BLOCK = 4096
@@ -128,7 +128,7 @@ def linear_cross_entropy(
             scale = scale / largest
     features = Features(
         V=vocabulary,
-        BLOCK=min(BLOCK, max(16, next_power_of_2(vocabulary))),
+        BLOCK=min(BLOCK, tile_width(vocabulary)),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap > 0,
         HAS_SMOOTHING=label_smoothing > 0,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import cdiv, next_power_of_2
+from .arithmetic import cdiv, tile_width
 from .philox import drop, dropped_parts
 
 ELEMENTS = 2048  # of a block at least; 16 a thread
@@ -356,7 +356,7 @@ def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
 
 def tile(columns: int, most: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and a program's warps."""
-    block = max(16, next_power_of_2(columns))
+    block = tile_width(columns)
     if block > most:
         block = 2 * ELEMENTS
     rows = max(1, ELEMENTS // block)

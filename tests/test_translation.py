@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -276,10 +277,16 @@ def test_bytes_that_are_no_utf8(way, trained, tmp_path, monkeypatch):
         run("translate", *words, "--method", "greedy", folder=trained)
 
 
-def test_texts_too_long_to_train_on_are_left_out(tmp_path, capsys):
+def test_texts_too_long_to_train_on_are_left_out(tsv, tmp_path, capsys):
+    run("train", "--corpus", tsv, "--minutes", 0.001, *TINY, "--max-tokens", 60, folder=tmp_path)
+    said = re.findall(r"(\w+).tsv: \d+ pairs of more than 29 tokens are left out", capsys.readouterr().out)
+    assert said == ["train", "validation"]
+
+
+def test_batches_are_of_texts_that_are_short_enough():
     options = translator.Options(max_tokens=40)
     data = translation.batches([[[5] * 30, [5] * 4]], [[[6] * 3, [6] * 4]], options)
-    assert len(data.lengths) == 1 and "left out: 1 pairs of more than 19 tokens" in capsys.readouterr().out
+    assert len(data.lengths) == 1
     source, lengths, target, labels = data.collate([0])
     assert source.tolist() == [[5, 5, 5, 5, END]] and lengths.tolist() == [5]
     assert target.tolist() == [[BEGIN, 6, 6, 6, 6]] and labels.tolist() == [[6, 6, 6, 6, END]]
