@@ -1,6 +1,6 @@
 """Launchers of the fused attention kernels: as pynlp.reference.attention, on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,9 +82,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
         lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
         return out.zero_(), lse
     left, right, scale = _numbers(q, k, options)
+    features, tma, long = _features(q, v, options), _tma(q, k, v), _long(STATISTICS_ROWS, q, k, v)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
-        descriptors = _descriptors(config, config.block_n, k, v)
+        descriptors = _descriptors(config, config.block_n, (k, v), tma[1:])
         line, radius = _bias_line(options, config)
         return _start(
             attention_forward_kernel, options.blocks(q, config.block_m) * batch * heads, config, compile_only,
@@ -92,10 +93,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(options.alibi_slopes),
             options.sequences, q.shape[1], k.shape[1], heads, group, left, right, radius, options.rotary_offset, scale,
             float(options.softcap), options.dropped, options.kept_share,
-            _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v),
+            _cut(features, config), _tile(config, config.block_n, descriptors, long),
         )  # fmt: skip
 
-    start(_choose("forward", start, options, q, k, v))
+    start(_choose("forward", start, features, tma, long, q, k))
     return out, lse
 
 
@@ -129,6 +130,8 @@ def attention_backward(
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_slopes, grad_table, grad_sinks
 
     left, right, scale = _numbers(q, k, options)
+    features, tma = _features(q, v, options), _tma(q, k, v, grad_out)
+    long = _long(STATISTICS_ROWS, q, k, v, grad_out)
     kv_heads = k.shape[2]
     group = heads // kv_heads
     padded_q = pivot.shape[2]
@@ -137,21 +140,21 @@ def attention_backward(
     grad_scale = options.softmax_scale / options.kept_share
 
     def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
-        descriptors = _descriptors(config, config.block_m, q, grad_out)
+        descriptors = _descriptors(config, config.block_m, (q, grad_out), (tma[0], tma[3]))
         line, radius = _bias_line(options, config)
         return _start(
             attention_backward_keys_kernel, options.blocks(k, config.block_n) * batch * kv_heads, config, compile_only,
             q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(options, line), *strides,
             options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
             options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
-            _features(q, v, options, config), _tile(config, config.block_m, descriptors, q, k, v, grad_out),
+            _cut(features, config), _tile(config, config.block_m, descriptors, long),
         )  # fmt: skip
 
-    start_keys(_choose("keys", start_keys, options, q, k, v, grad_out))
+    start_keys(_choose("keys", start_keys, features, tma, long, q, k))
 
     def start_queries(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         nonlocal grad_slopes, grad_table
-        descriptors = _descriptors(config, config.block_n, k, v)
+        descriptors = _descriptors(config, config.block_n, (k, v), tma[1:3])
         line, radius = _bias_line(options, config)
         allocate = torch.zeros if options.packed else torch.empty  # blocks that are not there write nothing
         sums = (batch, heads, options.blocks(q, config.block_m))
@@ -169,8 +172,7 @@ def attention_backward(
             options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
             near_first, segments * segment, options.rotary_offset, scale, float(options.softcap), options.dropped,
             grad_scale, options.kept_share,
-            _features(q, v, options, config), _tile(config, config.block_n, descriptors, q, k, v, grad_out),
-            needs_slopes, needs_table,
+            _cut(features, config), _tile(config, config.block_n, descriptors, long), needs_slopes, needs_table,
         )  # fmt: skip
         if compile_only:
             return compiled
@@ -180,7 +182,7 @@ def attention_backward(
             grad_table = _table_gradient(partial_far, partial_near, near_first, radius, options, config)
 
     kind = "table" if needs_table else "queries"
-    start_queries(_choose(kind, start_queries, options, q, k, v, grad_out, needs_slopes=needs_slopes))
+    start_queries(_choose(kind, start_queries, features, tma, long, q, k, needs_slopes))
     return grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks
 
 
@@ -264,16 +266,17 @@ def _tables(options: Options, line: Tensor | None) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _features(q: Tensor, v: Tensor, options: Options, config: Config) -> Features:
+def _features(q: Tensor, v: Tensor, options: Options) -> Features:
+    """With heads in one piece."""
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     half = 0 if options.rotary_cos is None else options.rotary_cos.shape[1]
     return Features(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         HALF=half,
-        BLOCK_HALF=min(tile_width(half), config.piece),
-        BLOCK_REST=min(tile_width(head_dim - 2 * half), config.piece),
-        BLOCK_D=min(tile_width(head_dim_v), config.piece),
+        BLOCK_HALF=tile_width(half),
+        BLOCK_REST=tile_width(head_dim - 2 * half),
+        BLOCK_D=tile_width(head_dim_v),
         INTERLEAVED=half > 0 and options.rotary_interleaved,
         HAS_POSITIONS=options.rotary_positions is not None,
         HAS_LEFT=options.window_left >= 0,
@@ -287,11 +290,21 @@ def _features(q: Tensor, v: Tensor, options: Options, config: Config) -> Feature
         HAS_DROPOUT=options.dropped > 0,
         PACKED=options.packed,
         POSITIVE_SCALE=options.softmax_scale > 0,
-        PRECISION=config.precision if q.dtype == torch.float32 else None,
+        PRECISION="ieee" if q.dtype == torch.float32 else None,
     )
 
 
-def _tile(config: Config, columns: int, descriptors: list, *tensors: Tensor) -> Tile:
+def _cut(features: Features, config: Config) -> Features:
+    """With heads in a tile's pieces, and its precision."""
+    return features._replace(
+        BLOCK_HALF=min(features.BLOCK_HALF, config.piece),
+        BLOCK_REST=min(features.BLOCK_REST, config.piece),
+        BLOCK_D=min(features.BLOCK_D, config.piece),
+        PRECISION=features.PRECISION and config.precision,
+    )
+
+
+def _tile(config: Config, columns: int, descriptors: list, long: bool) -> Tile:
     """`columns`: of an unmasked block, queries or keys."""
     return Tile(
         BLOCK_M=config.block_m,
@@ -299,21 +312,19 @@ def _tile(config: Config, columns: int, descriptors: list, *tensors: Tensor) -> 
         MASKED=min(config.masked or columns, columns),
         HOIST=config.hoist,
         DESCRIPTOR=descriptors[0] is not None,
-        LONG=_long(max(config.block_m, config.block_n), *tensors),
+        LONG=long,
     )
 
 
-def _choose(kernel: str, start: Callable, options: Options, *tensors: Tensor, needs_slopes: bool = False) -> Config:
-    q, k, v = tensors[:3]
+def _choose(
+    kernel: str, start: Callable, features: Features, tma: list, long: bool, q: Tensor, k: Tensor,
+    needs_slopes: bool = False,
+) -> Config:  # fmt: skip
     chip = chip_of(q)
-    candidates = configs(kernel, chip, max(q.shape[3], v.shape[3]), q.element_size())
-    aligned = all(_strides_of_tma(x) is not None for x in tensors)
-    long = _long(STATISTICS_ROWS, *tensors)
-    features = _features(q, v, options, candidates[0])
-    return choose(
-        kernel, candidates, (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1]),
-        start,
-    )  # fmt: skip
+    candidates = configs(kernel, chip, max(features.HEAD_DIM, features.HEAD_DIM_V), q.element_size())
+    aligned = None not in tma
+    work = (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1])
+    return choose(kernel, candidates, work, start)
 
 
 def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) -> CompiledKernel | None:
@@ -334,23 +345,34 @@ def _long(rows: int, *tensors: Tensor) -> bool:
     return any(rows * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
 
 
-def _strides_of_tma(x: Tensor) -> list[int] | None:
-    """The strides of batch, heads and seqlen if TMA can read x; that of a dimension of size 1 says nothing."""
-    aligned = 16 // x.element_size()
-    strides = [x.stride(i) if x.shape[i] > 1 else aligned for i in (0, 2, 1)]
-    regular = all(stride > 0 and stride % aligned == 0 for stride in strides)
-    return strides if regular and x.data_ptr() % 16 == 0 and x.shape[3] >= aligned else None
+def _tma(*tensors: Tensor) -> list[list[int] | None]:
+    """The strides of batch, heads and seqlen of each that TMA can read; that of a dimension of size 1 says nothing."""
+    aligned = 16 // tensors[0].element_size()
+    result = []
+    for x in tensors:
+        batch, seqlen, heads, head_dim = x.shape
+        by_batch, by_row, by_head, _ = x.stride()
+        strides = [
+            by_batch if batch > 1 else aligned,
+            by_head if heads > 1 else aligned,
+            by_row if seqlen > 1 else aligned,
+        ]
+        regular = min(strides) > 0 and not any(stride % aligned for stride in strides)
+        result.append(strides if regular and x.data_ptr() % 16 == 0 and head_dim >= aligned else None)
+    return result
 
 
-def _descriptors(config: Config, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+def _descriptors(
+    config: Config, rows: int, tensors: Sequence[Tensor], strides: Sequence[list[int] | None]
+) -> list[TensorDescriptor | None]:
     """TMA descriptors of tensors seen as (batch, heads, seqlen, head_dim); None where TMA cannot read one of them."""
-    strides = [_strides_of_tma(x) for x in tensors]
     if not config.descriptors or None in strides or config.piece < max(x.shape[3] for x in tensors):
         return [None] * len(tensors)
     described = []
-    for x, (batch, head, row) in zip(tensors, strides, strict=True):
-        shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-        described.append(TensorDescriptor(x, shape, [batch, head, row, 1], [1, 1, rows, tile_width(x.shape[3])]))
+    for x, (by_batch, by_head, by_row) in zip(tensors, strides, strict=True):
+        batch, seqlen, heads, head_dim = x.shape
+        shape, block = [batch, heads, seqlen, head_dim], [1, 1, rows, tile_width(head_dim)]
+        described.append(TensorDescriptor(x, shape, [by_batch, by_head, by_row, 1], block))
     return described
 
 

@@ -1,5 +1,6 @@
 """The tiles of each attention kernel on each chip, best first: a launcher takes the first that fits without a spill."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,12 @@ def chip_of(x: Tensor) -> str:
     """The chip family the tiles are chosen for; CPU tensors run in Triton's interpreter."""
     if x.device.type != "cuda":
         return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(x.device)[0]
+    return "gfx942" if torch.version.hip else _nvidia_chip(x.device)
+
+
+@functools.cache
+def _nvidia_chip(device: torch.device) -> str:
+    major = torch.cuda.get_device_capability(device)[0]
     # Consumer Blackwell (12) has neither wgmma nor tcgen05 and as little shared memory as Ada.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 

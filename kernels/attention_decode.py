@@ -1,5 +1,6 @@
 """Launchers of attention over a cache: as pynlp.reference.attention_decode, on a GPU."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def attention_decode(
     unit = _unit(k_cache, v_cache)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
-        splits = _splits(q, kv_heads, capacity, options, config, _multiprocessors(q))
+        splits = _splits(q, kv_heads, capacity, options, config, _multiprocessors(q.device))
         features = _features(q, k_cache, v_cache, options, config, splits)
         results, maxima, sums = out, None, None
         if features.SPLIT:
@@ -155,8 +156,9 @@ def _splits(q: Tensor, kv_heads: int, capacity: int, options: Options, config: C
     return max(1, min(cdiv(PROGRAMS * processors, tiles), keys // least))
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _features(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, config: Config, splits: int) -> Features:

@@ -156,13 +156,18 @@ def test_tensor_descriptors_read_the_same(name, head_dim, dtype, monkeypatch):
 
 def test_tensors_that_tma_cannot_read_take_the_pointer_path(monkeypatch):
     tiles(monkeypatch, descriptors=True)
-    config = attention.Config(16, 16, 1, 1, True)
     x = torch.zeros(2, 8, 2, 24, dtype=torch.float16)
-    assert attention._descriptors(config, 16, x)[0] is not None
-    assert attention._descriptors(config, 16, x, x.flatten()[1:2].expand_as(x)) == [None, None]
-    assert attention._descriptors(config, 16, x[..., :20].contiguous()) == [None]  # rows 40 bytes apart
-    assert attention._descriptors(config, 16, x[:1].expand(2, -1, -1, -1)) == [None]  # stride 0
-    assert attention._descriptors(attention.Config(16, 16, 1, 1), 16, x) == [None]
+    unreadable = (
+        x.flatten()[1:2].expand_as(x),  # not at 16 bytes
+        x[..., :20].contiguous(),  # rows 40 bytes apart
+        x[:1].expand(2, -1, -1, -1),  # stride 0
+    )
+    assert attention._tma(x, *unreadable) == [[384, 24, 48], None, None, None]
+    config = attention.Config(16, 16, 1, 1, True)
+    assert attention._descriptors(config, 16, [x], attention._tma(x))[0] is not None
+    assert attention._descriptors(config, 16, [x, x], [*attention._tma(x), None]) == [None, None]
+    assert attention._descriptors(config._replace(descriptors=False), 16, [x], attention._tma(x)) == [None]
+    assert attention._descriptors(config._replace(piece=16), 16, [x], attention._tma(x)) == [None]
     tensors, options = make_case(head_dim=20, dtype=torch.float16, seqlen_q=18, seqlen_k=40)
     check_against_oracle([x if x is None else x.contiguous() for x in tensors], options)
 
