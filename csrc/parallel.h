@@ -12,6 +12,14 @@ int64_t thread_count();  // torch.get_num_threads()
 // task may wait for a lower one; a result must not depend on which thread takes which.
 void run_tasks(int64_t tasks, void (*work)(void* context, int64_t task), void* context);
 
+// The same with a member function: kernel->work(task) for each task.
+template <auto work, class Kernel>
+void run_tasks(int64_t tasks, Kernel* kernel) {
+  run_tasks(
+      tasks, [](void* k, int64_t task) { (static_cast<Kernel*>(k)->*work)(task); },
+      const_cast<void*>(static_cast<const void*>(kernel)));
+}
+
 void yield_thread();  // lets another thread run
 
 // 64-byte aligned memory of the calling thread, valid until its next call; its content is undefined.

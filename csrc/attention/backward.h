@@ -41,16 +41,11 @@ class Backward {
         grad_q_(in_flight_ * group_ * tiles_ * TILE_QUERIES * columns_ * sizeof(float)),
         tickets_(in_flight_ * group_ * tiles_ * sizeof(int32_t)) {
     memset(tickets_.data, 0, in_flight_ * group_ * tiles_ * sizeof(int32_t));
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    scratch_bytes_ = sizes.used;
   }
 
   void run() {
-    run_tasks(
-        units_.tiles_of_a_head() * in_.heads,
-        [](void* self, int64_t task) { static_cast<Backward*>(self)->prepare(task); }, this);
-    run_tasks(units_.blocks(), [](void* self, int64_t task) { static_cast<Backward*>(self)->run_task(task); }, this);
+    run_tasks<&Backward::prepare>(units_.tiles_of_a_head() * in_.heads, this);
+    run_tasks<&Backward::run_task>(units_.blocks(), this);
     if (biases_.needed()) biases_.write();
     if (in_.grad_sinks) write_grad_sinks();
   }
@@ -144,8 +139,7 @@ class Backward {
     const Sequence& sequence = u.sequence;
     const int64_t start = block.number * u.block_keys;
 
-    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     const Visibility visible(in_, sequence);
     const Rows k = keys_of(in_, sequence, u.kv_head), v = values_of(in_, sequence, u.kv_head);
     const int64_t block_end = smaller(start + u.block_keys, sequence.keys);
@@ -503,7 +497,6 @@ class Backward {
   int64_t in_flight_;
   Schedule schedule_;
   BiasGradients biases_;
-  size_t scratch_bytes_;
   Buffer delta_, grad_q_, tickets_;
 };
 

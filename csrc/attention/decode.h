@@ -32,20 +32,13 @@ class Decode {
       longest_ = larger(longest_, in.sequence(b).queries);
       finished_ &= parts_of(b) == 1;
     }
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    scratch_bytes_ = sizes.used;
   }
 
   void run() const {
     if (longest_ == 0) return;
-    const auto self = const_cast<Decode*>(this);
-    run_tasks(
-        first(in_.batch).part, [](void* d, int64_t task) { static_cast<const Decode*>(d)->run_task(task); }, self);
+    run_tasks<&Decode::run_task>(first(in_.batch).part, this);
     if (finished_) return;
-    run_tasks(
-        in_.batch * longest_ * in_.heads,
-        [](void* d, int64_t task) { static_cast<const Decode*>(d)->combine_parts(task); }, self);
+    run_tasks<&Decode::combine_parts>(in_.batch * longest_ * in_.heads, this);
   }
 
  private:
@@ -126,8 +119,7 @@ class Decode {
     const int64_t size = keys_of_part(all.last - all.first, in_.num_splits), rows = sequence.queries * in_.heads;
     const Range keys{all.first + part.number * size, smaller(all.last, all.first + (part.number + 1) * size)};
 
-    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     for (int64_t row = 0; row < rows; ++row) {
       scorer_.read_query(sequence, row % in_.heads, row / in_.heads, s.queries + row * scorer_.size);
       float* result = partial(part, rows, row);
@@ -331,7 +323,6 @@ class Decode {
   Buffer firsts_, parts_, partials_;
   int64_t longest_;
   bool finished_;  // where all sequences have one part, a task leaves its result
-  size_t scratch_bytes_;
 };
 
 // Writes new rows behind those of a cache, keys turned by the angles of their positions.

@@ -30,16 +30,11 @@ class Forward {
           *next++ = {b, n * block_queries_};
     block_count_ = next - static_cast<Block*>(blocks_.data);
     longest_ = most(in, &Sequence::keys);
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    scratch_bytes_ = sizes.used;
   }
 
   void run() const {
     if (block_count_ == 0) return;
-    run_tasks(
-        block_count_ * in_.heads, [](void* self, int64_t task) { static_cast<const Forward*>(self)->run_task(task); },
-        const_cast<Forward*>(this));
+    run_tasks<&Forward::run_task>(block_count_ * in_.heads, this);
   }
 
  private:
@@ -91,8 +86,7 @@ class Forward {
     const int64_t head = task % in_.heads, kv_head = head / (in_.heads / in_.kv_heads);
     const int64_t first = block.first_query, last = smaller(first + block_queries_, sequence.queries);
 
-    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     const Visibility visible(in_, sequence);
     const Rows q = queries_of(in_, sequence, head), k = keys_of(in_, sequence, kv_head);
     const Rows v = values_of(in_, sequence, kv_head);
@@ -356,7 +350,6 @@ class Forward {
   int64_t block_keys_, block_queries_, words_, columns_;
   Buffer blocks_;
   int64_t block_count_, longest_;
-  size_t scratch_bytes_;
 };
 
 }  // namespace

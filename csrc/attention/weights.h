@@ -13,17 +13,9 @@ class Weights {
       : in_(in),
         scorer_(&Rows::read, in),
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
-        pieces_((in.row_count * group_ + AT_ONCE - 1) / AT_ONCE) {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    scratch_bytes_ = sizes.used;
-  }
+        pieces_((in.row_count * group_ + AT_ONCE - 1) / AT_ONCE) {}
 
-  void run() const {
-    run_tasks(
-        in_.batch * in_.kv_heads * pieces_,
-        [](void* w, int64_t task) { static_cast<const Weights*>(w)->run_task(task); }, const_cast<Weights*>(this));
-  }
+  void run() const { run_tasks<&Weights::run_task>(in_.batch * in_.kv_heads * pieces_, this); }
 
  private:
   static constexpr int AT_ONCE = 4;  // queries that a key is read for
@@ -52,8 +44,7 @@ class Weights {
   void run_task(int64_t task) const {
     const int64_t piece = task % pieces_, kv_head = task / pieces_ % in_.kv_heads;
     const Sequence sequence = in_.sequence(task / pieces_ / in_.kv_heads);
-    Arena arena{static_cast<char*>(thread_scratch(scratch_bytes_))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     const Visibility visible(in_, sequence);
     Row rows[AT_ONCE];
     const int64_t first_row = piece * AT_ONCE, count = smaller(AT_ONCE, in_.row_count * group_ - first_row);
@@ -129,7 +120,6 @@ class Weights {
   const AttentionWeights& in_;
   Scorer scorer_;
   int64_t group_, pieces_;
-  size_t scratch_bytes_;
 };
 
 }  // namespace

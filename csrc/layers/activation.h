@@ -13,11 +13,7 @@ class Activate {
  public:
   explicit Activate(const ActivationForward& in) : in_(in), size_(padded(in.columns)) {}
 
-  void run() const {
-    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-              [](void* a, int64_t task) { static_cast<const Activate*>(a)->run_task(task); },
-              const_cast<Activate*>(this));
-  }
+  void run() const { run_tasks<&Activate::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
 
  private:
   struct Scratch {
@@ -32,10 +28,7 @@ class Activate {
   };
 
   void run_task(int64_t task) const {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     Keeps keeps(in_.dropout, s.numbers);
     for (int64_t i = task * TASK_ROWS; i < smaller(in_.rows, (task + 1) * TASK_ROWS); ++i) {
       with_rows(in_.x, in_.up, i, in_.columns, s.x, s.up, [&](auto read, const char* x, const char* up) {
@@ -81,11 +74,7 @@ class ActivateGradient {
  public:
   explicit ActivateGradient(const ActivationBackward& in) : in_(in), size_(padded(in.columns)) {}
 
-  void run() const {
-    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-              [](void* a, int64_t task) { static_cast<const ActivateGradient*>(a)->run_task(task); },
-              const_cast<ActivateGradient*>(this));
-  }
+  void run() const { run_tasks<&ActivateGradient::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
 
  private:
   struct Scratch {
@@ -102,10 +91,7 @@ class ActivateGradient {
   };
 
   void run_task(int64_t task) const {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     Keeps keeps(in_.dropout, s.numbers);
     for (int64_t i = task * TASK_ROWS; i < smaller(in_.rows, (task + 1) * TASK_ROWS); ++i) {
       const float* grad = widened(in_.grad, i, in_.columns, s.grad);

@@ -26,12 +26,12 @@ class Linear {
 
   void run() {
     if (in_.rows <= FEW) {
-      run_tasks(blocks_, [](void* l, int64_t task) { static_cast<Linear*>(l)->multiply_few(task); }, this);
+      run_tasks<&Linear::multiply_few>(blocks_, this);
       return;
     }
-    run_tasks(panels_, [](void* l, int64_t task) { static_cast<Linear*>(l)->pack_x(task); }, this);
+    run_tasks<&Linear::pack_x>(panels_, this);
     const int64_t chunks = (panels_ + chunk_ - 1) / chunk_;
-    run_tasks(chunks * blocks_, [](void* l, int64_t task) { static_cast<Linear*>(l)->multiply(task); }, this);
+    run_tasks<&Linear::multiply>(chunks * blocks_, this);
   }
 
  private:

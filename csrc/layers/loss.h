@@ -74,19 +74,17 @@ class Loss {
   void run() {
     if (in_.tokens == 0 && in_.grad_weight.data) memset(weight_sum(0), 0, in_.vocabulary * width_ * sizeof(float));
     if (in_.grad_bias) memset(in_.grad_bias, 0, in_.vocabulary * sizeof(float));
-    const auto go = [&](int64_t tasks, void (*work)(void*, int64_t)) { run_tasks(tasks, work, this); };
     for (first_ = 0; first_ < in_.tokens; first_ += CHUNK) {
       count_ = smaller(CHUNK, in_.tokens - first_);
       padded_ = round_up(count_, PANEL);
-      go(padded_ / PANEL, [](void* l, int64_t task) { static_cast<Loss*>(l)->pack_tokens(task); });
-      go(blocks_, [](void* l, int64_t task) { static_cast<Loss*>(l)->exponentials(task); });
-      go(padded_ / PANEL, [](void* l, int64_t task) { static_cast<Loss*>(l)->losses(task); });
+      run_tasks<&Loss::pack_tokens>(padded_ / PANEL, this);
+      run_tasks<&Loss::exponentials>(blocks_, this);
+      run_tasks<&Loss::losses>(padded_ / PANEL, this);
       if (!in_.grad_x.data && !in_.grad_weight.data && !in_.grad_bias) continue;
-      go(groups_, [](void* l, int64_t task) { static_cast<Loss*>(l)->gradients(task); });
-      if (in_.grad_x.data)
-        go(padded_ / PANEL, [](void* l, int64_t task) { static_cast<Loss*>(l)->write_grad_x(task); });
+      run_tasks<&Loss::gradients>(groups_, this);
+      if (in_.grad_x.data) run_tasks<&Loss::write_grad_x>(padded_ / PANEL, this);
     }
-    if (own_sums_) go(blocks_, [](void* l, int64_t task) { static_cast<Loss*>(l)->write_grad_weight(task); });
+    if (own_sums_) run_tasks<&Loss::write_grad_weight>(blocks_, this);
   }
 
  private:
@@ -120,16 +118,10 @@ class Loss {
       halves = arena.take<uint16_t>(E::PAIR == 2 ? BLOCK * CHUNK : 0);
     }
   };
-  Scratch scratch() const {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
-    return Scratch(*this, arena);
-  }
 
   // PANEL tokens, as rows, as columns (the lanes of the logits), and as panels of a sum over tokens.
   void pack_tokens(int64_t panel) {
-    const Scratch s = scratch();
+    const Scratch s = take_scratch<Scratch>(*this);
     int32_t* rows = words_of(token_rows_) + panel * PANEL * words_;
     for (int64_t n = 0; n < PANEL; ++n) {
       const int64_t token = panel * PANEL + n;
@@ -164,7 +156,7 @@ class Loss {
 
   // The first round over a block.
   void exponentials(int64_t block) {
-    const Scratch s = scratch();
+    const Scratch s = take_scratch<Scratch>(*this);
     const int64_t first = block * BLOCK, count = smaller(BLOCK, in_.vocabulary - first);
     int64_t stride;
     const int32_t* rows = weight_rows(first, count, s, &stride);
@@ -259,7 +251,7 @@ class Loss {
 
   // The second round, over a group of blocks.
   void gradients(int64_t group) {
-    const Scratch s = scratch();
+    const Scratch s = take_scratch<Scratch>(*this);
     float* partial = partials_.floats() + group * CHUNK * width_;
     if (in_.grad_x.data) memset(partial, 0, padded_ * width_ * sizeof(float));
     for (int64_t block = group * blocks_ / groups_; block < (group + 1) * blocks_ / groups_; ++block) {
@@ -353,7 +345,7 @@ class Loss {
 #endif
 
   void write_grad_x(int64_t panel) {
-    const Scratch s = scratch();
+    const Scratch s = take_scratch<Scratch>(*this);
     for (int64_t t = panel * PANEL; t < smaller(count_, (panel + 1) * PANEL); ++t) {
       for (int64_t d = 0; d < width_; d += LANES) {
         Float sum = {};

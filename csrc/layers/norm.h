@@ -25,10 +25,7 @@ class Norm {
  public:
   explicit Norm(const NormForward& in) : in_(in), size_(padded(in.columns)) {}
 
-  void run() const {
-    run_tasks((in_.rows + TASK_ROWS - 1) / TASK_ROWS,
-              [](void* n, int64_t task) { static_cast<const Norm*>(n)->run_task(task); }, const_cast<Norm*>(this));
-  }
+  void run() const { run_tasks<&Norm::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
 
  private:
   struct Scratch {
@@ -44,10 +41,7 @@ class Norm {
   };
 
   void run_task(int64_t task) const {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     const float* weight = widened({in_.weight, 0, Dtype::float32}, 0, in_.columns, s.weight);
     const float* bias = in_.bias ? widened({in_.bias, 0, Dtype::float32}, 0, in_.columns, s.bias) : nullptr;
     Keeps keeps(in_.dropout, s.numbers);
@@ -121,10 +115,8 @@ class NormGradient {
         sums_(parts_ * 2 * size_ * sizeof(float)) {}
 
   void run() const {
-    const auto self = const_cast<NormGradient*>(this);
-    run_tasks(parts_, [](void* n, int64_t task) { static_cast<const NormGradient*>(n)->run_task(task); }, self);
-    run_tasks((size_ + TOGETHER - 1) / TOGETHER,
-              [](void* n, int64_t task) { static_cast<const NormGradient*>(n)->add_parts(task); }, self);
+    run_tasks<&NormGradient::run_task>(parts_, this);
+    run_tasks<&NormGradient::add_parts>((size_ + TOGETHER - 1) / TOGETHER, this);
   }
 
  private:
@@ -150,10 +142,7 @@ class NormGradient {
   // d new = (g - mean(g) - n mean(g n)) / deviation + grad_added, with g = grad_y weight and n = (new - mean) /
   // deviation.
   void run_task(int64_t part) const {
-    Arena sizes{nullptr};
-    Scratch(*this, sizes);
-    Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
-    const Scratch s(*this, arena);
+    const Scratch s = take_scratch<Scratch>(*this);
     const float* weight = widened({in_.weight, 0, Dtype::float32}, 0, in_.columns, s.weight);
     float *weight_sum = of_weight(part), *bias_sum = of_bias(part);
     memset(weight_sum, 0, 2 * size_ * sizeof(float));

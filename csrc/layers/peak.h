@@ -13,9 +13,7 @@ class Peaks {
  public:
   explicit Peaks(const RowPeaks& in) : in_(in) {}
 
-  void run() {
-    run_tasks(in_.rows, [](void* p, int64_t row) { static_cast<const Peaks*>(p)->find(row); }, this);
-  }
+  void run() { run_tasks<&Peaks::find>(in_.rows, this); }
 
  private:
   static constexpr int64_t BLOCK = 16 * LANES;

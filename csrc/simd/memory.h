@@ -1,6 +1,7 @@
 // Memory of a kernel: a thread's pieces, and what all tasks share.
 #pragma once
 
+#include "../parallel.h"
 #include "vector.h"
 
 namespace pynlp {
@@ -17,6 +18,15 @@ struct Arena {
     return piece;
   }
 };
+
+// A kernel's pieces of the calling thread's memory, valid until the thread's next ones.
+template <class Scratch, class Kernel>
+Scratch take_scratch(const Kernel& kernel) {
+  Arena sizes{nullptr};
+  Scratch(kernel, sizes);
+  Arena arena{static_cast<char*>(thread_scratch(sizes.used))};
+  return Scratch(kernel, arena);
+}
 
 // Memory that all tasks share.
 struct Buffer {
