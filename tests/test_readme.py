@@ -1,4 +1,4 @@
-"""Every command and code block of the README runs."""
+"""Every command and code block of the README runs, and the commands of the page of figures."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIGURES = (ROOT / "benchmarks" / "FIGURES.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -18,7 +19,12 @@ def blocks(language: str) -> list[str]:
 
 
 def inline_commands() -> set[str]:
-    return set(re.findall(r"`((?:make|python|pip|PYNLP_\w+=\S+) [^`]+)`", README))
+    return set(re.findall(r"`((?:make|python|pip|PYNLP_\w+=\S+) [^`]+)`", README + FIGURES))
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
