@@ -50,14 +50,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, up, seed = ctx.saved_tensors
-    grad_x, grad_up = torch.ops.pynlp.activation_backward(
-        rows_at_one_stride(grad), x, up, ctx.kind, ctx.dropout_p, seed
-    )
+    grad_x, grad_up = _activation_backward(rows_at_one_stride(grad), x, up, ctx.kind, ctx.dropout_p, seed)
     return grad_x, None if up is None else grad_up, None, None, None
 
 
-register_autograd("activation_forward", _setup_context, _backward)
-refuse_double_backward("activation_backward", "pynlp's activations have")
+_activation_forward = register_autograd("activation_forward", _setup_context, _backward)
+_activation_backward = refuse_double_backward("activation_backward", "pynlp's activations have")
 
 
 def gelu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
@@ -117,4 +115,4 @@ def _activation(name: str, x: Tensor, up: Tensor | None, kind: str, dropout_p: f
     dropout_p, seed = check_dropout(dropout_p, seed, x, of=name)
     if kind == "relu" and not dropout_p:
         return F.relu(x)
-    return torch.ops.pynlp.activation_forward(rows_at_one_stride(x), up, KINDS.index(kind), dropout_p, seed)
+    return _activation_forward(rows_at_one_stride(x), up, KINDS.index(kind), dropout_p, seed)

@@ -59,23 +59,24 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, *options):
     return tuple(gradients)
 
 
+_TENSORS = [i for i, kind in enumerate(Options.__annotations__.values()) if kind == Tensor | None]
+_BIASES = [Options._fields.index(name) for name in ("alibi_slopes", "relative_bias", "sinks")]
+
+
 def _setup_context(ctx, inputs, output):
     q, k, v, *options = inputs
-    # The scalars go on ctx, the tensors (also the absent ones) through save_for_backward.
-    is_tensor = [option is None or isinstance(option, Tensor) for option in options]
-    ctx.save_for_backward(q, k, v, *output, *(o for o, tensor in zip(options, is_tensor, strict=True) if tensor))
-    ctx.scalars = [None if tensor else o for o, tensor in zip(options, is_tensor, strict=True)]
-    ctx.is_tensor = is_tensor
+    ctx.save_for_backward(q, k, v, *output, *(options[i] for i in _TENSORS))
+    for i in _TENSORS:
+        options[i] = None
+    ctx.options = options
     ctx.set_materialize_grads(False)
-
-
-_BIASES = [Options._fields.index(name) for name in ("alibi_slopes", "relative_bias", "sinks")]
 
 
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    tensors = iter(tensors)
-    options = [next(tensors) if tensor else scalar for tensor, scalar in zip(ctx.is_tensor, ctx.scalars, strict=True)]
+    options = list(ctx.options)
+    for i, tensor in zip(_TENSORS, tensors, strict=True):
+        options[i] = tensor
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:  # e.g. the expanded ones that sum() sends
@@ -84,7 +85,7 @@ def _backward(ctx, grad_out, grad_lse):
         grad_lse = grad_lse.contiguous()
     _, *needed = ctx.needs_input_grad  # of the key set that register_autograd adds, q, k, v and the options
     needs = [needed[3 + i] for i in _BIASES]
-    *grads, grad_slopes, grad_table, grad_sinks = torch.ops.pynlp.attention_backward(
+    *grads, grad_slopes, grad_table, grad_sinks = _attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *options, *needs
     )
     grad_options = [None] * len(options)
@@ -93,8 +94,8 @@ def _backward(ctx, grad_out, grad_lse):
     return (*grads, *grad_options)
 
 
-register_autograd("attention_forward", _setup_context, _backward)
-refuse_double_backward("attention_backward", "pynlp.attention has")
+_attention_forward = register_autograd("attention_forward", _setup_context, _backward)
+_attention_backward = refuse_double_backward("attention_backward", "pynlp.attention has")
 
 
 def attention(
@@ -163,7 +164,7 @@ def attention(
     checks.check_queries_keys_values(q, k, v)
     batch, seqlen_k = k.shape[:2]
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
-    out, lse = torch.ops.pynlp.attention_forward(
+    out, lse = _attention_forward(
         *map(rows_in_place, (q, k, v)),
         q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
         checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
@@ -233,7 +234,7 @@ def attention_varlen(
     batch = cu_seqlens_q.shape[0] - 1
     lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
     table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
-    out, lse = torch.ops.pynlp.attention_forward(
+    out, lse = _attention_forward(
         *(rows_in_place(x)[None] for x in (q, k, v)),
         q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
         checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,

@@ -53,14 +53,12 @@ def _backward(ctx, grad, *_):
     if ctx.weighted:  # computed in forward, but for the factor of their sum
         gradients = [x * grad if needed else None for x, needed in zip(ctx.saved_tensors, needs, strict=True)]
     else:
-        _, *gradients = torch.ops.pynlp.linear_cross_entropy(
-            *ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options
-        )
+        _, *gradients = _linear_cross_entropy(*ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options)
     gradients = [x.to(dtype) if needed else None for x, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)]
     return (*gradients, *[None] * 9)
 
 
-register_autograd("linear_cross_entropy", _setup_context, _backward)
+_linear_cross_entropy = register_autograd("linear_cross_entropy", _setup_context, _backward)
 
 
 def linear_cross_entropy(
@@ -133,7 +131,7 @@ def linear_cross_entropy(
         if reduction == "mean":
             row_scale = row_scale / counts.sum().clamp_min(1)
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
-    return torch.ops.pynlp.linear_cross_entropy(
+    return _linear_cross_entropy(
         rows_at_one_stride(x), rows_at_one_stride(weight), bias, target.contiguous(), row_scale, *needs,
         label_smoothing, ignore_index, softcap, z_loss,
     )[0]  # fmt: skip

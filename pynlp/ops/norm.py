@@ -70,7 +70,7 @@ def _backward(ctx, grad_y, grad_new, *_):
     grad_y = new.new_zeros(new.shape, dtype=ctx.dtype) if grad_y is None else rows_at_one_stride(grad_y)
     if grad_new is not None:  # of the empty one that is returned where new is x: nothing
         grad_new = rows_at_one_stride(grad_new) if grad_new.shape == new.shape else None
-    grad_residual, grad_x, grad_weight, grad_bias = torch.ops.pynlp.norm_backward(
+    grad_residual, grad_x, grad_weight, grad_bias = _norm_backward(
         grad_y, grad_new, new, weight, mean, rstd,
         ctx.centred, ctx.dropout_p, seed, ctx.has_bias,
     )  # fmt: skip
@@ -83,8 +83,8 @@ def _backward(ctx, grad_y, grad_new, *_):
     )
 
 
-register_autograd("norm_forward", _setup_context, _backward)
-refuse_double_backward("norm_backward", "pynlp's norms have")
+_norm_forward = register_autograd("norm_forward", _setup_context, _backward)
+_norm_backward = refuse_double_backward("norm_backward", "pynlp's norms have")
 
 
 def layer_norm(
@@ -152,7 +152,7 @@ def _norm(x, weight, bias, residual, centred, eps, dropout_p, seed):
         residual = rows_at_one_stride(residual)
     if not eps >= 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
-    y, new, _, _ = torch.ops.pynlp.norm_forward(
+    y, new, _, _ = _norm_forward(
         rows_at_one_stride(x), residual, statistics(weight, x), None if bias is None else statistics(bias, x),
         centred, eps, *check_dropout(dropout_p, seed, x, of="x"),
     )  # fmt: skip
