@@ -13,8 +13,6 @@ from benchmarks.attention import peak
 from benchmarks.measure import RESULTS, largest_error, machine, round_times, table, write_json
 from pynlp import probes
 
-FP32, BF16 = torch.float32, torch.bfloat16
-
 
 @dataclass
 class Case:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.measure import machine, table, write_json
+from benchmarks.measure import PRODUCT_DTYPES, machine, table, write_json
 from pynlp.integrations.transformers import register
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,9 +110,10 @@ def main() -> None:
         timers[name] = Timed(ALL_ATTENTION_FUNCTIONS[name])
         ALL_ATTENTION_FUNCTIONS.register(name, timers[name])
     rows = []
-    for dtype in options.dtype or ("float32", "bfloat16"):
-        model, prompt = load(getattr(torch, dtype))
-        for batch in tqdm(options.batch or (1, 8), desc=dtype, leave=False):
+    chosen = [getattr(torch, name) for name in options.dtype or ()] or PRODUCT_DTYPES
+    for dtype in chosen:
+        model, prompt = load(dtype)
+        for batch in tqdm(options.batch or (1, 8), desc=str(dtype), leave=False):
             rows += run_case(model, prompt, batch, timers, options.rounds)
     print(table(rows))
     print(f"\n{machine()}\nwritten: {write_json('generate', {'machine': machine(), 'cases': rows})}")

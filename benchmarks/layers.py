@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BF16, FP32, Case, run_cases
-from benchmarks.measure import peak_memory
-from pynlp import has_bf16
+from benchmarks.cases import Case, run_cases
+from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, peak_memory
 from pynlp.functional import gelu, layer_norm, linear, linear_cross_entropy, relu, rms_norm, swiglu
 from pynlp.reference.random import dropped_parts, keeps
 
 TOKENS, CHANNELS, INNER = 4096, 256, 1024
-PRODUCTS = (FP32, BF16) if has_bf16(torch.device("cpu")) else (FP32,)  # without instructions PyTorch's take minutes
 SEED = 1
 
 
@@ -172,6 +170,10 @@ def measured():
     }
 
 
+def loss_memories() -> list[dict]:
+    return [loss_memory(vocabulary, dtype) for dtype in PRODUCT_DTYPES for vocabulary in (8000, 32000)]
+
+
 CASES = {
     **{
         f"{kind} {residual} {dropout_p} {dtype}": lambda *, kind=kind, dtype=dtype, residual=residual, p=dropout_p: (
@@ -189,7 +191,7 @@ CASES = {
     },
     **{
         f"loss {vocabulary} {dtype}": lambda *, vocabulary=vocabulary, dtype=dtype: loss_case(vocabulary, dtype)
-        for dtype in PRODUCTS
+        for dtype in PRODUCT_DTYPES
         for vocabulary in (8000, 32000)
     },
     **{f"linear {rows}": lambda *, rows=rows: linear_case(rows) for rows in (1, 8, 32, 160)},
@@ -198,8 +200,7 @@ CASES = {
 
 def main() -> None:
     label = "% of the machine's peak: read bandwidth, FLOP/s for products"
-    memory = {"memory": lambda: [loss_memory(vocabulary, dtype) for dtype in PRODUCTS for vocabulary in (8000, 32000)]}
-    run_cases("layers", __doc__, CASES, label, memory)
+    run_cases("layers", __doc__, CASES, label, {"memory": loss_memories})
 
 
 if __name__ == "__main__":

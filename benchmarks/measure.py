@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pynlp import has_bf16
+
 RESULTS = Path("results")
+FP32, BF16 = torch.float32, torch.bfloat16
+# What products are measured in: without instructions for bf16 PyTorch's take minutes.
+PRODUCT_DTYPES = (FP32, BF16) if has_bf16(torch.device("cpu")) else (FP32,)
 
 
 def round_times(functions: dict[str, Callable], seconds: float = 1.5, pause: float = 0.0) -> dict[str, list[float]]:
@@ -78,6 +83,8 @@ def machine() -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     result = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if BF16 not in PRODUCT_DTYPES:
+        result["bf16"] = "products not measured: no instructions for it"
     return result | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 

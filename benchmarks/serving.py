@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention import PRODUCTS
-from benchmarks.cases import BF16, FP32, Case, run_cases
-from benchmarks.measure import best_times
+from benchmarks.cases import Case, run_cases
+from benchmarks.measure import FP32, PRODUCT_DTYPES, best_times
 from pynlp.functional import attention, attention_decode, attention_varlen, attention_weights
 from pynlp.nn import KVCache, LatentAttention, MultiHeadAttention
 
@@ -178,19 +178,20 @@ def dropout_case(dtype: torch.dtype, backward: bool) -> Case:
 
 
 def cached_modules() -> list[dict]:
-    """A decoding step of one layer by the kind of its heads: 2048 channels, batch 4, 4096 tokens cached, bf16."""
+    """A decoding step of one layer by the kind of its heads: 2048 channels, batch 4, 4096 tokens cached."""
     torch.manual_seed(0)
-    batch, cached, options = 4, 4096, dict(dtype=BF16, max_positions=4097, causal=True)
+    dtype = PRODUCT_DTYPES[-1]
+    batch, cached, options = 4, 4096, dict(dtype=dtype, max_positions=4097, causal=True)
     layers = {
         "multi-head, 16 x 128": MultiHeadAttention(2048, 16, positions="rope", **options),
         "grouped, 16 / 4 x 128": MultiHeadAttention(2048, 16, kv_heads=4, positions="rope", **options),
         "latent, 16 on 512 + 64": LatentAttention(2048, 16, kv_rank=512, nope_dim=128, rope_dim=64, **options),
     }
-    x = torch.randn(batch, 1, 2048, dtype=BF16)
+    x = torch.randn(batch, 1, 2048, dtype=dtype)
 
     def step_of(layer: torch.nn.Module) -> Callable[[], Tensor]:
-        cache = KVCache(batch, cached + 1, **layer.cache_shape, dtype=BF16)
-        layer.eval()(torch.randn(batch, cached, 2048, dtype=BF16), cache=cache.append(cached)[0])
+        cache = KVCache(batch, cached + 1, **layer.cache_shape, dtype=dtype)
+        layer.eval()(torch.randn(batch, cached, 2048, dtype=dtype), cache=cache.append(cached)[0])
 
         def step() -> Tensor:
             cache.truncate([cached] * batch)
@@ -209,20 +210,20 @@ def cached_modules() -> list[dict]:
 CASES = {
     **{
         f"varlen {mode} {dtype}": lambda dtype=dtype, backward=backward: varlen_case(dtype, backward)
-        for dtype in (FP32, BF16)
+        for dtype in PRODUCT_DTYPES
         for mode, backward in (("forward", False), ("both", True))
     },
     **{
         f"decode {batch} {dtype}": lambda dtype=dtype, batch=batch: decode_case(dtype, batch)
-        for dtype in (FP32, BF16)
+        for dtype in PRODUCT_DTYPES
         for batch in (1, 16)
     },
-    "decode grouped": lambda: decode_case(BF16, 1, (32, 8), 128),
-    "latent": lambda: latent_case(BF16),
+    "decode grouped": lambda: decode_case(PRODUCT_DTYPES[-1], 1, (32, 8), 128),
+    "latent": lambda: latent_case(PRODUCT_DTYPES[-1]),
     "weights": lambda: weights_case(FP32),
     **{
         f"dropout {mode} {dtype}": lambda dtype=dtype, backward=backward: dropout_case(dtype, backward)
-        for dtype in (FP32, BF16)
+        for dtype in PRODUCT_DTYPES
         for mode, backward in (("forward", False), ("both", True))
     },
 }
