@@ -28,7 +28,7 @@ bench: install build/.models
 	$(PY) -m benchmarks.audit_layers
 
 test: install build/.models lint
-	$(PY) -m pytest --durations=15
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=15
 
 # Calls drawn at random, other ones every time: so many of each op, and so many that must be refused.
 fuzz: install

@@ -4,6 +4,8 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: their threads must not wait in loops
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import hypothesis
 import pytest
@@ -93,7 +95,20 @@ def pytest_runtest_logreport(report):
         _selected.discard(report.nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    _selected.update(ids)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _not_run.update(getattr(node, "workeroutput", {}).get("not_run", {}))
+
+
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):  # a worker of several: where they meet it is judged
+        session.config.workeroutput["not_run"] = _not_run
+        return
     if exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
         return
     _not_run.update((nodeid, "collected, but it never ran") for nodeid in _selected)

@@ -149,15 +149,17 @@ SILENT = {
 HONEST = "import pytest\ndef test_four(): pass\n@pytest.mark.gpu\ndef test_five(): pass\n"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("silent", [None, *SILENT])
-def test_no_test_is_skipped_in_silence(silent, tmp_path):
+def test_no_test_is_skipped_in_silence(silent, processes, tmp_path):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_honest.py").write_text(HONEST)
     if silent:
         (tmp_path / "tests" / silent).write_text(SILENT[silent])
-    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command += ["-n", processes] if processes > 1 else []
     done = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
     assert done.returncode == (1 if silent else 0), done.stdout
     assert ("did not run, for no known reason" in done.stdout) == bool(silent)
