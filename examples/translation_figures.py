@@ -31,5 +31,5 @@ def bars(rows: list[dict], path: Path) -> None:
         axes.bar_label(axes.bar(np.arange(len(names)) + i * width, scores, width, label=method), fmt="%.1f", fontsize=8)
     axes.set_xticks(np.arange(len(names)) + width * (len(methods) - 1) / 2, names)
     axes.set(ylabel="BLEU")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(methods), frameon=False)
     write(path, lambda part: figure.savefig(part, dpi=150))
