@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.measure import largest_error, machine, table, write_json
+from benchmarks.measure import BF16, largest_error, machine, table, write_json
 from pynlp.functional import alibi_slopes, attention, attention_decode, gelu, layer_norm, linear_cross_entropy, rms_norm
 
-BF16 = torch.bfloat16
 TOKENS, CHANNELS = 16384, 2048
 ATTENTION = (  # tokens of a sequence, channels of a head, causal
     (4096, 128, True), (4096, 64, True), (16384, 128, True), (16384, 64, True), (1024, 128, True), (4096, 128, False),

@@ -84,7 +84,7 @@ def machine() -> dict:
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     result = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if BF16 not in PRODUCT_DTYPES:
-        result["bf16"] = "products not measured: no instructions for it"
+        result["bf16 of the CPU"] = "no instructions for it: products not measured"
     return result | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 

@@ -219,8 +219,9 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def batches(sources: list[list[list[int]]], targets: list[list[list[int]]], options: Options) -> Batches:
     """Of all pairs that the model is made for; of their segmentations `[variant][text]` each time one is drawn."""
     longest = [[max(map(len, variants)) + 1 for variants in zip(*side, strict=True)] for side in (sources, targets)]
+    limit = longest_side(options) + 1
     pairs = list(zip(*longest, strict=True))
-    fit = [i for i, lengths in enumerate(pairs) if max(lengths) <= longest_side(options) + 1]
+    fit = [i for i, lengths in enumerate(pairs) if max(lengths) <= limit]
 
     def collate_items(items: list[int]) -> tuple:
         places = [fit[item] for item in items]
