@@ -72,6 +72,33 @@ def test_without_bias_and_far_from_zero(kind, isa):
         assert_as_accurate(fused(kind, 0.0), eager(kind, 0.0), tensors)
 
 
+def test_first_values_unlike_the_others(isa):
+    """The moments are taken about what a row begins with; where that is far from its mean, about that."""
+    for shape in ((9, 256), (6, 300)):
+        tensors = tensors_of(shape, FP32)
+        tensors["x"][::2, :16] += 1000.0
+        tensors["x"][1] = 0.1
+        assert_as_accurate(fused("layer", 0.0), eager("layer", 0.0), tensors)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("columns", [256, 50])
+def test_a_row_alone_has_the_same_bits(kind, columns, isa):
+    weights = tensors_of((7, columns), FP32, kind)
+    x, grad = weights.pop("x"), torch.randn(7, columns)
+    x[2, :16] += 1000.0
+
+    def output_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = fused(kind, 0.0)(x=leaf, **weights)
+        return y, torch.autograd.grad(y, leaf, grad)[0]
+
+    together = output_and_gradient(x, grad)
+    for i in range(7):
+        alone = output_and_gradient(x[i : i + 1], grad[i : i + 1])
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True)), i
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_one_of_two_outputs_used(kind):
     """Gradients where only y, or only the sum, goes on."""

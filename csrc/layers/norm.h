@@ -1,4 +1,4 @@
-// Layer norm and RMS norm of residual + dropout(x): a row at a time, in the first-level cache.
+// Layer norm and RMS norm of residual + dropout(x): a few rows at a time, in the first-level cache.
 #pragma once
 
 #include "../parallel.h"
@@ -9,30 +9,67 @@
 namespace pynlp {
 namespace {
 
-// add(d, n) for each vector d of a row: into n of four sums in turn, which do not wait for each other.
-template <class Add>
-PYNLP_INLINE void over_row(int64_t size, const Add& add) {
+// A row's sums are of the sums of so many values, which keeps more of their digits.
+constexpr int64_t SUMMED = 16 * LANES;
+
+// How many rows a task takes: by their number alone, so that the bits of the weights' gradients, which a task sums, do
+// not depend on the threads.
+constexpr int64_t MOST_TASKS = 64;
+inline int64_t task_rows(int64_t rows) { return larger(TASK_ROWS, (rows + MOST_TASKS - 1) / MOST_TASKS); }
+
+template <int COUNT>
+struct Rows {
+  static constexpr int count = COUNT;
+};
+
+// work(first, Rows<how many>) for the rows from `first` to `last`, MOST at a time or one: side by side, the sums of one
+// do not wait for those of another. What a row gives is the same alone.
+template <int MOST, class Work>
+PYNLP_INLINE void in_groups(int64_t first, int64_t last, const Work& work) {
+  for (; first + MOST <= last; first += MOST) work(first, Rows<MOST>{});
+  for (; first < last; ++first) work(first, Rows<1>{});
+}
+
+// work(r) for each of COUNT rows, unrolled: arrays of sums by r are registers.
+template <int COUNT, class Work>
+PYNLP_INLINE void each(const Work& work) {
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; ++r) work(r);
+}
+
+// work(d, whether a cache line of fp32 begins there) for each vector d of a row.
+template <class Work>
+PYNLP_INLINE void over_row(int64_t size, const Work& work) {
+  constexpr int LINE = 16 / LANES;
   int64_t d = 0;
   for (; d + 4 * LANES <= size; d += 4 * LANES)
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) add(d + n * LANES, n);
-  for (; d < size; d += LANES) add(d, 0);
+    for (int n = 0; n < 4; ++n) work(d + n * LANES, n % LINE == 0);
+  for (; d < size; d += LANES) work(d, true);
 }
 
-inline float total(const Float (&sums)[4]) { return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+// Asks for a row that is computed later, a line at a time: the processor foresees none that is read beside others.
+struct Ahead {
+  const char* row;
+  int64_t bytes;  // of a value
+  Ahead(const RowsIn& in, int64_t i) : row(row_of(in, i)), bytes(bytes_of(in.dtype)) {}
+  void prefetch(int64_t d) const { __builtin_prefetch(row + d * bytes); }
+};
 
 class Norm {
  public:
-  explicit Norm(const NormForward& in) : in_(in), size_(padded(in.columns)) {}
+  explicit Norm(const NormForward& in) : in_(in), size_(padded(in.columns)), task_rows_(task_rows(in.rows)) {}
 
-  void run() const { run_tasks<&Norm::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
+  void run() const { run_tasks<&Norm::run_task>((in_.rows + task_rows_ - 1) / task_rows_, this); }
 
  private:
+  static constexpr int MOST = 4;  // rows side by side
+
   struct Scratch {
     float *values, *other, *weight, *bias;
     uint16_t* numbers;
     Scratch(const Norm& n, Arena& arena) {
-      values = arena.take<float>(n.size_);
+      values = arena.take<float>(MOST * n.size_);
       other = arena.take<float>(n.size_);
       weight = arena.take<float>(n.size_);
       bias = arena.take<float>(n.size_);
@@ -43,49 +80,88 @@ class Norm {
   void run_task(int64_t task) const {
     const Scratch s = take_scratch<Scratch>(*this);
     const float* weight = widened({in_.weight, 0, Dtype::float32}, 0, in_.columns, s.weight);
-    const float* bias = in_.bias ? widened({in_.bias, 0, Dtype::float32}, 0, in_.columns, s.bias) : nullptr;
+    const float* bias = in_.bias ? widened({in_.bias, 0, Dtype::float32}, 0, in_.columns, s.bias) : s.bias;
+    if (!in_.bias) memset(s.bias, 0, size_ * sizeof(float));
     Keeps keeps(in_.dropout, s.numbers);
-    for (int64_t i = task * TASK_ROWS; i < smaller(in_.rows, (task + 1) * TASK_ROWS); ++i) {
-      const float* values = added(i, keeps, s);
-      const float count = static_cast<float>(in_.columns);
-      float mean = 0;
-      if (in_.centred) {
-        Float sums[4] = {};
-        over_row(size_, [&](int64_t d, int n) { sums[n] += load(values + d); });
-        mean = total(sums) / count;
-      }
-      for (int64_t d = in_.columns; d < size_; ++d) s.values[d] = mean;  // padded rows lie there
-      // The deviations also tell by how much the mean was rounded.
-      Float squares[4] = {}, deviations[4] = {};
-      over_row(size_, [&](int64_t d, int n) {
-        const Float centre = load(values + d) - broadcast(mean);
-        squares[n] += centre * centre;
-        deviations[n] += centre;
+    in_groups<MOST>(task * task_rows_, smaller(in_.rows, (task + 1) * task_rows_), [&](int64_t first, auto rows) {
+      constexpr int ROWS = decltype(rows)::count;
+      const float* values[ROWS];
+      each<ROWS>([&](int r) { values[r] = added(first + r, keeps, s, s.values + r * size_); });
+      float means[ROWS], variances[ROWS];
+      statistics(values, s.values, means, variances);
+      each<ROWS>([&](int r) {
+        const int64_t i = first + r;
+        if (in_.centred) in_.mean[i] = means[r];
+        in_.rstd[i] = 1.0f / __builtin_sqrtf(variances[r] + in_.eps);
+        const float* row = values[r];
+        const Float mean = broadcast(means[r]), rstd = broadcast(in_.rstd[i]);
+        float* y = result_row(in_.y, i, in_.columns, in_.columns, s.other);
+        const Ahead next(in_.x, i + ROWS);
+        over_row(size_, [&](int64_t d, bool line) {
+          if (line) next.prefetch(d);
+          store(y + d, (load(row + d) - mean) * rstd * load(weight + d) + load(bias + d));
+        });
+        finish(in_.y, i, in_.columns, in_.columns, y);
       });
-      float variance = total(squares) / count;
-      if (in_.centred) {
-        const float off = total(deviations) / count;
-        variance -= off * off;
-        in_.mean[i] = mean += off;
-      }
-      const Float middle = broadcast(mean);
-      const float rstd = in_.rstd[i] = 1.0f / __builtin_sqrtf(variance + in_.eps);
-      const Float scale = broadcast(rstd);
-      float* y = result_row(in_.y, i, in_.columns, in_.columns, s.other);
-      if (bias)
-        for (int64_t d = 0; d < size_; d += LANES)
-          store(y + d, (load(values + d) - middle) * scale * load(weight + d) + load(bias + d));
-      else
-        for (int64_t d = 0; d < size_; d += LANES) store(y + d, (load(values + d) - middle) * scale * load(weight + d));
-      finish(in_.y, i, in_.columns, in_.columns, y);
-    }
+    });
   }
 
-  // Row i of residual + dropout(x), as it was rounded when it was written.
-  const float* added(int64_t i, Keeps& keeps, const Scratch& s) const {
-    const float* x = widened(in_.x, i, in_.columns, s.values);
+  // The moments about a guess also tell how far it is from the mean; where that leaves few digits of the variance, they
+  // are taken again about the mean. `padding` is where rows lie one after the other that are no fp32 of whole vectors.
+  template <int ROWS>
+  PYNLP_INLINE void statistics(const float* const (&values)[ROWS], float* padding, float (&means)[ROWS],
+                               float (&variances)[ROWS]) const {
+    each<ROWS>([&](int r) { means[r] = in_.centred ? lane_sum(load(values[r])) / LANES : 0.0f; });
+    float offs[ROWS];
+    moments(values, padding, means, variances, offs);
+    if (in_.centred)
+      each<ROWS>([&](int r) {
+        if (offs[r] * offs[r] <= 4 * variances[r]) return;
+        const float* const row[1] = {values[r]};
+        float mean[1] = {means[r]}, variance[1], off[1];
+        moments(row, padding + r * size_, mean, variance, off);
+        means[r] = mean[0];
+        variances[r] = variance[0];
+      });
+  }
+
+  template <int ROWS>
+  PYNLP_INLINE void moments(const float* const (&values)[ROWS], float* padding, float (&means)[ROWS],
+                            float (&variances)[ROWS], float (&offs)[ROWS]) const {
+    const float count = static_cast<float>(in_.columns);
+    Float middles[ROWS], squares[ROWS] = {}, deviations[ROWS] = {};
+    each<ROWS>([&](int r) {
+      middles[r] = broadcast(means[r]);
+      for (int64_t d = in_.columns; d < size_; ++d) padding[r * size_ + d] = means[r];
+    });
+    for (int64_t start = 0; start < size_; start += SUMMED) {
+      Float some_squares[ROWS] = {}, some_deviations[ROWS] = {};
+      for (int64_t d = start; d < smaller(size_, start + SUMMED); d += LANES) {
+        each<ROWS>([&](int r) {
+          const Float centre = load(values[r] + d) - middles[r];
+          some_squares[r] += centre * centre;
+          some_deviations[r] += centre;
+        });
+      }
+      each<ROWS>([&](int r) {
+        squares[r] += some_squares[r];
+        deviations[r] += some_deviations[r];
+      });
+    }
+    each<ROWS>([&](int r) {
+      variances[r] = lane_sum(squares[r]) / count;
+      offs[r] = in_.centred ? lane_sum(deviations[r]) / count : 0.0f;
+      variances[r] -= offs[r] * offs[r];
+      means[r] += offs[r];
+    });
+  }
+
+  // Row i of residual + dropout(x), as it was rounded when it was written; in `room` where it is no fp32 of whole
+  // vectors.
+  const float* added(int64_t i, Keeps& keeps, const Scratch& s, float* room) const {
+    const float* x = widened(in_.x, i, in_.columns, room);
     if (!in_.added.data) return x;
-    float* sum = result_row(in_.added, i, in_.columns, in_.columns, s.values);
+    float* sum = result_row(in_.added, i, in_.columns, in_.columns, room);
     const float* residual = in_.residual.data ? widened(in_.residual, i, in_.columns, s.other) : nullptr;
     const bool drops = in_.dropout.dropped;
     if (drops) keeps.draw(i, in_.columns);
@@ -102,7 +178,7 @@ class Norm {
   }
 
   const NormForward& in_;
-  int64_t size_;
+  int64_t size_, task_rows_;
 };
 
 class NormGradient {
@@ -110,7 +186,7 @@ class NormGradient {
   explicit NormGradient(const NormBackward& in)
       : in_(in),
         size_(padded(in.columns)),
-        task_rows_(larger(TASK_ROWS, (in.rows + MOST_PARTS - 1) / MOST_PARTS)),
+        task_rows_(task_rows(in.rows)),
         parts_((in.rows + task_rows_ - 1) / task_rows_),
         sums_(parts_ * 2 * size_ * sizeof(float)) {}
 
@@ -120,15 +196,15 @@ class NormGradient {
   }
 
  private:
-  // Rows are cut by their number alone, so that the bits of the weights' gradients do not depend on the threads.
-  static constexpr int64_t MOST_PARTS = 64, TOGETHER = 512;
+  static constexpr int64_t TOGETHER = 512;  // columns
+  static constexpr int MOST = 2;            // rows side by side, of two tensors: more leave the first-level cache
 
   struct Scratch {
     float *added, *grad_y, *grad_added, *grad, *weight;
     uint16_t* numbers;
     Scratch(const NormGradient& n, Arena& arena) {
-      added = arena.take<float>(n.size_);
-      grad_y = arena.take<float>(n.size_);
+      added = arena.take<float>(MOST * n.size_);
+      grad_y = arena.take<float>(MOST * n.size_);
       grad_added = arena.take<float>(n.size_);
       grad = arena.take<float>(n.size_);
       weight = arena.take<float>(n.size_);
@@ -147,34 +223,60 @@ class NormGradient {
     float *weight_sum = of_weight(part), *bias_sum = of_bias(part);
     memset(weight_sum, 0, 2 * size_ * sizeof(float));
     Keeps keeps(in_.dropout, s.numbers);
-    for (int64_t i = part * task_rows_; i < smaller(in_.rows, (part + 1) * task_rows_); ++i) {
-      const float* added = widened(in_.added, i, in_.columns, s.added);
-      const float* grad_y = widened(in_.grad_y, i, in_.columns, s.grad_y);
-      const Float mean = broadcast(in_.centred ? in_.mean[i] : 0.0f), rstd = broadcast(in_.rstd[i]);
-      const auto normal = [&](int64_t d) { return (load(added + d) - mean) * rstd; };
-      float* grad = result_row(in_.grad_residual, i, in_.columns, in_.columns, s.grad);
-      Float levels[4] = {}, alongs[4] = {};
-      over_row(size_, [&](int64_t d, int n) {
-        const Float own = load(grad_y + d), value = normal(d), scaled = own * load(weight + d);
-        store(grad + d, scaled);
-        store(weight_sum + d, load(weight_sum + d) + own * value);
-        store(bias_sum + d, load(bias_sum + d) + own);
-        levels[n] += scaled;
-        alongs[n] += scaled * value;
+    in_groups<MOST>(part * task_rows_, smaller(in_.rows, (part + 1) * task_rows_), [&](int64_t first, auto rows) {
+      constexpr int ROWS = decltype(rows)::count;
+      const float *added[ROWS], *grad_y[ROWS];
+      Float means[ROWS], rstds[ROWS], levels[ROWS] = {}, alongs[ROWS] = {};
+      each<ROWS>([&](int r) {
+        const int64_t i = first + r;
+        added[r] = widened(in_.added, i, in_.columns, s.added + r * size_);
+        grad_y[r] = widened(in_.grad_y, i, in_.columns, s.grad_y + r * size_);
+        means[r] = broadcast(in_.centred ? in_.mean[i] : 0.0f);
+        rstds[r] = broadcast(in_.rstd[i]);
       });
-      const float count = static_cast<float>(in_.columns);
-      const Float mean_along = broadcast(total(alongs) / count);
-      const Float mean_level = broadcast(in_.centred ? total(levels) / count : 0.0f);
-      const auto change = [&](int64_t d) { return (load(grad + d) - mean_level - normal(d) * mean_along) * rstd; };
-      if (in_.grad_added.data) {
-        const float* more = widened(in_.grad_added, i, in_.columns, s.grad_added);
-        for (int64_t d = 0; d < size_; d += LANES) store(grad + d, change(d) + load(more + d));
-      } else {
-        for (int64_t d = 0; d < size_; d += LANES) store(grad + d, change(d));
+      for (int64_t start = 0; start < size_; start += SUMMED) {
+        Float some_levels[ROWS] = {}, some_alongs[ROWS] = {};
+        for (int64_t d = start; d < smaller(size_, start + SUMMED); d += LANES) {
+          const Float factor = load(weight + d);
+          Float of_weight = load(weight_sum + d), of_bias = load(bias_sum + d);
+          each<ROWS>([&](int r) {
+            const Float own = load(grad_y[r] + d), normal = (load(added[r] + d) - means[r]) * rstds[r];
+            const Float scaled = own * factor;
+            of_weight += own * normal;
+            of_bias += own;
+            some_levels[r] += scaled;
+            some_alongs[r] += scaled * normal;
+          });
+          store(weight_sum + d, of_weight);
+          store(bias_sum + d, of_bias);
+        }
+        each<ROWS>([&](int r) {
+          levels[r] += some_levels[r];
+          alongs[r] += some_alongs[r];
+        });
       }
-      finish(in_.grad_residual, i, in_.columns, in_.columns, grad);
-      if (in_.grad_x.data) write_grad_x(i, grad, keeps, s);
-    }
+      const float count = static_cast<float>(in_.columns);
+      each<ROWS>([&](int r) {
+        const int64_t i = first + r;
+        const Float mean_along = broadcast(lane_sum(alongs[r]) / count);
+        const Float mean_level = broadcast(in_.centred ? lane_sum(levels[r]) / count : 0.0f);
+        float* grad = result_row(in_.grad_residual, i, in_.columns, in_.columns, s.grad);
+        const float* more = in_.grad_added.data ? widened(in_.grad_added, i, in_.columns, s.grad_added) : nullptr;
+        const Ahead next_added(in_.added, i + ROWS), next_grad_y(in_.grad_y, i + ROWS);
+        over_row(size_, [&](int64_t d, bool line) {
+          if (line) {
+            next_added.prefetch(d);
+            next_grad_y.prefetch(d);
+          }
+          const Float normal = (load(added[r] + d) - means[r]) * rstds[r];
+          const Float level = rounded(load(grad_y[r] + d) * load(weight + d)) - mean_level;
+          const Float change = (level - normal * mean_along) * rstds[r];
+          store(grad + d, more ? change + load(more + d) : change);
+        });
+        finish(in_.grad_residual, i, in_.columns, in_.columns, grad);
+        if (in_.grad_x.data) write_grad_x(i, grad, keeps, s);
+      });
+    });
   }
 
   void write_grad_x(int64_t i, const float* grad, Keeps& keeps, const Scratch& s) const {
@@ -183,7 +285,7 @@ class NormGradient {
       return;
     }
     keeps.draw(i, in_.columns);
-    float* grad_x = result_row(in_.grad_x, i, in_.columns, in_.columns, s.grad_y);
+    float* grad_x = result_row(in_.grad_x, i, in_.columns, in_.columns, s.grad_added);
     for (int64_t d = 0; d < size_; d += LANES) store(grad_x + d, keeps.apply(load(grad + d), d));
     finish(in_.grad_x, i, in_.columns, in_.columns, grad_x);
   }

@@ -44,14 +44,21 @@ inline uint16_t float_to_half(float x) {
 inline void bf16_to_float(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(from[i]);
 }
+// LANES values as bf16.
+inline void store_bf16(void* to, Float x) {
+#if PYNLP_BF16
+  const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+#else
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+  const Words bits = (Words)x, rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Halves packed = __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, Halves);
+#endif
+  memcpy(to, &packed, sizeof packed);
+}
 inline void float_to_bf16(const float* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
-#if PYNLP_BF16
-  for (; i + LANES <= count; i += LANES) {
-    const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from + i));
-    memcpy(to + i, &packed, sizeof packed);
-  }
-#endif
+  for (; i + LANES <= count; i += LANES) store_bf16(to + i, load(from + i));
   for (; i < count; ++i) to[i] = float_to_bf16(from[i]);
 }
 
@@ -100,11 +107,6 @@ inline Int bf16_pairs(Float even, Float odd) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (Int)_mm512_permutexvar_epi16(interleave, halves);
-}
-// 16 floats as 16 bf16 in memory order.
-inline void store_bf16(void* to, Float x) {
-  const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)x);
-  memcpy(to, &packed, sizeof packed);
 }
 #endif
 

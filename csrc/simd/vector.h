@@ -36,6 +36,15 @@ inline Float maximum(Float a, Float b) {  // b where one is NaN
   return a > b ? a : b;
 #endif
 }
+// x as it is: the compiler would fuse a product with the sum that it goes into, which does not round it.
+inline Float rounded(Float x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#else
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
 // The sum of the lanes, by halves.
 inline float lane_sum(Float x) {
 #if PYNLP_AVX512
