@@ -88,7 +88,6 @@ class Keeps {
 
   // x of the LANES columns from d on: 0 where it is dropped, else scaled by `factor`.
   Float apply(Float x, int64_t d) const {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     Halves numbers;
     memcpy(&numbers, numbers_ + d, sizeof numbers);
     return __builtin_convertvector(numbers, Int) >= dropped_ ? x * broadcast(factor) : Float{};

@@ -49,10 +49,9 @@ inline void store_bf16(void* to, Float x) {
 #if PYNLP_BF16
   const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)x);
 #else
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
   typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-  const Words bits = (Words)x, rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
-  const Halves packed = __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, Halves);
+  const Words bits = (Words)x, nearest = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const Halves packed = __builtin_convertvector((x == x ? nearest : bits | 0x400000u) >> 16, Halves);
 #endif
   memcpy(to, &packed, sizeof packed);
 }
@@ -84,7 +83,6 @@ inline Float load_bf16(const uint16_t* from) {
 #if PYNLP_AVX512  // the compiler would widen the halves apart
   return as_float((Int)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16);
 #else
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
   Halves halves;
   memcpy(&halves, from, sizeof halves);
   return as_float(__builtin_convertvector(halves, Int) << 16);

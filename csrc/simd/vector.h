@@ -12,6 +12,7 @@ constexpr int LANES = PYNLP_LANES;
 
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 inline Float load(const float* p) {
   Float x;
