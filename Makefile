@@ -18,21 +18,21 @@ translate: install
 
 bench: install build/.models
 	$(PY) -m benchmarks.attention
-	$(PY) -m benchmarks.serving
+	$(PY) -m benchmarks.decode
 	$(PY) -m benchmarks.layers
-	$(PY) -m benchmarks.training
-	$(PY) -m benchmarks.decoding
-	$(PY) -m benchmarks.generate
-	$(PY) -m benchmarks.audit
-	$(PY) -m benchmarks.audit_decode
-	$(PY) -m benchmarks.audit_layers
+	$(PY) -m benchmarks.models.translation_training
+	$(PY) -m benchmarks.models.translation_decoding
+	$(PY) -m benchmarks.models.transformers_generate
+	$(PY) -m benchmarks.audit.attention
+	$(PY) -m benchmarks.audit.decode
+	$(PY) -m benchmarks.audit.layers
 
 test: install build/.models lint
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=15
 
 # Calls drawn at random, other ones every time: so many of each op, and so many that must be refused.
 fuzz: install
-	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PY) -m pytest -s -o faulthandler_timeout=0 tests/test_fuzz.py
+	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PY) -m pytest -s -o faulthandler_timeout=0 tests/fuzz/test_fuzz.py
 
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -41,10 +41,10 @@ sanitize: install
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib .venv/bin/pytest -q \
-		tests/test_attention.py tests/test_attention_contract.py tests/test_attention_invariants.py \
-		tests/test_attention_varlen.py tests/test_attention_decode.py tests/test_attention_weights.py \
-		tests/test_attention_offsets.py tests/test_norm.py tests/test_activation.py tests/test_loss.py \
-		tests/test_linear.py tests/test_peaks.py tests/test_random.py tests/test_cache.py tests/test_fuzz.py \
+		tests/attention/test_attention.py tests/attention/test_attention_contract.py tests/attention/test_attention_invariants.py \
+		tests/attention/test_attention_varlen.py tests/attention/test_attention_decode.py tests/attention/test_attention_weights.py \
+		tests/attention/test_attention_offsets.py tests/layers/test_norm.py tests/layers/test_activation.py tests/layers/test_loss.py \
+		tests/layers/test_linear.py tests/layers/test_argmax_and_lse.py tests/package/test_random.py tests/nn/test_cache.py tests/fuzz/test_fuzz.py \
 		-k "not compile"
 
 lint: install

@@ -6,8 +6,7 @@ PYNLP_BUILD_CPP=0 installs without a compiler; every op then runs on the PyTorch
 import os
 from pathlib import Path
 
-from setuptools import setup
-from setuptools.command.build_py import build_py
+from setuptools import find_packages, setup
 
 COMPILE_FLAGS = [
     "-std=c++17",
@@ -23,14 +22,8 @@ COMPILE_FLAGS = [
 ]
 
 
-class BuildPython(build_py):
-    """Puts the top-level folder kernels/ into the wheel as pynlp/kernels/."""
-
-    def find_package_modules(self, package, package_dir):
-        modules = super().find_package_modules(package, package_dir)
-        if package == "pynlp.kernels":
-            modules += super().find_package_modules(package, "kernels")
-        return modules
+# The folders of kernels/ are packages of pynlp.kernels; kernels/ itself must be none, see pynlp/kernels/__init__.py.
+FAMILIES = find_packages("kernels")
 
 
 def extension():
@@ -57,10 +50,15 @@ def build_extension():
     return BuildExtension
 
 
-commands = {"build_py": BuildPython}
+commands = {}
 extensions = []
 if os.environ.get("PYNLP_BUILD_CPP", "1") != "0":
     extensions.append(extension())
     commands["build_ext"] = build_extension()
 
-setup(ext_modules=extensions, cmdclass=commands)
+setup(
+    packages=[*find_packages(include=["pynlp*"]), *(f"pynlp.kernels.{family}" for family in FAMILIES)],
+    package_dir={f"pynlp.kernels.{family}": f"kernels/{family}" for family in FAMILIES},
+    ext_modules=extensions,
+    cmdclass=commands,
+)

@@ -32,8 +32,8 @@ from benchmarks.measure import (
 )
 from pynlp import probes
 from pynlp.functional import alibi_slopes, attention, rotary_tables
-from pynlp.ops.positions import relative_position_buckets
-from pynlp.reference.attention import rotate
+from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.reference.attention.attention import rotate
 
 FP16 = torch.float16
 PEERS = {"SDPA": "sdpa", "eager": "eager", "Flex": "flex"}

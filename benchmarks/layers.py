@@ -2,7 +2,7 @@
 
 And linear layers of few rows, forward alone, with so many weights that each comes from memory, as in decoding.
 
-As in benchmarks.serving a case is set up once, its errors against fp64 decide whether its speed is printed, and all
+As in benchmarks.decode a case is set up once, its errors against fp64 decide whether its speed is printed, and all
 implementations are timed in turn. The sizes are those of a training step: 4096 tokens, 256 channels, 1024 between the
 layers of a feed-forward, vocabularies of 8,000 and 32,000. Bytes are those that must be read and written once, against
 the read bandwidth; FLOP/s are those of the products. Writes results/layers.json and layers.png.
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.cases import Case, run_cases
 from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, peak_memory
 from pynlp.functional import gelu, layer_norm, linear, linear_cross_entropy, relu, rms_norm, swiglu
-from pynlp.reference.random import dropped_parts, keeps
+from pynlp.reference.common.random import dropped_parts, keeps
 
 TOKENS, CHANNELS, INNER = 4096, 256, 1024
 SEED = 1

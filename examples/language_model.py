@@ -18,14 +18,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import byte_pair_model
-import position_comparison
-import speech_classifier
-import speech_model
-import twin_models
-from speech_model import Sampling
-from speeches import load_study
-from study_training import Recipe
+from parts.speeches import byte_pair_model, position_comparison, twin_models
+from parts.speeches import classifier as speech_classifier
+from parts.speeches import language_model as speech_model
+from parts.speeches.corpus import load_study
+from parts.speeches.language_model import Sampling
+from parts.speeches.training import Recipe
 
 RESULTS = Path("results/language_model")
 SAMPLING = dict(prompt="My fellow Americans", top_k=50, top_p=None, temperature=0.8)

@@ -23,14 +23,12 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
-from corpora import Pair, load_documents
-from preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
-from reports import table, write_text
-from sacrebleu.metrics import BLEU, CHRF
-from subword_sampling import load_segmentations, sample_segmentations
-from tqdm import tqdm
-from translation_figures import attention_map, bars
-from translator import (
+from parts.common.reports import table, write_text
+from parts.translation.corpora import Pair, load_documents
+from parts.translation.figures import attention_map, bars
+from parts.translation.preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
+from parts.translation.subword_sampling import load_segmentations, sample_segmentations
+from parts.translation.translator import (
     LONGEST,
     METHODS,
     OPTIONS,
@@ -44,6 +42,8 @@ from translator import (
     save_options,
     write_pairs,
 )
+from sacrebleu.metrics import BLEU, CHRF
+from tqdm import tqdm
 
 from pynlp import has_bf16
 from pynlp.models import EncoderDecoder

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from pynlp.ops.library import LIBRARY
+from pynlp.ops.common.library import LIBRARY
 
 # Each level with the CPU features that it adds; a CPU is on a level if it has one of them.
 ISA_FEATURES = {

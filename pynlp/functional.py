@@ -1,13 +1,13 @@
 """All public functions, stateless, as in torch.nn.functional."""
 
-from pynlp.ops.activation import gelu, relu, swiglu
-from pynlp.ops.attention import attention, attention_varlen
-from pynlp.ops.attention_decode import attention_decode
-from pynlp.ops.attention_weights import attention_weights
-from pynlp.ops.linear import linear
-from pynlp.ops.loss import linear_cross_entropy
-from pynlp.ops.norm import layer_norm, rms_norm
-from pynlp.ops.positions import alibi_slopes, rotary_tables
+from pynlp.ops.attention.attention import attention, attention_varlen
+from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
+from pynlp.ops.attention.weights import attention_weights
+from pynlp.ops.layers.activation import gelu, relu, swiglu
+from pynlp.ops.layers.linear import linear
+from pynlp.ops.layers.loss import linear_cross_entropy
+from pynlp.ops.layers.norm import layer_norm, rms_norm
 
 __all__ = [
     "alibi_slopes",

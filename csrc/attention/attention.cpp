@@ -1,7 +1,7 @@
 // Picks the kernels by the CPU's features and the dtype.
 #include "attention.h"
 
-#include "../isa.h"
+#include "../common/isa.h"
 #include "kernels.h"
 
 namespace pynlp {

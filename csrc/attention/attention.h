@@ -1,8 +1,8 @@
 // Fused attention on the CPU: what the op hands to the kernels. No torch here.
 #pragma once
 
-#include "../dtype.h"
-#include "../inline.h"
+#include "../common/dtype.h"
+#include "../common/inline.h"
 
 namespace pynlp {
 

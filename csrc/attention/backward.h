@@ -10,7 +10,7 @@
 // task waits only for lower tasks, which run or have run. The sums are kept in fp32 for the few heads in flight.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "bias_gradients.h"
 #include "dropout.h"
 #include "schedule.h"

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../simd/math.h"
-#include "../simd/matmul.h"
+#include "../gemm/tile.h"
 #include "../simd/memory.h"
 #include "../simd/rows.h"
 #include "attention.h"

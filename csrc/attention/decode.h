@@ -6,7 +6,7 @@
 // the end. How keys are cut depends on their number alone, so that the bits do not depend on the threads.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "scores.h"
 
 namespace pynlp {

@@ -4,7 +4,7 @@
 // s[key][query] = K Q^T, their maximum and sum run down the rows, and out[d][query] += V^T P needs no transposition.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "dropout.h"
 
 namespace pynlp {

@@ -1,7 +1,7 @@
 // The weights of chosen queries, for plots and checks: scores of all keys a row, then softmax over the row.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "scores.h"
 
 namespace pynlp {

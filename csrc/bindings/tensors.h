@@ -17,7 +17,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../dtype.h"
+#include "../common/dtype.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name up to torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK

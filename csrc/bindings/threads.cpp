@@ -9,7 +9,7 @@
 #include <new>
 #include <thread>
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 
 namespace pynlp {
 

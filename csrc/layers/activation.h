@@ -1,7 +1,7 @@
 // GELU, ReLU and SwiGLU with dropout, a row at a time.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "../simd/math.h"
 #include "../simd/memory.h"
 #include "rows.h"

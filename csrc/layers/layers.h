@@ -1,7 +1,7 @@
 // What stands between attention and matrix products, on the CPU: what the ops hand to the kernels. No torch here.
 #pragma once
 
-#include "../dtype.h"
+#include "../common/dtype.h"
 
 namespace pynlp {
 

@@ -6,8 +6,8 @@
 // same bits in every batch.
 #pragma once
 
-#include "../parallel.h"
-#include "../simd/matmul.h"
+#include "../common/parallel.h"
+#include "../gemm/tile.h"
 #include "../simd/memory.h"
 #include "layers.h"
 

@@ -8,9 +8,9 @@
 // threads.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "../simd/math.h"
-#include "../simd/matmul.h"
+#include "../gemm/tile.h"
 #include "../simd/memory.h"
 #include "rows.h"
 

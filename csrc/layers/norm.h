@@ -1,7 +1,7 @@
 // Layer norm and RMS norm of residual + dropout(x): a few rows at a time, in the first-level cache.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "../simd/math.h"
 #include "../simd/memory.h"
 #include "rows.h"

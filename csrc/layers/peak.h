@@ -2,7 +2,7 @@
 // reading of the memory.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "../simd/math.h"
 #include "layers.h"
 

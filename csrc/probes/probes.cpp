@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../isa.h"
+#include "../common/isa.h"
 #include "table.h"
 
 namespace pynlp {

@@ -1,7 +1,7 @@
 // Memory of a kernel: a thread's pieces, and what all tasks share.
 #pragma once
 
-#include "../parallel.h"
+#include "../common/parallel.h"
 #include "vector.h"
 
 namespace pynlp {

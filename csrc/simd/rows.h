@@ -1,8 +1,8 @@
 // Rows of any dtype as fp32, and back.
 #pragma once
 
-#include "../dtype.h"
-#include "../inline.h"
+#include "../common/dtype.h"
+#include "../common/inline.h"
 #include "convert.h"
 
 namespace pynlp {

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pynlp.decoding.hypotheses import Hypothesis
 from pynlp.decoding.rules import Rules, check_count
 from pynlp.decoding.state import DecodingState, largest, next_logits
-from pynlp.ops.peaks import row_peaks
+from pynlp.ops.layers.argmax_and_lse import row_peaks
 
 
 @torch.no_grad()

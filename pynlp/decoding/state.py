@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pynlp.ops.peaks import row_peaks
+from pynlp.ops.layers.argmax_and_lse import row_peaks
 
 
 class DecodingState(Protocol):

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pynlp.ops import attention_checks as checks
-from pynlp.ops.attention import attention, attention_varlen
-from pynlp.ops.attention_decode import attention_decode
-from pynlp.ops.checks import check, check_range
-from pynlp.reference.attention import compute, rotate
+from pynlp.ops.attention import checks
+from pynlp.ops.attention.attention import attention, attention_varlen
+from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.common.checks import check, check_range
+from pynlp.reference.attention.attention import compute, rotate
 
 __all__ = [
     "apply_rotary_emb",

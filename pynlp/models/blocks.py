@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pynlp.models.config import TransformerConfig
 from pynlp.nn import FeedForward, LayerCache, LayerNorm, MultiHeadAttention, RMSNorm
 from pynlp.nn.attention import RotaryTables
-from pynlp.ops.checks import check, check_range, extremes
+from pynlp.ops.common.checks import check, check_range, extremes
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 ADDED_POSITIONS = ("sinusoidal", "learned")

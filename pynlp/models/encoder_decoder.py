@@ -13,8 +13,8 @@ from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_toke
 from pynlp.models.config import TransformerConfig
 from pynlp.models.states import EncoderDecoderState
 from pynlp.nn import LayerCache, Linear
-from pynlp.ops.attention import attention as fused_attention
-from pynlp.ops.linear import linear
+from pynlp.ops.attention.attention import attention as fused_attention
+from pynlp.ops.layers.linear import linear
 
 
 class EncoderDecoder(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pynlp.nn import KVCache, MultiHeadAttention
-from pynlp.ops.attention_decode import attention_decode
-from pynlp.ops.attention_weights import attention_weights
-from pynlp.ops.linear import linear
+from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.attention.weights import attention_weights
+from pynlp.ops.layers.linear import linear
 
 if TYPE_CHECKING:
     from pynlp.models.encoder_decoder import EncoderDecoder

@@ -11,8 +11,8 @@ from pynlp.models.blocks import Stack, check_lengths, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.models.states import DecoderState
 from pynlp.nn import LayerCache, Linear
-from pynlp.ops.attention import attention as fused_attention
-from pynlp.ops.linear import linear
+from pynlp.ops.attention.attention import attention as fused_attention
+from pynlp.ops.layers.linear import linear
 
 
 class Encoder(Stack):

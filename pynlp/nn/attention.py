@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from pynlp.nn.cache import LayerCache
 from pynlp.nn.linear import Linear
-from pynlp.ops.attention import attention as fused_attention
-from pynlp.ops.attention import attention_varlen
-from pynlp.ops.attention_decode import attention_decode
-from pynlp.ops.attention_weights import attention_weights
-from pynlp.ops.positions import alibi_slopes, rotary_tables
+from pynlp.ops.attention.attention import attention as fused_attention
+from pynlp.ops.attention.attention import attention_varlen
+from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
+from pynlp.ops.attention.weights import attention_weights
 
 POSITIONS = ("none", "rope", "alibi", "relative")
 

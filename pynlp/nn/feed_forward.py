@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pynlp.nn.linear import Linear
-from pynlp.ops.activation import gelu, relu, swiglu
+from pynlp.ops.layers.activation import gelu, relu, swiglu
 
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "swiglu": swiglu}
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from pynlp.nn.attention import RotaryTables
 from pynlp.nn.cache import LayerCache
 from pynlp.nn.linear import Linear
-from pynlp.ops.attention import attention as fused_attention
-from pynlp.ops.attention import attention_varlen
-from pynlp.ops.attention_decode import attention_decode
+from pynlp.ops.attention.attention import attention as fused_attention
+from pynlp.ops.attention.attention import attention_varlen
+from pynlp.ops.attention.decode import attention_decode
 
 
 class LatentAttention(nn.Module):

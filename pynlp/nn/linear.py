@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pynlp.ops.linear import linear
+from pynlp.ops.layers.linear import linear
 
 
 class Linear(nn.Linear):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pynlp.ops.norm import layer_norm, rms_norm
+from pynlp.ops.layers.norm import layer_norm, rms_norm
 
 
 class _Norm(nn.Module):

@@ -5,7 +5,7 @@ import functools
 import itertools
 
 import torch
-from attention_cases import Case, eager_attention, make_inputs
+from cases.attention import Case, eager_attention, make_inputs
 from fuzz import draws
 from fuzz.criterion import answers, assert_accurate
 from hypothesis import strategies

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from attention_cases import errors
+from cases.attention import errors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import torch
-from attention_cases import eager_attention, turned
+from cases.attention import eager_attention, turned
 from fuzz import draws
 from fuzz.criterion import UNIT, assert_accurate, smallest
 from hypothesis import strategies

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 import torch
-from attention_cases import Case
+from cases.attention import Case
 from hypothesis import strategies
 from torch import Tensor
 

@@ -14,9 +14,9 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from pynlp.backends import warn_once
 from pynlp.integrations.transformers.masks import NAME, Mask, structured_mask
-from pynlp.ops.attention import attention, attention_varlen
-from pynlp.ops.attention_checks import MAX_HEAD_DIM
-from pynlp.ops.attention_decode import attention_decode
+from pynlp.ops.attention.attention import attention, attention_varlen
+from pynlp.ops.attention.checks import MAX_HEAD_DIM
+from pynlp.ops.attention.decode import attention_decode
 
 WEIGHTS = "output_attentions=True asks for the weights"
 GIVEN = "its mask was given as a tensor"

@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5PreTrainedModel
 
 from pynlp.integrations.transformers.attention import GIVEN, WEIGHTS, attend, register, warn_of_fallback
 from pynlp.integrations.transformers.masks import NAME, Mask
-from pynlp.ops.positions import alibi_slopes
+from pynlp.ops.attention.positions import alibi_slopes
 
 
 class FusedT5Attention(T5Attention):

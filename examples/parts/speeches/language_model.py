@@ -1,0 +1,223 @@
+"""Part two of the study: a causal language model of three presidents' speeches, and its perplexity on others of each.
+
+What part three and the preset have in common with it is here, too: windows of documents, training, sampling.
+"""
+
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from parts.common.attention_maps import save_attention_maps
+from parts.common.reports import quote, table, write, write_text
+from parts.speeches.corpus import Study
+from parts.speeches.perplexity import perplexity
+from parts.speeches.training import Recipe, train
+from parts.speeches.vocabularies import END, PAD, UNKNOWN, digest, encode_documents, train_words, unknown_words
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from torch import Tensor
+
+from pynlp.decoding import sample
+from pynlp.functional import linear_cross_entropy
+from pynlp.models import Decoder, TransformerConfig
+from pynlp.training import Batches
+
+BLOCK, BATCH = 32, 16  # tokens of a window, windows of a batch
+LEARNING_RATE = 3e-3
+
+
+class Corpus(NamedTuple):
+    """Texts as token ids.
+
+    Attributes:
+        training: Documents to train on.
+        known: Those of them whose perplexity is told.
+        tests: Others, by name.
+        sentence: One of a test, to look at.
+        source: Where the texts are from.
+    """
+
+    tokenizer: Tokenizer | ByteLevelBPETokenizer
+    training: list[Tensor]
+    known: list[Tensor]
+    tests: dict[str, list[Tensor]]
+    sentence: str
+    source: str
+
+
+class Sampling(NamedTuple):
+    """How a text is sampled; see `pynlp.decoding.sample`."""
+
+    prompt: str
+    top_k: int | None
+    top_p: float | None
+    temperature: float
+    seed: int
+
+
+def prepare(study: Study) -> Corpus:
+    """A vocabulary of the training texts' words, and the ids of all texts.
+
+    Raises:
+        ValueError: a text is too short; the message names it.
+    """
+    tokenizer = train_words([*study.training, *(sentence for _, sentence in study.sentences)])
+    training = encode_documents(tokenizer, study.training)
+    tests = {name: encode_documents(tokenizer, texts) for name, texts in study.tests.items()}
+    for name, documents, least in (("training", training, BLOCK + 1), *((f"test {t}", tests[t], 2) for t in tests)):
+        longest = max(map(len, documents), default=0)
+        if longest < least:
+            raise ValueError(f"{name} text: expected {least} tokens or more, got {longest}")
+    return Corpus(tokenizer, training, training, tests, study.test_sentences[0][1], study.source)
+
+
+class Windows:
+    """All windows of so many tokens and the next in documents: inputs and targets `(B, length)` of some of them.
+
+    Args:
+        apart: Tokens from the beginning of one window to that of the next.
+    """
+
+    def __init__(self, documents: list[Tensor], length: int, apart: int = 1):
+        self.stream, self.length = torch.cat(documents), length
+        ends = torch.tensor([len(document) for document in documents]).cumsum(0).tolist()
+        starts = [end - len(document) for end, document in zip(ends, documents, strict=True)]
+        self.starts = torch.cat([torch.arange(a, max(a, b - length), apart) for a, b in zip(starts, ends, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __call__(self, items: list[int]) -> tuple[Tensor, Tensor]:
+        rows = self.stream[self.starts[items][:, None] + torch.arange(self.length + 1)]
+        return rows[:, :-1], rows[:, 1:]
+
+
+def make_model(vocabulary: int, positions: str, seed: int) -> Decoder:
+    """The study's. It reads eight times what it is trained with, but for "learned", whose table would be untrained."""
+    torch.manual_seed(seed)
+    return Decoder(TransformerConfig(
+        vocabulary, embed_dim=64, layers=4, heads=2, ffn_dim=100, positions=positions, norm="layer", activation="relu",
+        max_positions=BLOCK if positions == "learned" else 8 * BLOCK, tied_embeddings=False,
+    ))  # fmt: skip
+
+
+def next_token_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    inputs, targets = (x.to(model.output_weight.device) for x in batch)
+    loss = linear_cross_entropy(model.features(inputs), model.output_weight, targets, reduction="sum")
+    return loss, targets.numel()
+
+
+def perplexities(corpus: Corpus, length: int, model: Decoder) -> dict[str, float]:
+    """Of training and each test, in windows that do not overlap."""
+    parts = {"training": corpus.known, **corpus.tests}
+    return {name: perplexity(model, documents, length) for name, documents in parts.items()}
+
+
+def train_model(
+    model: Decoder,
+    corpus: Corpus,
+    recipe: Recipe,
+    *,
+    length: int = BLOCK,
+    batch: int = BATCH,
+    apart: int = 1,
+    learning_rate: float = LEARNING_RATE,
+    every: int = 100,
+    bf16: bool = False,
+) -> dict[int, dict[str, float]]:
+    """Trains the model on windows of `length` tokens, `batch` a step; perplexities at the steps they were told."""
+    windows = Windows(corpus.training, length, apart)
+    batches = Batches([length] * len(windows), length * batch, windows, seed=recipe.seed)
+    return train(
+        model, next_token_loss, batches, recipe, every=every, learning_rate=learning_rate, bf16=bf16,
+        evaluate=partial(perplexities, corpus, length),
+        score=lambda values: -values["training"],
+        description={"model": asdict(model.config), "vocabulary": digest(corpus.tokenizer)},
+    )  # fmt: skip
+
+
+def encode_prompt(tokenizer: Tokenizer | ByteLevelBPETokenizer, prompt: str, most: int) -> list[int]:
+    """Its ids, as many as a model can go on from. Before training, so that a mistake costs nothing.
+
+    Raises:
+        SystemExit: there are none, or more than `most`.
+    """
+    ids = tokenizer.encode(prompt).ids
+    if not 1 <= len(ids) <= most:
+        raise SystemExit(f"--prompt: expected 1 to {most} tokens, got {len(ids)} of {prompt!r}")
+    if tokenizer.token_to_id(END) is None and UNKNOWN in ids:
+        print(f"--prompt: these words are in no training text and read as <unk>: {unknown_words(tokenizer, prompt)}")
+    return ids
+
+
+def sample_text(model: Decoder, corpus: Corpus, sampling: Sampling, length: int, folder: Path) -> str:
+    """A continuation of the prompt, of up to so many tokens with it; written to sample.txt."""
+    tokenizer = corpus.tokenizer
+    prompt = tokenizer.encode(sampling.prompt).ids
+    end = tokenizer.token_to_id(END)
+    model.eval()
+    [[hypothesis]] = sample(
+        model.decoding_state(1, length), torch.tensor([prompt], device=model.output_weight.device),
+        end=PAD if end is None else end, max_length=length - len(prompt),
+        top_k=sampling.top_k, top_p=sampling.top_p, temperature=sampling.temperature, seed=sampling.seed,
+    )  # fmt: skip
+    text = tokenizer.decode([*prompt, *hypothesis.tokens], skip_special_tokens=False)
+    if end is None:  # words, with spaces between them
+        text = re.sub(r" ([.,;:!?%])", r"\1", text)
+    write_text(folder / "sample.txt", text)
+    return text
+
+
+def perplexity_table(evaluations: dict[int, dict[str, float]]) -> str:
+    names = list(next(iter(evaluations.values())))
+    rows = ([step, *(f"{values[name]:.1f}" for name in names)] for step, values in evaluations.items())
+    return table(["perplexity at step", *names], rows)
+
+
+def plot_perplexity(evaluations: dict[int, dict[str, float]], path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in next(iter(evaluations.values())):
+        values = [row[name] for row in evaluations.values()]
+        axes.semilogy(list(evaluations), values, "o--" if name == "training" else "o-", ms=3, label=name)
+    axes.set(xlabel="step", ylabel="perplexity")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    write(path, lambda part: figure.savefig(part, dpi=150))
+
+
+def unknown_shares(corpus: Corpus) -> str:
+    shares = {name: (torch.cat(texts) == UNKNOWN).float().mean().item() for name, texts in corpus.tests.items()}
+    return ", ".join(f"{share:.1%} ({name})" for name, share in shares.items())
+
+
+def report_model(
+    model: Decoder, corpus: Corpus, evaluations: dict[int, dict[str, float]], sampling: Sampling, length: int, out: Path
+) -> list[str]:
+    """Figures of a word model into the folder `out`, and paragraphs on it; `length` tokens are sampled."""
+    plot_perplexity(evaluations, out / "perplexity.png")
+    layers = save_attention_maps(model, corpus.tokenizer, corpus.sentence, BLOCK, out, causal=True)
+    text = sample_text(model, corpus, sampling, length, out)
+    return [
+        perplexity_table(evaluations),
+        f"Windows of {BLOCK} words; words that are in no training text: {unknown_shares(corpus)}. In all {layers} "
+        "layers rows of the attention add up to 1, and nothing attends ahead.",
+        quote(text),
+    ]
+
+
+def run(corpus: Corpus, recipe: Recipe, sampling: Sampling) -> None:
+    encode_prompt(corpus.tokenizer, sampling.prompt, BLOCK - 1)
+    model = make_model(corpus.tokenizer.get_vocab_size(), "sinusoidal", recipe.seed)
+    evaluations = train_model(model, corpus, recipe)
+    report = "\n\n".join((
+        f"A causal language model, from {corpus.source}; {model.parameter_count():,} parameters, {recipe.steps} steps, "
+        f"seed {recipe.seed}.",
+        # No longer than what it is trained with: positions behind that mean nothing to it.
+        *report_model(model, corpus, evaluations, sampling, BLOCK, recipe.output),
+    ))  # fmt: skip
+    write_text(recipe.output / "results.md", report)
+    print(f"\n{report}\n\nTables, figures and checkpoints: {recipe.output}")

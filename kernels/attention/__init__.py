@@ -1,0 +1,1 @@
+"""Triton kernels of attention, forward, backward and over a cache, and their launchers."""

@@ -1,0 +1,228 @@
+"""Launchers of attention over a cache: as pynlp.reference.attention.decode, on a GPU."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from ..common.integers import cdiv, next_power_of_2, tile_width
+from ..common.launch import choose
+from .configs import Config, chip_of
+from .decode import (
+    Features,
+    Tile,
+    attention_append_kernel,
+    attention_combine_kernel,
+    attention_decode_kernel,
+)
+from .decode_configs import configs
+from .rows import bias_line
+
+LOG2E = 1.4426950408889634
+APPEND_ROWS = 16
+COMBINED = 4096  # numbers of a row's parts that are read at once
+PROGRAMS = 2  # on a multiprocessor, aimed at
+# Of a part, that splitting be worth while: a part is started, and its results are written and read again.
+LEAST_KEYS = 256
+LEAST_KEYS_A_ROW = 8
+
+
+class Options(NamedTuple):
+    """The arguments of the op behind cache_lengths."""
+
+    appended: int
+    block_table: Tensor | None
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    relative_bias: Tensor | None
+    relative_buckets: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_offset: int
+    rotary_interleaved: bool
+    num_splits: int
+
+
+def attention_append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_offset: int,
+    rotary_interleaved: bool,
+) -> None:
+    """As pynlp.reference.attention.decode.attention_append."""
+    batch, seqlen, kv_heads, _ = k.shape
+    rows = seqlen * kv_heads
+    if batch * rows == 0:
+        return
+    head_dim, head_dim_v = k.shape[3], v.shape[3]
+    attention_append_kernel[(cdiv(rows, APPEND_ROWS) * batch,)](
+        k, v, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
+        *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], _page_stride(block_table),
+        seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256),
+        BLOCK_V=_piece(head_dim_v, 256), PAGE=_page(k_cache, block_table),
+        HALF=0 if rotary_cos is None else rotary_cos.shape[1], INTERLEAVED=rotary_interleaved, BLOCK_M=APPEND_ROWS,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *options
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as pynlp.reference.attention.decode.attention_decode."""
+    options = Options(*options)
+    batch, seqlen_q, heads, _ = q.shape
+    kv_heads, head_dim_v = v_cache.shape[2:]
+    out = torch.empty((batch, seqlen_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    capacity = _capacity(k_cache, options)
+    if out.numel() == 0 or capacity == 0:
+        lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
+        return out.zero_(), lse
+    group = heads // kv_heads
+    reach = seqlen_q + capacity
+    left, right = min(options.window_left, reach), min(options.window_right, reach)
+    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
+    line, radius = bias_line(options.relative_bias, options.relative_buckets)
+    unit = _unit(k_cache, v_cache)
+
+    def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
+        splits = _splits(q, kv_heads, capacity, options, config, _multiprocessors(q.device))
+        features = _features(q, k_cache, v_cache, options, config, splits)
+        results, maxima, sums = out, None, None
+        if features.SPLIT:
+            results = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
+            maxima, sums = (
+                torch.empty((splits, batch, seqlen_q, heads), dtype=torch.float32, device=q.device) for _ in range(2)
+            )
+        arguments = (
+            q, k_cache, v_cache, results, lse, maxima, sums, cache_lengths, options.block_table, options.sinks,
+            options.alibi_slopes, line, options.rotary_cos, options.rotary_sin,
+            *q.stride()[:3], *_strides(k_cache, unit), *_strides(v_cache, unit), _page_stride(options.block_table),
+            _batch_stride(options.alibi_slopes), seqlen_q, options.appended, heads, group, splits, left, right, radius,
+            options.rotary_offset, scale, float(options.softcap), features,
+            Tile(config.block_m, config.block_n, config.hoist, _long(config.block_n, k_cache, v_cache), unit),
+        )  # fmt: skip
+        # Pages are looked up as far ahead of the loads that wait for them as those are ahead of the products.
+        stages = config.num_stages * 2 - 1 if options.block_table is not None else config.num_stages
+        launch = dict(num_warps=config.num_warps, num_stages=stages)
+        grid = (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,)
+        if compile_only:
+            return attention_decode_kernel.warmup(*arguments, grid=grid, **launch)
+        attention_decode_kernel[grid](*arguments, **launch)
+        if features.SPLIT:
+            attention_combine_kernel[(batch * seqlen_q * heads,)](
+                results, maxima, sums, options.sinks, out, lse, seqlen_q, heads, splits, HEAD_DIM=head_dim_v,
+                BLOCK_D=tile_width(head_dim_v), HAS_SINKS=options.sinks is not None,
+                BLOCK_S=min(next_power_of_2(splits), COMBINED // tile_width(head_dim_v)), num_warps=4,
+            )  # fmt: skip
+
+    chip = chip_of(q)
+    candidates = configs(chip, seqlen_q * group, max(q.shape[3], head_dim_v), q.element_size())
+    aligned = all(x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
+    features = _features(q, k_cache, v_cache, options, candidates[0], 1)
+    work = (chip, q.dtype, q.device, aligned, unit, group, *features, seqlen_q * group, capacity)
+    start(choose("decode", candidates, work, start))
+    return out, lse
+
+
+def _capacity(k_cache: Tensor, options: Options) -> int:
+    """Keys that an entry can have."""
+    return k_cache.shape[1] * (1 if options.block_table is None else options.block_table.shape[1])
+
+
+def _splits(q: Tensor, kv_heads: int, capacity: int, options: Options, config: Config, processors: int) -> int:
+    """Into how many parts keys are cut: by what can be known without waiting for the lengths."""
+    batch, seqlen_q, heads, _ = q.shape
+    rows, keys = seqlen_q * heads // kv_heads, capacity
+    if options.window_left >= 0:
+        right = seqlen_q if options.window_right < 0 else options.window_right
+        keys = min(keys, options.window_left + right + config.block_m)
+    if options.num_splits:
+        return min(options.num_splits, cdiv(keys, config.block_n))
+    least = max(LEAST_KEYS, LEAST_KEYS_A_ROW * min(rows, config.block_m))
+    tiles = cdiv(rows, config.block_m) * batch * kv_heads
+    return max(1, min(cdiv(PROGRAMS * processors, tiles), keys // least))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _features(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, config: Config, splits: int) -> Features:
+    head_dim, head_dim_v = q.shape[3], v_cache.shape[3]
+    block_v = _piece(head_dim_v, config.piece)
+    inside = _place_in_keys(k_cache, v_cache)
+    one_token = q.shape[1] == 1 or q.shape[2] // k_cache.shape[2] % config.block_m == 0  # in a tile
+    return Features(
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_D=_piece(head_dim if inside < 0 else head_dim - head_dim_v, config.piece),
+        BLOCK_V=block_v,
+        INSIDE=inside,
+        PAGE=_page(k_cache, options.block_table),
+        HALF=0 if options.rotary_cos is None else options.rotary_cos.shape[1],
+        INTERLEAVED=options.rotary_cos is not None and options.rotary_interleaved,
+        HAS_LEFT=options.window_left >= 0,
+        HAS_RIGHT=options.window_right >= 0,
+        HAS_SOFTCAP=options.softcap > 0,
+        HAS_SLOPES=options.alibi_slopes is not None,
+        HAS_TABLE=options.relative_bias is not None,
+        HAS_SINKS=options.sinks is not None,
+        EVEN=one_token or (options.window_left < 0 and options.window_right < 0),
+        SPLIT=splits > 1,
+        PRECISION=config.precision if q.dtype == torch.float32 else None,
+    )
+
+
+def _place_in_keys(k_cache: Tensor, v_cache: Tensor) -> int:
+    """The channel of the keys at which the values lie in the same memory, as in latent attention; -1: elsewhere."""
+    if k_cache.stride() != v_cache.stride() or k_cache.untyped_storage()._cdata != v_cache.untyped_storage()._cdata:
+        return -1
+    place = v_cache.storage_offset() - k_cache.storage_offset()
+    return place if 0 <= place <= k_cache.shape[3] - v_cache.shape[3] else -1
+
+
+def _piece(size: int, most: int) -> int:
+    """Channels of a piece: one that divides the head, if that is not too small."""
+    divisor = size & -size
+    return min(most, divisor if divisor >= 32 else tile_width(size))
+
+
+def _page(k_cache: Tensor, block_table: Tensor | None) -> int:
+    return 0 if block_table is None else k_cache.shape[1]
+
+
+def _page_stride(block_table: Tensor | None) -> int:
+    return 0 if block_table is None else block_table.stride(0)
+
+
+def _batch_stride(slopes: Tensor | None) -> int:
+    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+
+
+def _unit(*caches: Tensor) -> int:
+    """16 bytes in elements if all strides are multiples of them, else 1."""
+    unit = 16 // caches[0].element_size()
+    return unit if all(stride % unit == 0 for x in caches for stride in x.stride()[:3]) else 1
+
+
+def _strides(cache: Tensor, unit: int) -> list[int]:
+    return [stride // unit for stride in cache.stride()[:3]]
+
+
+def _long(keys: int, *caches: Tensor) -> bool:
+    """Whether the offsets within a block of so many keys need 64 bits."""
+    return any(keys * x.stride(1) + x.shape[3] >= 2**31 for x in caches)

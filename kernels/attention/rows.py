@@ -1,0 +1,163 @@
+"""What kernels share whose rows lie anywhere in memory: heads of several tokens, keys in pages, chosen queries.
+
+A block of rows is given by a pointer and the rows' offsets from it, o_row. As in attention_tiles a head is a tuple of
+channel pieces; its channels are in their own order, because the keys of a cache are turned already.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .heads import LOG2E, capped_scores, or_zero
+
+
+class Rotary(NamedTuple):
+    """Tables of rotary embeddings, and the rows' places in them."""
+
+    p_cos: tl.tensor
+    p_sin: tl.tensor
+    b_position: tl.tensor  # (ROWS,)
+
+
+class Score(NamedTuple):
+    """What makes scores of the products of a block of queries."""
+
+    scale: tl.tensor  # in log2 units; with a softcap softmax_scale / softcap
+    softcap: tl.tensor
+    b_place: tl.tensor  # (ROWS,): the key at which a query stands
+    b_slope: tl.tensor  # (ROWS,): of ALiBi in log2 units
+    p_line: tl.tensor  # (ROWS,): of T5's biases by distance of the rows' heads, at distance 0
+    radius: tl.tensor  # T5's bias is constant from this distance on
+
+
+@triton.jit
+def load_rows(
+    p_x, o_row, m_row, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr
+):  # fmt: skip
+    """Channels FIRST .. END in pieces (ROWS, BLOCK_C), zeros beyond them; BOUND: zeros in rows outside of the mask."""
+    o_c = tl.arange(0, BLOCK_C)
+    offsets = o_row[:, None] + o_c[None, :]
+    b_x = ()
+    for i_c in tl.static_range(FIRST, END, BLOCK_C):
+        if BOUND:
+            m_tile = m_row[:, None]
+            if BLOCK_C > END - i_c:
+                m_tile = m_tile & (o_c < END - i_c)[None, :]
+            b_x = b_x + (tl.load(p_x + i_c + offsets, mask=m_tile, other=0.0),)
+        elif BLOCK_C > END - i_c:
+            b_x = b_x + (tl.load(p_x + i_c + offsets, mask=(o_c < END - i_c)[None, :], other=0.0),)
+        else:
+            b_x = b_x + (tl.load(p_x + i_c + offsets),)
+    return b_x
+
+
+@triton.jit
+def load_turned_rows(
+    p_x, o_row, m_row, rotary, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, the first 2 HALF channels turned by their angles (Su et al., arXiv 2104.09864).
+
+    (a, b) -> (a cos - b sin, b cos + a sin): every channel comes with the other one of its pair.
+    """
+    o_c = tl.arange(0, BLOCK_C)
+    b_x = load_rows(p_x, o_row, m_row, FIRST, END, BLOCK_C, True)
+    b_y = ()
+    for i_c in tl.static_range(FIRST, END, BLOCK_C):
+        b_own = b_x[(i_c - FIRST) // BLOCK_C]
+        if i_c < 2 * HALF:
+            if INTERLEAVED:
+                m_first = (i_c + o_c) % 2 == 0
+                o_other = tl.where(m_first, i_c + o_c + 1, i_c + o_c - 1)
+                o_pair = (i_c + o_c) // 2
+            else:
+                m_first = i_c + o_c < HALF
+                o_other = tl.where(m_first, i_c + o_c + HALF, i_c + o_c - HALF)
+                o_pair = tl.where(m_first, i_c + o_c, i_c + o_c - HALF)
+            m_turned = m_row[:, None] & (i_c + o_c < 2 * HALF)[None, :]
+            o_angle = rotary.b_position.to(tl.int64)[:, None] * HALF + o_pair[None, :]
+            b_cos = tl.load(rotary.p_cos + o_angle, mask=m_turned, other=1.0)  # (ROWS, BLOCK_C)
+            b_sin = tl.load(rotary.p_sin + o_angle, mask=m_turned, other=0.0)
+            b_sin = tl.where(m_first[None, :], -b_sin, b_sin)
+            b_other = tl.load(p_x + o_row[:, None] + o_other[None, :], mask=m_turned, other=0.0)
+            b_turned = b_own.to(tl.float32) * b_cos + b_other.to(tl.float32) * b_sin
+            b_y = b_y + (tl.where(m_turned, b_turned.to(b_own.dtype), b_own),)
+        else:
+            b_y = b_y + (b_own,)
+    return b_y
+
+
+@triton.jit
+def store_rows(
+    p_x, o_row, m_row, b_x, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """What load_rows reads."""
+    o_c = tl.arange(0, BLOCK_C)
+    for i_c in tl.static_range(FIRST, END, BLOCK_C):
+        p_tile = p_x + i_c + o_row[:, None] + o_c[None, :]
+        b_piece = b_x[(i_c - FIRST) // BLOCK_C].to(p_x.dtype.element_ty)
+        tl.store(p_tile, b_piece, mask=m_row[:, None] & (o_c < END - i_c)[None, :])
+
+
+def bias_line(relative_bias: Tensor | None, buckets: Tensor | None) -> tuple[Tensor | None, int]:
+    """T5's bias by distance, (H, distances), and the largest distance."""
+    if relative_bias is None:
+        return None, 0
+    return relative_bias.t().index_select(1, buckets).contiguous(), buckets.numel() // 2
+
+
+@triton.jit
+def row_score(
+    p_slopes, p_line, b_place, b_h, scale, softcap, radius, F: tl.constexpr
+):  # fmt: skip
+    """Of rows that stand at keys b_place, in heads b_h."""
+    b_slope = 0.0
+    if F.HAS_SLOPES:
+        b_slope = tl.load(p_slopes + b_h) * LOG2E
+    if F.HAS_TABLE:
+        p_line += b_h * (2 * radius + 1) + radius
+    scale = tl.full([], scale, tl.float32)
+    softcap = tl.full([], softcap, tl.float32)
+    return Score(scale, softcap, b_place, b_slope, or_zero(p_line), radius)
+
+
+@triton.jit
+def row_scores(b_s, score, i_n, F: tl.constexpr, ACCURATE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scores of keys i_n .. i_n + BLOCK_N after softcap and biases, in log2 units."""
+    b_x, _ = capped_scores(b_s, score, F, ACCURATE)
+    b_key = i_n + tl.arange(0, BLOCK_N)
+    if F.HAS_TABLE:
+        b_distance = b_key[None, :] - score.b_place[:, None]  # (ROWS, BLOCK_N)
+        b_distance = tl.minimum(tl.maximum(b_distance, -score.radius), score.radius)
+        b_x += tl.load(score.p_line[:, None] + b_distance) * LOG2E
+    if F.HAS_SLOPES:
+        b_distance = b_key.to(tl.float32)[None, :] - score.b_place.to(tl.float32)[:, None]
+        b_x -= score.b_slope[:, None] * tl.abs(b_distance)
+    return b_x
+
+
+@triton.jit
+def seen_keys(score, i_n, left, right, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(ROWS, BLOCK_N): which of keys i_n .. i_n + BLOCK_N a row's window shows."""
+    b_distance = (i_n + tl.arange(0, BLOCK_N))[None, :] - score.b_place[:, None]
+    m_pair = tl.full([score.b_place.shape[0], BLOCK_N], True, tl.int1)
+    if F.HAS_LEFT:
+        m_pair = m_pair & (b_distance >= -left)
+    if F.HAS_RIGHT:
+        m_pair = m_pair & (b_distance <= right)
+    return m_pair
+
+
+@triton.jit
+def softmax_step(b_m, b_l, b_x):
+    """The exponentials of more scores of rows with running maximum m and sum l, then m, l, and the factor of old sums.
+
+    A row that has seen nothing yet keeps a finite pivot: -inf - -inf would be NaN.
+    """
+    b_max = tl.maximum(b_m, tl.max(b_x, 1))  # (ROWS,)
+    b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_p = tl.exp2(b_x - b_pivot[:, None])
+    b_alpha = tl.exp2(b_m - b_pivot)
+    return b_p, b_max, b_l * b_alpha + tl.sum(b_p, 1), b_alpha

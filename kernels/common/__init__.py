@@ -1,0 +1,1 @@
+"""Launching, random numbers, integers and rows: what the kernels of all families share."""

@@ -1,0 +1,1 @@
+"""Triton kernels of norms, activations and the loss, and their launchers."""

@@ -1,0 +1,363 @@
+"""Dropout, residual and normalisation in one pass, forward and backward: launchers and kernels.
+
+A program takes blocks of ROWS rows. Rows that fit a block are read once; those of more columns are gone over block by
+block, once for each sum that waits for another, and their parameters' gradients are sums of a kernel of their own.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.integers import cdiv, tile_width
+from ..common.random import drop, dropped_parts
+
+ELEMENTS = 2048  # of a block at least; 16 a thread
+# Of the blocks of all programs of the backward pass, each with sums of its own: enough for any chip, and not more.
+ALL_ELEMENTS = 2**21
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 16384, 8192  # of a block at most, for the registers of a multiprocessor
+
+
+class Features(NamedTuple):
+    """What a call computes, and how it is cut."""
+
+    D: int
+    CENTRED: bool
+    HAS_BIAS: bool
+    HAS_RESIDUAL: bool  # backward: the residual's gradient is not that of x
+    HAS_DROPOUT: bool
+    HAS_GRAD_NEW: bool
+    ALIGN: int  # the distances of rows are given in multiples of it
+    ROWS: int
+    BLOCK_D: int
+
+
+@triton.jit
+def _load(p_x, b_row, stride, o_d, m, F: tl.constexpr):
+    """(ROWS, BLOCK_D) in fp32."""
+    o_row = b_row[:, None] * stride * F.ALIGN
+    return tl.load(p_x + o_row + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p_x, b_row, o_d, m, b_x, F: tl.constexpr):
+    tl.store(p_x + b_row[:, None] * F.D + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load_columns(p_x, o_d, F: tl.constexpr):
+    """(1, BLOCK_D) of a vector of all columns, which every program reads."""
+    return tl.load(p_x + o_d, mask=o_d < F.D, other=0.0, eviction_policy="evict_last")[None, :]
+
+
+class Sources(NamedTuple):
+    """What new is made of."""
+
+    p_x: tl.tensor
+    p_residual: tl.tensor | None
+    p_seed: tl.tensor | None
+    p_new: tl.tensor
+    stride_x: tl.tensor
+    stride_residual: tl.tensor
+    dropped: tl.tensor
+    kept_share: tl.tensor
+
+
+@triton.jit
+def _new_block(sources, b_row, m_row, i_d, F: tl.constexpr):
+    """residual + dropout(x) of columns i_d .., rounded, 0 where there are none; the columns, and where they are."""
+    o_d = i_d + tl.arange(0, F.BLOCK_D)
+    m = m_row[:, None] & (o_d < F.D)[None, :]  # (ROWS, BLOCK_D)
+    b_new = _load(sources.p_x, b_row, sources.stride_x, o_d, m, F)
+    if F.HAS_DROPOUT:
+        b_new = drop(b_new, sources.p_seed, b_row, i_d, sources.dropped, sources.kept_share)
+    if F.HAS_RESIDUAL:
+        b_new += _load(sources.p_residual, b_row, sources.stride_residual, o_d, m, F)
+    return b_new.to(sources.p_new.dtype.element_ty).to(tl.float32), o_d, m
+
+
+@triton.jit
+def _centred(b_new, b_mean, m, F: tl.constexpr):
+    if F.CENTRED:
+        return tl.where(m, b_new - b_mean[:, None], 0.0)
+    return b_new
+
+
+@triton.jit
+def _store_block(sources, p_weight, p_bias, p_y, b_new, b_mean, b_rstd, b_row, o_d, m, F: tl.constexpr):
+    if F.HAS_RESIDUAL or F.HAS_DROPOUT:
+        _store(sources.p_new, b_row, o_d, m, b_new, F)
+    b_y = _centred(b_new, b_mean, m, F) * b_rstd[:, None] * _load_columns(p_weight, o_d, F)
+    if F.HAS_BIAS:
+        b_y += _load_columns(p_bias, o_d, F)
+    _store(p_y, b_row, o_d, m, b_y, F)
+
+
+@triton.jit
+def norm_forward_kernel(
+    p_x, p_residual, p_weight, p_bias, p_seed, p_y, p_new, p_mean, p_rstd,
+    stride_x, stride_residual, rows, eps, dropped, kept_share, F: tl.constexpr,
+):  # fmt: skip
+    """new = residual + dropout(x), rstd = (mean((new - mean(new))^2) + eps)^-1/2, y = (new - mean) rstd weight + bias.
+
+    Without CENTRED the mean is 0. Source: Ba et al., arXiv 1607.06450; Zhang and Sennrich, 1910.07467.
+    """
+    ROWS: tl.constexpr = F.ROWS
+    BLOCK_D: tl.constexpr = F.BLOCK_D
+    b_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_row = b_row < rows
+    sources = Sources(p_x, p_residual, p_seed, p_new, stride_x, stride_residual, dropped, kept_share)
+    b_mean = tl.zeros([ROWS], tl.float32)
+    if F.D <= BLOCK_D:
+        b_new, o_d, m = _new_block(sources, b_row, m_row, 0, F)
+        if F.CENTRED:
+            b_mean = tl.sum(b_new, 1) / F.D
+        b_centre = _centred(b_new, b_mean, m, F)
+        b_squares = tl.sum(b_centre * b_centre, 1)
+    else:
+        if F.CENTRED:
+            b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for i_d in tl.range(0, F.D, BLOCK_D):
+                b_sum += _new_block(sources, b_row, m_row, i_d, F)[0]
+            b_mean = tl.sum(b_sum, 1) / F.D
+        b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for i_d in tl.range(0, F.D, BLOCK_D):
+            b_new, _, m = _new_block(sources, b_row, m_row, i_d, F)
+            b_centre = _centred(b_new, b_mean, m, F)
+            b_sum += b_centre * b_centre
+        b_squares = tl.sum(b_sum, 1)
+    b_rstd = tl.rsqrt(b_squares / F.D + tl.full([], eps, tl.float32))
+    if F.CENTRED:
+        tl.store(p_mean + b_row, b_mean, mask=m_row)
+    tl.store(p_rstd + b_row, b_rstd, mask=m_row)
+    if F.D <= BLOCK_D:
+        _store_block(sources, p_weight, p_bias, p_y, b_new, b_mean, b_rstd, b_row, o_d, m, F)
+    else:
+        for i_d in tl.range(0, F.D, BLOCK_D):
+            b_new, o_d, m = _new_block(sources, b_row, m_row, i_d, F)
+            _store_block(sources, p_weight, p_bias, p_y, b_new, b_mean, b_rstd, b_row, o_d, m, F)
+
+
+class Saved(NamedTuple):
+    """What backward reads of a block of rows."""
+
+    p_grad_y: tl.tensor
+    p_new: tl.tensor
+    stride_y: tl.tensor
+    stride_new: tl.tensor
+    b_row: tl.tensor
+    m_row: tl.tensor
+    b_mean: tl.tensor
+    b_rstd: tl.tensor
+
+
+@triton.jit
+def _saved(p_grad_y, p_new, p_mean, p_rstd, stride_y, stride_new, i_row, end, F: tl.constexpr):
+    ROWS: tl.constexpr = F.ROWS
+    b_row = i_row + tl.arange(0, ROWS)
+    m_row = b_row < end
+    b_mean = tl.zeros([ROWS], tl.float32)
+    if F.CENTRED:
+        b_mean = tl.load(p_mean + b_row, mask=m_row, other=0.0)
+    b_rstd = tl.load(p_rstd + b_row, mask=m_row, other=0.0)
+    return Saved(p_grad_y, p_new, stride_y, stride_new, b_row, m_row, b_mean, b_rstd)
+
+
+@triton.jit
+def _saved_block(saved, i_d, F: tl.constexpr):
+    """The gradient of y and (new - mean) rstd, of columns i_d ..; the columns, and where they are."""
+    o_d = i_d + tl.arange(0, F.BLOCK_D)
+    m = saved.m_row[:, None] & (o_d < F.D)[None, :]  # (ROWS, BLOCK_D)
+    b_grad = _load(saved.p_grad_y, saved.b_row, saved.stride_y, o_d, m, F)
+    b_new = _load(saved.p_new, saved.b_row, saved.stride_new, o_d, m, F)
+    if F.CENTRED:
+        b_new -= saved.b_mean[:, None]
+    return b_grad, b_new * saved.b_rstd[:, None], o_d, m
+
+
+class Gradients(NamedTuple):
+    """What the gradients of the inputs are made of, and where they go."""
+
+    p_grad_new: tl.tensor | None
+    p_seed: tl.tensor | None
+    p_grad_residual: tl.tensor
+    p_grad_x: tl.tensor
+    stride_grad_new: tl.tensor
+    dropped: tl.tensor
+    kept_share: tl.tensor
+
+
+@triton.jit
+def _store_gradients(
+    gradients, saved, b_scaled, b_normal, b_along, b_average, i_d, o_d, m, F: tl.constexpr
+):  # fmt: skip
+    b_grad = b_scaled - b_normal * b_along[:, None]
+    if F.CENTRED:
+        b_grad -= b_average[:, None]
+    b_grad *= saved.b_rstd[:, None]
+    if F.HAS_GRAD_NEW:
+        b_grad += _load(gradients.p_grad_new, saved.b_row, gradients.stride_grad_new, o_d, m, F)
+    _store(gradients.p_grad_residual, saved.b_row, o_d, m, b_grad, F)
+    if F.HAS_RESIDUAL:
+        if F.HAS_DROPOUT:
+            b_grad = drop(b_grad, gradients.p_seed, saved.b_row, i_d, gradients.dropped, gradients.kept_share)
+        _store(gradients.p_grad_x, saved.b_row, o_d, m, b_grad, F)
+
+
+@triton.jit
+def norm_backward_kernel(
+    p_grad_y, p_grad_new, p_new, p_weight, p_mean, p_rstd, p_seed,
+    p_grad_residual, p_grad_x, p_weight_sums, p_bias_sums,
+    stride_y, stride_grad_new, stride_new, rows, rows_of_program, dropped, kept_share, F: tl.constexpr,
+):  # fmt: skip
+    """With normal = (new - mean) rstd and scaled = weight grad_y, of a program's rows one after the other:
+
+    grad_new += rstd (scaled - normal mean(scaled normal) - mean(scaled)), the last term of a CENTRED norm only, and
+    grad_x = dropout(grad_new); sums over the rows of grad_y normal for weight, of grad_y for bias.
+    """
+    ROWS: tl.constexpr = F.ROWS
+    BLOCK_D: tl.constexpr = F.BLOCK_D
+    start = tl.program_id(0).to(tl.int64) * rows_of_program
+    end = tl.minimum(start + rows_of_program, rows)
+    gradients = Gradients(p_grad_new, p_seed, p_grad_residual, p_grad_x, stride_grad_new, dropped, kept_share)
+    b_weight_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_bias_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i_row in tl.range(start, end, ROWS):
+        saved = _saved(p_grad_y, p_new, p_mean, p_rstd, stride_y, stride_new, i_row, end, F)
+        if F.D <= BLOCK_D:
+            b_grad, b_normal, o_d, m = _saved_block(saved, 0, F)
+            b_scaled = b_grad * _load_columns(p_weight, o_d, F)
+            b_along = tl.sum(b_scaled * b_normal, 1) / F.D  # (ROWS,)
+            b_average = tl.sum(b_scaled, 1) / F.D
+            _store_gradients(gradients, saved, b_scaled, b_normal, b_along, b_average, 0, o_d, m, F)
+            b_weight_sum += b_grad * b_normal
+            b_bias_sum += b_grad
+        else:
+            b_products = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for i_d in tl.range(0, F.D, BLOCK_D):
+                b_grad, b_normal, o_d, _ = _saved_block(saved, i_d, F)
+                b_scaled = b_grad * _load_columns(p_weight, o_d, F)
+                b_products += b_scaled * b_normal
+                b_sum += b_scaled
+            b_along = tl.sum(b_products, 1) / F.D
+            b_average = tl.sum(b_sum, 1) / F.D
+            for i_d in tl.range(0, F.D, BLOCK_D):
+                b_grad, b_normal, o_d, m = _saved_block(saved, i_d, F)
+                b_scaled = b_grad * _load_columns(p_weight, o_d, F)
+                _store_gradients(gradients, saved, b_scaled, b_normal, b_along, b_average, i_d, o_d, m, F)
+    if F.D <= BLOCK_D:
+        _store_sums(p_weight_sums, p_bias_sums, b_weight_sum, b_bias_sum, tl.program_id(0), 0, F)
+
+
+@triton.jit
+def _store_sums(p_weight_sums, p_bias_sums, b_weight_sum, b_bias_sum, i_program, i_d, F: tl.constexpr):
+    """A program's sums over its rows; the programs' are added up when all are there."""
+    o_d = i_d + tl.arange(0, F.BLOCK_D)
+    o_sum = i_program.to(tl.int64) * F.D + o_d
+    tl.store(p_weight_sums + o_sum, tl.sum(b_weight_sum, 0), mask=o_d < F.D)
+    if F.HAS_BIAS:
+        tl.store(p_bias_sums + o_sum, tl.sum(b_bias_sum, 0), mask=o_d < F.D)
+
+
+@triton.jit
+def norm_parameters_kernel(
+    p_grad_y, p_new, p_mean, p_rstd, p_weight_sums, p_bias_sums, stride_y, stride_new, rows, rows_of_program,
+    F: tl.constexpr,
+):  # fmt: skip
+    """The sums of norm_backward_kernel for rows of several blocks, one of them for each program."""
+    ROWS: tl.constexpr = F.ROWS
+    BLOCK_D: tl.constexpr = F.BLOCK_D
+    blocks: tl.constexpr = (F.D + BLOCK_D - 1) // BLOCK_D
+    i_program = tl.program_id(0) // blocks
+    i_d = tl.program_id(0) % blocks * BLOCK_D
+    start = i_program.to(tl.int64) * rows_of_program
+    end = tl.minimum(start + rows_of_program, rows)
+    b_weight_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_bias_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i_row in tl.range(start, end, ROWS):
+        saved = _saved(p_grad_y, p_new, p_mean, p_rstd, stride_y, stride_new, i_row, end, F)
+        b_grad, b_normal, _, _ = _saved_block(saved, i_d, F)
+        b_weight_sum += b_grad * b_normal
+        b_bias_sum += b_grad
+    _store_sums(p_weight_sums, p_bias_sums, b_weight_sum, b_bias_sum, i_program, i_d, F)
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, centred: bool, eps: float,
+    dropout_p: float, dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As pynlp.reference.layers.norm.norm_forward."""
+    rows, columns = x.shape[:-1], x.shape[-1]
+    changed = residual is not None or dropout_p > 0
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new = torch.empty(x.shape if changed else (0,), dtype=(x if residual is None else residual).dtype, device=x.device)
+    mean = torch.empty(rows if centred else (0,), dtype=torch.float32, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, new, mean, rstd
+    align, strides = row_strides(x, residual)
+    rows_of_block, block, warps = tile(columns, FORWARD_COLUMNS)
+    features = Features(
+        D=columns, CENTRED=centred, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_DROPOUT=dropout_p > 0, HAS_GRAD_NEW=False, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
+    )  # fmt: skip
+    dropped = dropped_parts(dropout_p)
+    norm_forward_kernel[(cdiv(rstd.numel(), rows_of_block),)](
+        x, residual, weight, bias, dropout_seed, y, new, mean, rstd, *strides, rstd.numel(), eps,
+        dropped, 1 - dropped / 65536, features, num_warps=warps,
+    )  # fmt: skip
+    return y, new, mean, rstd
+
+
+def norm_backward(
+    grad_y: Tensor, grad_new: Tensor | None, new: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, centred: bool,
+    dropout_p: float, dropout_seed: Tensor | None, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As pynlp.reference.layers.norm.norm_backward."""
+    rows, columns = rstd.numel(), new.shape[-1]
+    separate = dropout_p > 0 or new.dtype != grad_y.dtype
+    grad_residual = torch.empty(new.shape, dtype=new.dtype, device=new.device)
+    grad_x = torch.empty(new.shape if separate else (0,), dtype=grad_y.dtype, device=new.device)
+    rows_of_block, block, warps = tile(columns, BACKWARD_COLUMNS)
+    most = ALL_ELEMENTS // (rows_of_block * block)
+    rows_of_program = cdiv(cdiv(rows, rows_of_block), most) * rows_of_block
+    programs = cdiv(rows, rows_of_program) if rows else 0
+    weight_sums = torch.empty((programs, columns), dtype=torch.float32, device=new.device)
+    bias_sums = torch.empty((programs, columns if needs_bias else 0), dtype=torch.float32, device=new.device)
+    if rows:
+        align, strides = row_strides(grad_y, grad_new, new)
+        features = Features(
+            D=columns, CENTRED=centred, HAS_BIAS=needs_bias, HAS_RESIDUAL=separate, HAS_DROPOUT=dropout_p > 0,
+            HAS_GRAD_NEW=grad_new is not None, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
+        )  # fmt: skip
+        dropped = dropped_parts(dropout_p)
+        norm_backward_kernel[(programs,)](
+            grad_y, grad_new, new, weight, mean, rstd, dropout_seed, grad_residual, grad_x, weight_sums, bias_sums,
+            *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
+        )  # fmt: skip
+        if columns > block:
+            norm_parameters_kernel[(programs * cdiv(columns, block),)](
+                grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
+                features, num_warps=warps,
+            )  # fmt: skip
+    return grad_residual, grad_x, weight_sums.sum(0), bias_sums.sum(0)
+
+
+def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
+    """A number that divides the distances of rows, and how often."""
+    strides = [0 if x is None else x.view(-1, x.shape[-1]).stride(0) for x in tensors]
+    align = math.gcd(16, *strides)
+    return align, [stride // align for stride in strides]
+
+
+def tile(columns: int, most: int) -> tuple[int, int, int]:
+    """Rows and columns of a block, and a program's warps."""
+    block = tile_width(columns)
+    if block > most:
+        block = 2 * ELEMENTS
+    rows = max(1, ELEMENTS // block)
+    return rows, block, rows * block // 512 if block < 16384 else 16

@@ -1,0 +1,1 @@
+"""Attention: schemas, argument checks, fakes, autograd and the public functions."""

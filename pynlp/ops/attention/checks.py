@@ -1,0 +1,229 @@
+"""What the public attention functions ask of their arguments; every error names the argument."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.ops.common.checks import check, check_dtype, check_range, check_tensor, extremes, statistics
+
+MAX_HEAD_DIM = 256
+
+
+def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
+    layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    dimensions = layout.count(",") + 1
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != dimensions:
+            raise ValueError(f"{name}: expected {dimensions} dimensions {layout}, got {tuple(x.shape)}")
+    check_dtype("q", q)
+    heads, head_dim = q.shape[-2:]
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a head_dim of 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
+    for name, x in (("k", k), ("v", v)):
+        check_like_q(name, x, q)
+    batch = "" if packed else f"{q.shape[0]}, "
+    if k.shape[:-3] != q.shape[:-3] or k.shape[-1] != head_dim:
+        rows = "total" if packed else "seqlen_k"
+        raise ValueError(
+            f"k: expected shape ({batch}{rows}, kv_heads, {head_dim}) to go with q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v: expected the shape of k {tuple(k.shape)} but for head_dim, got {tuple(v.shape)}")
+    check_heads("k", heads, k.shape[-2])
+
+
+def check_like_q(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+
+
+def check_heads(name: str, heads: int, kv_heads: int) -> None:
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{name}: expected a number of heads that divides q's {heads}, got {kv_heads}")
+
+
+def check_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
+    """(left, right) with -1 for no limit."""
+    left, right = (None, None) if window is None else window
+    for name, side in (("left", left), ("right", right)):
+        if side is not None and side < 0:
+            raise ValueError(f"window: expected {name} >= 0 or None for no limit, got {side}")
+    if causal:
+        right = 0
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def check_softcap(softcap: float) -> float:
+    if not softcap >= 0:
+        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
+    return softcap
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    check_tensor("sinks", sinks, q, [(q.shape[-2],)])
+    return statistics(sinks, q)
+
+
+def check_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
+    if alibi_slopes is None:
+        return None
+    heads = q.shape[-2]
+    check_tensor("alibi_slopes", alibi_slopes, q, [(heads,), (batch, heads)])
+    return statistics(alibi_slopes, q)
+
+
+def check_relative(
+    relative_bias: Tensor | None, max_distance: int, bidirectional: bool | None, causal: bool, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The table, and the bucket of each distance."""
+    if relative_bias is None:
+        return None, None
+    heads = q.shape[-2]
+    if relative_bias.dim() != 2:
+        raise ValueError(f"relative_bias: expected shape (num_buckets, {heads}), got {tuple(relative_bias.shape)}")
+    check_tensor("relative_bias", relative_bias, q, [(relative_bias.shape[0], heads)])
+    bidirectional = not causal if bidirectional is None else bidirectional
+    buckets = relative_position_buckets(relative_bias.shape[0], max_distance, bidirectional, q.device)
+    return statistics(relative_bias, q), buckets
+
+
+def check_integers(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """Lengths, places and position ids; the errors speak of int32, int64 is taken too."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int32, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+
+
+def int32(x: Tensor) -> Tensor:
+    return x.to(torch.int32).contiguous()
+
+
+def check_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqlen_k: int) -> Tensor | None:
+    if key_lengths is None:
+        return None
+    check_integers("key_lengths", key_lengths, (batch,), q)
+    check_range("key_lengths", key_lengths, 0, seqlen_k)
+    return int32(key_lengths)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
+    """Where packed sequences start and end, int32; from 0 to the total, never falling."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    check_integers(f"cu_seqlens_{name}", cu_seqlens, tuple(cu_seqlens.shape), q)
+    check(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total),
+        f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total, {total}",
+        lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
+    )
+    if cu_seqlens.shape[0] > 1:
+        shortest, longest = extremes(cu_seqlens.diff())
+        check(
+            shortest >= 0,
+            f"cu_seqlens_{name}: expected values that never fall",
+            lambda: f"got one {-shortest} below the one before",
+        )
+        if max_seqlen is not None:
+            check(
+                longest <= max_seqlen,
+                f"max_seqlen_{name}: expected at least the longest sequence",
+                lambda: f"got {max_seqlen} and a sequence of {longest}",
+            )
+    return int32(cu_seqlens)
+
+
+def check_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary
+    head_dim = q.shape[-1]
+    if cos.dim() != 2 or not 1 <= cos.shape[1] <= head_dim // 2:
+        raise ValueError(
+            f"rotary: expected cos of shape (positions, rotary_dim / 2) with rotary_dim <= head_dim {head_dim}, "
+            f"got {tuple(cos.shape)}"
+        )
+    for name, x in (("rotary cos", cos), ("rotary sin", sin)):
+        check_tensor(name, x, q, [tuple(cos.shape)])
+        if x.requires_grad:
+            raise ValueError(f"{name}: expected a table that needs no gradient, got requires_grad=True")
+    return statistics(cos, q), statistics(sin, q)
+
+
+def check_no_offset(rotary_offset: int | Tensor) -> None:
+    if isinstance(rotary_offset, Tensor) or rotary_offset != 0:
+        raise ValueError("rotary_offset: expected rotary=(cos, sin) with it, got rotary=None")
+
+
+def check_rotary(
+    rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, seqlen_k: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """cos, sin, position ids or None, offset; of q (batch, seqlen_q, heads, head_dim)."""
+    if rotary is None:
+        check_no_offset(rotary_offset)
+        return None, None, None, 0
+    cos, sin = check_tables(rotary, q)
+    batch, seqlen_q = q.shape[:2]
+    if isinstance(rotary_offset, Tensor):
+        check_position_ids(rotary_offset, (batch, seqlen_k), cos, q)
+        if seqlen_q > seqlen_k:
+            raise ValueError(f"rotary_offset: position ids need seqlen_q <= seqlen_k, got {seqlen_q} > {seqlen_k}")
+        return cos, sin, int32(rotary_offset), 0
+    first = rotary_offset + min(0, seqlen_k - seqlen_q)
+    if first < 0:
+        raise ValueError(f"rotary_offset: expected no position below 0, got {first} for the first query or key")
+    if rotary_offset + seqlen_k > cos.shape[0]:
+        raise ValueError(
+            f"rotary: expected tables of at least {rotary_offset + seqlen_k} positions (rotary_offset {rotary_offset} "
+            f"+ {seqlen_k} keys), got {cos.shape[0]}"
+        )
+    return cos, sin, None, rotary_offset
+
+
+def check_packed_rotary(
+    rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, total_k: int, lengths: list[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """As check_rotary, of packed sequences whose numbers of queries and of keys are `lengths`."""
+    if rotary is None:
+        check_no_offset(rotary_offset)
+        return None, None, None, 0
+    cos, sin = check_tables(rotary, q)
+    fewest, most = 0, 0  # keys beyond the queries, and keys, of any sequence
+    if lengths[0].numel():
+        fewest, most = extremes(lengths[1] - lengths[0])[0], extremes(lengths[1])[1]
+    if isinstance(rotary_offset, Tensor):
+        check_position_ids(rotary_offset, (total_k,), cos, q)
+        message = "rotary_offset: position ids need as many keys as queries in each sequence, or more"
+        check(fewest >= 0, message, lambda: f"got {-fewest} too few")
+        return cos, sin, int32(rotary_offset)[None], 0
+    check(
+        (fewest + rotary_offset >= 0) & (rotary_offset >= 0),
+        "rotary_offset: expected no position below 0",
+        lambda: f"got {min(fewest, 0) + rotary_offset} for the first query or key",
+    )
+    check(
+        most + rotary_offset <= cos.shape[0],
+        "rotary: expected tables that reach the last position of the longest sequence",
+        lambda: f"got {cos.shape[0]} positions, needed {most + rotary_offset}",
+    )
+    return cos, sin, None, rotary_offset
+
+
+def check_position_ids(positions: Tensor, shape: tuple[int, ...], cos: Tensor, q: Tensor) -> None:
+    if tuple(positions.shape) != shape:
+        raise ValueError(
+            f"rotary_offset: expected an int or position ids of shape {shape}, got {tuple(positions.shape)}"
+        )
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rotary_offset: expected dtype int32 or int64, got {positions.dtype}")
+    if positions.device != q.device:
+        raise ValueError(f"rotary_offset: expected q's device {q.device}, got {positions.device}")
+    check_range("rotary_offset", positions, 0, cos.shape[0] - 1)

@@ -1,0 +1,1 @@
+"""Norms, activations, linear layers and the loss: schemas, fakes, autograd and the public functions."""

@@ -1,0 +1,28 @@
+"""What decoding asks of logits, of each row at once: its likeliest token, and what makes it log probabilities."""
+
+import torch
+from torch import Tensor
+
+from pynlp.ops.common.checks import rows_at_one_stride
+from pynlp.ops.common.library import LIBRARY, define
+from pynlp.reference.layers import argmax_and_lse as reference
+
+define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference.row_peaks, reference.row_peaks)
+
+
+@torch.library.register_fake("pynlp::row_peaks", lib=LIBRARY)
+def _fake(x):
+    return x.new_empty(x.shape[:1], dtype=torch.int64), x.new_empty(x.shape[:1])
+
+
+def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row has its largest value, the first of equal ones, and its log-sum-exp; no gradients.
+
+    Args:
+        x: `(rows, columns)`, fp32 or fp64, of at least one column. What is the largest beside NaN is not defined; the
+            log-sum-exp is NaN then.
+
+    Returns:
+        int64 `(rows,)`, and `(rows,)` in x's dtype.
+    """
+    return torch.ops.pynlp.row_peaks(rows_at_one_stride(x))

@@ -1,0 +1,1 @@
+"""Dtypes and random numbers: what the references of all families share."""

@@ -1,0 +1,1 @@
+"""The maths of norms, activations, linear layers and the loss in readable PyTorch."""

@@ -1,0 +1,290 @@
+"""What a mask of transformers becomes, and what falls back on transformers' own attention."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from cases.transformers import (
+    BATCH,
+    ENCODER_DECODERS,
+    MODELS,
+    PATCHED,
+    SEQLEN,
+    TARGET_SEQLEN,
+    assert_same_gradients,
+    assert_same_logits,
+    inputs_of,
+    pair,
+)
+from torch import nn
+from transformers.masking_utils import bidirectional_mask_function, sliding_window_causal_mask_function
+
+import pynlp.integrations.transformers.attention as interface
+from pynlp import backends
+from pynlp.integrations.transformers import patch
+from pynlp.integrations.transformers.masks import structured_mask
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So little work is slower with more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fallbacks():
+    """The messages of the fallbacks in a test, each told once."""
+    backends.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if "transformers' own attention" in str(w.message)]
+
+
+def own_mask(seqlen):
+    """A mask that is neither causal nor padding: bool (BATCH, 1, seqlen, seqlen), and as eager takes it."""
+    seen = torch.rand(BATCH, 1, seqlen, seqlen) < 0.6
+    seen |= torch.eye(seqlen, dtype=torch.bool)
+    return seen, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss", "gpt2", "bert"])
+def test_a_mask_of_ones_own_falls_back(name, form, fallbacks):
+    """To sdpa; with a softcap or sinks, which sdpa has not, to the model's eager attention."""
+    eager, fused = pair(name)
+    inputs, _ = inputs_of(name)
+    seen, added = own_mask(SEQLEN)
+    masks = {"bool": seen, "float": added}
+    if name in ("gemma2", "gpt-oss"):  # one for each kind of layer
+        masks = {key: dict.fromkeys(("full_attention", "sliding_attention"), mask) for key, mask in masks.items()}
+    expected = eager(**inputs, attention_mask=masks["float"]).logits
+    actual = fused(**inputs, attention_mask=masks[form]).logits
+    assert_same_logits(actual, expected)
+    assert_same_gradients(fused, eager, actual, expected)
+    assert (expected - eager(**inputs).logits).abs().max() > 1e-2
+    (message,) = fallbacks()
+    assert message.endswith("Attention runs on transformers' own attention: its mask was given as a tensor")
+
+
+@pytest.mark.parametrize("name", ["mpt", "t5"])
+def test_a_patched_model_takes_a_mask_of_ones_own(name, fallbacks):
+    eager, fused = pair(name)
+    inputs, _ = inputs_of(name)
+    if name == "t5":  # its decoder's; the encoder's would be that of the cross-attention too
+        _, added = own_mask(TARGET_SEQLEN)
+        inputs["decoder_attention_mask"] = added
+    else:
+        _, added = own_mask(SEQLEN)
+        inputs["attention_mask"] = added
+    expected, actual = eager(**inputs).logits, fused(**inputs).logits
+    assert_same_logits(actual, expected)
+    assert_same_gradients(fused, eager, actual, expected)
+    (message,) = fallbacks()
+    assert "its mask was given as a tensor" in message
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_patched_model_takes_gaps_in_the_padding(name, fallbacks):
+    eager, fused = pair(name)
+    inputs, kept = inputs_of(name, "left")
+    key = "decoder_attention_mask" if name == "t5" else "attention_mask"
+    inputs[key][1, 4] = 0
+    kept[1, 4] = False
+    expected, actual = eager(**inputs).logits[kept], fused(**inputs).logits[kept]
+    assert_same_logits(actual, expected)
+    assert_same_gradients(fused, eager, actual, expected)
+    (message,) = fallbacks()
+    assert "there is padding between tokens of a row" in message
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "gemma2", "whisper", *PATCHED])
+def test_weights_are_eagers(name, fallbacks):
+    eager, fused = pair(name)
+    inputs, _ = inputs_of(name)
+    expected, actual = (model(**inputs, output_attentions=True) for model in (eager, fused))
+    assert_same_logits(actual.logits, expected.logits)
+    keys = [key for key in expected if key.endswith("attentions")]
+    assert len(keys) == (3 if name in ENCODER_DECODERS else 1)
+    for key in keys:
+        assert len(actual[key]) == 2
+        for ours, theirs in zip(actual[key], expected[key], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    (message,) = fallbacks()
+    assert "output_attentions=True asks for the weights" in message
+
+
+def test_blooms_own_order_of_sums_falls_back(fallbacks):
+    eager, fused = pair("bloom", pretraining_tp=2, slow_but_exact=True)
+    nn.init.normal_(eager.transformer.h[0].self_attention.dense.bias)  # which that order leaves out
+    fused.load_state_dict(eager.state_dict())
+    inputs, kept = inputs_of("bloom", "left")
+    assert_same_logits(fused(**inputs).logits[kept], eager(**inputs).logits[kept])
+    (message,) = fallbacks()
+    assert "slow_but_exact asks for its own order of sums" in message
+
+
+def test_an_unknown_mask_function_falls_back(fallbacks):
+    """Gemma 3's attention to both sides overlays the causal mask with a function of its own."""
+    eager, fused = pair("gemma3", use_bidirectional_attention=True)
+    inputs, kept = inputs_of("gemma3", "right")
+    expected, actual = eager(**inputs).logits, fused(**inputs).logits
+    assert_same_logits(actual[kept], expected[kept])
+    causal = pair("gemma3")[0]
+    causal.load_state_dict(eager.state_dict())
+    assert (causal(**inputs).logits - expected)[kept].abs().max() > 1e-2
+    (message,) = fallbacks()
+    assert "its mask function is none of the causal" in message
+
+
+def test_gaps_in_the_padding_fall_back(fallbacks):
+    eager, fused = pair("mistral")
+    inputs, kept = inputs_of("mistral", "left")
+    inputs["attention_mask"][1, 7] = 0
+    kept[1, 7] = False
+    assert_same_logits(fused(**inputs).logits[kept], eager(**inputs).logits[kept])
+    (message,) = fallbacks()
+    assert "there is padding between tokens of a row" in message
+
+
+def test_a_fallback_sees_a_static_cache_as_it_was(fallbacks):
+    """Whose counter moves on between the making of the mask and its use."""
+    eager, fused = pair("llama")
+    inputs, kept = inputs_of("llama", "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    mask[1, 7] = 0
+    past = hf.StaticCache(fused.config, max_cache_len=SEQLEN + 4)
+    fused(ids[:, :9], attention_mask=mask[:, :9], past_key_values=past)
+    actual = fused(ids[:, 9:], attention_mask=mask, past_key_values=past).logits
+    assert_same_logits(actual, eager(**inputs).logits[:, 9:])
+    (message,) = fallbacks()
+    assert "there is padding between tokens of a row" in message
+
+
+def test_a_dense_position_bias_falls_back(fallbacks):
+    eager, _ = pair("t5")
+    unpatched = copy.deepcopy(eager)
+    unpatched.set_attn_implementation("pynlp")
+    inputs, kept = inputs_of("t5", "right")
+    assert_same_logits(unpatched(**inputs).logits[kept], eager(**inputs).logits[kept])
+    (message,) = fallbacks()
+    assert "position_bias is dense; pynlp.integrations.transformers.patch(model)" in message
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_a_model_that_adds_its_mask_is_refused_unless_patched(name):
+    cls, config, _ = MODELS[name]
+    model = cls._from_config(cls.config_class(**config), attn_implementation="pynlp")
+    with pytest.raises(ValueError, match=r"attn_implementation: expected a model .* got 'pynlp' .*patch\(model\)"):
+        model(**inputs_of(name, "left")[0])
+
+
+def seen_by(mask, seqlen_q, seqlen_k):
+    """What the kernel does with a mask's structure, by the weights it gives: bool (B, Sq, Sk)."""
+    q, k = torch.zeros(len(mask), seqlen_q, 2, 4), torch.zeros(len(mask), seqlen_k, 2, 4)
+    v = torch.eye(seqlen_k)[None, :, None].repeat(len(mask), 1, 2, 1)
+    out = interface.attend(q, k, v, mask)  # (B, Sq, 2, Sk)
+    by_heads = interface.attend(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)), mask)
+    assert torch.equal(out, by_heads)
+    return out[:, :, 0] > 0
+
+
+@pytest.mark.parametrize("padding", ["no", "right", "left", "both"])
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, q_offset, kv_offset, function",
+    [
+        (6, 6, 0, 0, None),
+        (2, 6, 4, 0, None),
+        (1, 6, 5, 0, None),
+        (3, 9, 2, 0, None),  # a static cache, not full
+        (6, 6, 0, 0, sliding_window_causal_mask_function(3)),
+        (1, 3, 7, 5, sliding_window_causal_mask_function(3)),  # a full sliding cache
+        (4, 6, 7, 5, sliding_window_causal_mask_function(3)),
+        (2, 5, 1, 0, sliding_window_causal_mask_function(5)),
+        (6, 6, 0, 0, bidirectional_mask_function),
+        (3, 7, 0, 0, bidirectional_mask_function),  # another sequence's keys
+    ],
+)
+def test_the_structure_means_the_dense_mask(seqlen_q, seqlen_k, q_offset, kv_offset, function, padding):
+    positions = q_offset + seqlen_q if function is not bidirectional_mask_function else seqlen_k
+    attention_mask = torch.ones(3, positions, dtype=torch.bool)
+    attention_mask[0, -1] = padding not in ("right", "both")
+    attention_mask[1, : positions - 2] = padding not in ("left", "both")
+    attention_mask[2, :1] = padding not in ("left", "both")
+    options = {} if function is None else dict(mask_function=function)
+    mask = structured_mask(3, seqlen_q, seqlen_k, q_offset, kv_offset, attention_mask=attention_mask, **options)
+    assert mask.reason is None and "dense" not in vars(mask)
+    actual = seen_by(mask, seqlen_q, seqlen_k)
+    rows = torch.ones(3, seqlen_q, dtype=torch.bool)
+    if function is not bidirectional_mask_function:  # the queries that are tokens
+        rows = attention_mask[:, q_offset:]
+    assert mask.dense.shape == (3, 1, seqlen_q, seqlen_k)
+    assert torch.equal(actual[rows], mask.dense[:, 0][rows])
+
+
+def test_a_mask_takes_no_memory_of_sq_times_sk():
+    """4 million by 4 million booleans, which no machine has."""
+    seqlen = 2**22
+    attention_mask = torch.ones(2, seqlen, dtype=torch.bool)
+    attention_mask[0, :5] = False
+    mask = structured_mask(2, seqlen, seqlen, attention_mask=attention_mask)
+    assert mask.shape == (2, 1, seqlen, seqlen)
+    assert mask.structure.rows.tolist() == [[5, seqlen], [0, seqlen]]
+
+
+def test_a_mask_is_a_boolean_tensor_to_whoever_looks(fallbacks):
+    attention_mask = torch.tensor([[False, True, True, True]])
+    mask = structured_mask(1, 4, 4, attention_mask=attention_mask)
+    causal = torch.ones(4, 4, dtype=torch.bool).tril() & attention_mask
+    assert mask.contiguous() is mask and mask.detach() is mask and mask.to(torch.bool) is mask
+    assert torch.equal(mask.logical_not().dense, ~causal[None, None])
+    assert torch.equal(mask[:, :, 1:].dense, causal[None, None, 1:])
+    assert mask[:, :, 1:].reason == "the model changed the mask" and "rows=tensor([[1, 4]])" in repr(mask)
+    assert mask.any() and not mask.all()
+    moved = mask.to("meta")
+    assert moved.structure.rows.device.type == "meta" and moved.dense.device.type == "meta"
+    for used in (lambda: torch.zeros(4, 4) + mask, lambda: torch.zeros(4, 4).masked_fill(mask, 1.0)):
+        with pytest.raises(ValueError, match="AttentionInterface, got 'pynlp' for one that calls aten"):
+            used()
+
+
+def test_patch_is_idempotent_and_keeps_the_parameters():
+    eager, fused = pair("t5")
+    classes = [type(module) for module in fused.modules()]
+    assert patch(fused) is fused and [type(module) for module in fused.modules()] == classes
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    inputs, _ = inputs_of("t5")
+    expected = fused(**inputs).logits
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(twin(**inputs).logits, expected)
+    fused.set_attn_implementation("eager")
+    assert torch.equal(fused(**inputs).logits, eager(**inputs).logits)
+
+
+def test_patch_refuses_models_that_it_does_not_know():
+    model, _ = pair("bert")
+    with pytest.raises(
+        ValueError,
+        match="model: expected .* BloomAttention, MptAttention, T5Attention, got BertForMaskedLM; .*register()",
+    ):
+        patch(model)
+
+
+def test_import_needs_transformers_only_where_it_says_so():
+    script = """
+import sys
+import pynlp
+assert "transformers" not in sys.modules, "import pynlp imports transformers"
+sys.modules["transformers"] = None  # as if it were not installed
+import pynlp.integrations
+try:
+    import pynlp.integrations.transformers
+except ImportError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "pynlp.integrations.transformers needs transformers: pip install 'transformers>=5.20'"

@@ -1,0 +1,67 @@
+"""The machine code of the attention kernels for chips that are not here, and that the audit sees what is wrong with
+it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    """Another process: the kernels of this one may belong to Triton's interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("audit", "chip", "kernels"),
+    [
+        ("attention", "sm_80", 11),
+        ("attention", "sm_90", 24),
+        ("attention", "sm_100", 15),
+        ("attention", "gfx942", 11),
+        ("decode", "sm_80", 12),
+        ("decode", "sm_90", 12),
+        ("decode", "sm_100", 10),
+        ("decode", "gfx942", 10),
+    ],
+)
+def test_kernels_keep_their_limits_and_bars(audit, chip, kernels):
+    result = run_python("-m", f"benchmarks.audit.{audit}", "--chip", chip)
+    assert f"{kernels} kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
+    assert result.returncode == 0
+
+
+MISUSE = """
+from pynlp.kernels.attention import launch as attention
+from benchmarks.audit import attention as audit
+import torch
+
+attention.configs = lambda *_: [attention.Config({config})]
+(row,) = audit.audit("{chip}", {head_dim}, torch.{dtype}, False, "causal")
+print("; ".join(row.failures))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "config", "head_dim", "dtype", "complaint"),
+    [
+        ("sm_80", "128, 64, 4, 2", 128, "bfloat16", "bytes of stack"),
+        ("sm_80", "128, 128, 8, 3", 128, "bfloat16", "bytes of shared memory"),
+        ("sm_90", "64, 64, 2, 1", 64, "bfloat16", "products miss HGMMA"),
+        ("sm_90", "64, 32, 4, 2, True", 64, "bfloat16", "n/s, bar 7.2"),
+    ],
+)
+def test_a_bad_tile_is_found(chip, config, head_dim, dtype, complaint):
+    result = run_python("-c", MISUSE.format(chip=chip, config=config, head_dim=head_dim, dtype=dtype))
+    assert complaint in result.stdout, result.stdout + result.stderr[-2000:]
