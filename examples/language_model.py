@@ -6,9 +6,9 @@
     python examples/language_model.py --part three     the same with ALiBi, beside other positions and at longer texts
     python examples/language_model.py --preset small   byte pairs, all speeches up to 2008, tested on the later ones
 
-The study takes its six files (see speeches.py) from --data-dir, or makes them of the addresses. Each run writes tables
-and figures to --output, and the study and the preset checkpoints, too: Ctrl-C saves, the same command with --resume
-goes on. With --resume a finished run trains no more and samples another text, with another --prompt say.
+The study takes its six files (see parts/speeches/corpus.py) from --data-dir, or makes them of the addresses. Each run
+writes tables and figures to --output. The study and the preset write checkpoints, too: Ctrl-C saves, and the same
+command with --resume continues; a finished run trains no more then and samples another text, for another --prompt say.
 
 On two CPU cores the first takes five minutes, parts one and two half a minute each, part three five minutes, the
 preset forty.

@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What is not given on the command line is not in the result: the functions have the defaults."""
+    """The parser. Options that are not on the command line are not in its result: the functions have the defaults."""
     result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = result.add_subparsers(dest="command", required=True)
     names = ("train", "evaluate", "translate", "compare")
@@ -123,7 +123,7 @@ def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **gi
 
 
 def resumed_options(folder: Path, given: dict) -> Options:
-    """Those that a training was begun with; what is given again must be the same."""
+    """The options that a training was begun with; any that is given again must be the same."""
     options = load_options(folder)
     for name, value in given.items():
         there = getattr(options, name)
@@ -202,7 +202,7 @@ def trainer(folder: Path, options: Options, tokenizer, device: torch.device, ten
 
 
 def training_batches(folder: Path, options: Options, tokenizer, pairs: list[Pair]) -> Batches:
-    """Of all segmentations that were drawn, or of the plain ones where there are none."""
+    """Batches of all segmentations that were drawn, or of the plain ones where none were."""
     if all((folder / side).exists() for side in SIDES):
         return batches(*(load_segmentations(folder / side) for side in SIDES), options)
     return plain_batches(tokenizer, pairs, options)
@@ -217,7 +217,7 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def batches(sources: list[list[list[int]]], targets: list[list[list[int]]], options: Options) -> Batches:
-    """Of all pairs that the model is made for; of their segmentations `[variant][text]` each time one is drawn."""
+    """Batches of all pairs that fit the model; one of a text's segmentations `[variant][text]` is drawn each time."""
     longest = [[max(map(len, variants)) + 1 for variants in zip(*side, strict=True)] for side in (sources, targets)]
     limit = longest_side(options) + 1
     pairs = list(zip(*longest, strict=True))
@@ -240,7 +240,7 @@ def longest_side(options: Options) -> int:
 
 
 def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.device) -> float:
-    """Of a training like the one to come, on batches drawn from all over the corpus."""
+    """Seconds that a step takes in a training like the one to come, on batches from all over the corpus."""
     model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), options.label_smoothing).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, fused=True)
     seconds = []
@@ -272,7 +272,7 @@ def report(folder: Path, translator: Translator, pairs: list[Pair]) -> None:
 
 
 def draw_attention(folder: Path, translator: Translator, pairs: list[Pair], outputs: list[str]) -> None:
-    """Of the first held-out sentence of a length that can be read in a figure."""
+    """Draws the cross-attention of the first held-out sentence that is short enough to be read in a figure."""
     readable = [i for i, (source, _) in enumerate(pairs) if 8 <= len(translator.tokenizer.encode(source).ids) <= 25]
     chosen = readable[0] if readable else 0
     path = folder / "cross_attention.png"

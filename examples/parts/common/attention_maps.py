@@ -32,10 +32,10 @@ def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def check_weights(weights: Tensor, *, causal: bool, lengths: Tensor | None = None) -> None:
-    """Of weights `(B, H, S, S)`: every row is a distribution, over no padding and, if causal, over no later token.
+    """Check weights `(B, H, S, S)`: each row is a distribution over no padding and, if causal, over no later token.
 
     Raises:
-        ValueError: it is not so; the message says where.
+        ValueError: a row is not; the message says where.
     """
     seqlen = weights.shape[-1]
     lengths = torch.full((len(weights),), seqlen) if lengths is None else lengths

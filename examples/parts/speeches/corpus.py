@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.translation.corpora import read_lines
+from parts.common.texts import read_lines
 
 PRESIDENTS = {"obama": "Barack Obama", "wbush": "George W. Bush", "hbush": "George H. W. Bush"}  # labels 0, 1, 2
 OF_PRESIDENT = {"obama": ("Obama", range(2009, 2018)), "wbush": ("Bush", range(2001, 2010)),

@@ -1,6 +1,6 @@
 """Part two of the study: a causal language model of three presidents' speeches, and its perplexity on others of each.
 
-What part three and the preset have in common with it is here, too: windows of documents, training, sampling.
+Part three and the preset take their windows of documents, training and sampling from here.
 """
 
 import re
@@ -96,7 +96,7 @@ class Windows:
 
 
 def make_model(vocabulary: int, positions: str, seed: int) -> Decoder:
-    """The study's. It reads eight times what it is trained with, but for "learned", whose table would be untrained."""
+    """The study's model. It can read eight times the length of training; with "learned" positions only that length."""
     torch.manual_seed(seed)
     return Decoder(TransformerConfig(
         vocabulary, embed_dim=64, layers=4, heads=2, ffn_dim=100, positions=positions, norm="layer", activation="relu",
@@ -111,7 +111,7 @@ def next_token_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> tuple[Tenso
 
 
 def perplexities(corpus: Corpus, length: int, model: Decoder) -> dict[str, float]:
-    """Of training and each test, in windows that do not overlap."""
+    """Perplexity of training and of each test, in windows that do not overlap."""
     parts = {"training": corpus.known, **corpus.tests}
     return {name: perplexity(model, documents, length) for name, documents in parts.items()}
 
@@ -140,7 +140,7 @@ def train_model(
 
 
 def encode_prompt(tokenizer: Tokenizer | ByteLevelBPETokenizer, prompt: str, most: int) -> list[int]:
-    """Its ids, as many as a model can go on from. Before training, so that a mistake costs nothing.
+    """The prompt's token ids; checked before training, so that a mistake costs nothing.
 
     Raises:
         SystemExit: there are none, or more than `most`.

@@ -1,7 +1,7 @@
-"""Part three of the study: the language model with ALiBi, beside other positions, and at more than it is trained with.
+"""Part three of the study: the language model with ALiBi, beside other positions, and at lengths beyond training.
 
-What is compared is a row's lengths rather than rows: the sinusoidal model's embeddings are scaled up by the root of
-their width, as in arXiv 1706.03762, with which it learns faster in so few steps.
+Compare the lengths of one row rather than rows: the sinusoidal model's embeddings are scaled by the root of their width
+(arXiv 1706.03762), with which it learns faster in so few steps.
 
 Source: Press et al., Train Short, Test Long, arXiv 2108.12409.
 """
@@ -65,7 +65,7 @@ def run(corpus: Corpus, recipe: Recipe, sampling: Sampling) -> None:
 
 
 def check_folders(folders: list[Path], recipe: Recipe) -> None:
-    """Before any training: whether there is something to resume, or nothing in the way."""
+    """Refuses, before any training, to resume without a checkpoint or to begin where one lies."""
     begun = [folder for folder in folders if any(folder.glob("step-*"))]
     if recipe.resume and not begun:
         raise SystemExit(f"--resume: expected a checkpoint in a folder of {recipe.output}, got none")
@@ -103,7 +103,7 @@ def mean_and_spread(values: list[float | None]) -> str:
 
 
 def verdict(results: dict[str, list[Result]]) -> str:
-    """What becomes of each at the longest windows."""
+    """A sentence on the perplexity of each kind of positions at the longest windows."""
     first, last = times(FACTORS[0]), times(FACTORS[-1])
     ratios = {
         positions: mean(result[last] for result in found) / mean(result[first] for result in found)

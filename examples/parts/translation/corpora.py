@@ -30,6 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from parts.common.texts import read_lines
 from tqdm import tqdm
 
 DEBIAN_PACKAGES = ("libreoffice-help-fi", "libreoffice-help-en-us", "libreoffice-l10n-fi")
@@ -269,7 +270,7 @@ def kept(pair: Pair) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Without letter case and punctuation, every number 0."""
+    """Lower case without punctuation, every number 0."""
     return " ".join(re.sub(r"[\W_]+", " ", re.sub(r"\d+", "0", text.lower())).split())
 
 
@@ -291,19 +292,8 @@ def read_text_files(source: Path, target: Path) -> list[Document]:
     return documents_of_lines(f"{source}, {target}", list(zip(*lines, strict=True)))
 
 
-def read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() would see ends in the midst of text
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file to read, got: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {number}: expected UTF-8, got byte {error.object[error.start]:#x}") from None
-    return lines if lines[-1] else lines[:-1]
-
-
 def documents_of_lines(name: str, pairs: list[Pair]) -> list[Document]:
-    """Without the pairs of which a side is empty."""
+    """Documents of some lines each; pairs with an empty side are left out."""
     pairs = [(" ".join(source.split()), " ".join(target.split())) for source, target in pairs]
     empty = sum(not all(pair) for pair in pairs)
     if empty == len(pairs):

@@ -4,8 +4,8 @@ It has the size of ours, learned positions and GELU, pre-norm; batch_first, mask
 tokens alone. It decodes as torch.nn.Transformer can: the whole prefix again for each token.
 
 Of what was tried, in 7 minutes each, this had the best BLEU on the validation set: embeddings times the root of their
-width 7.4, not so 2.4; with it sinusoidal positions less than learned ones (4.0 against 5.0 when half of it was done),
-post-norm with ReLU far less.
+width 7.4, without that factor 2.4; with it sinusoidal positions had less than learned ones (4.0 against 5.0 at half of
+the time), post-norm with ReLU far less.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class StockTransformer(nn.Module):
-    """As `pynlp.models.EncoderDecoder`, from torch.nn alone: the same calls, shapes as there."""
+    """An encoder and decoder from torch.nn alone, with the calls and shapes of `pynlp.models.EncoderDecoder`."""
 
     def __init__(self, vocabulary: int, dim: int, layers: int, heads: int, dropout: float, longest: int):
         super().__init__()

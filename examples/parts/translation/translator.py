@@ -202,7 +202,7 @@ class Translator:
     def cross_attention(self, source: str, target: str) -> tuple[list[str], list[str], Tensor]:
         """Tokens of the source and of the target, each with its end, and the weights `(target tokens, source tokens)`.
 
-        Of the last layer, mean over its heads, when each target token is said.
+        They are the last layer's, the mean over its heads, at the step that gives each target token.
         """
         source_ids, target_ids = (self.tokenizer.encode(text).ids for text in (source, target))
         rows = torch.tensor([[*source_ids, END]], device=self.device)
@@ -238,5 +238,5 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def write_pairs(path: Path, pairs: list[Pair]) -> None:
-    """As `source TAB target` lines, what `read_pairs` reads."""
+    """Writes `source TAB target` lines, which `read_pairs` reads."""
     path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
