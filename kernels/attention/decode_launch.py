@@ -8,8 +8,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..common.integers import cdiv, next_power_of_2, tile_width
-from ..common.launch import choose
-from .configs import Config, chip_of
+from ..common.launch import chip_of, choose, launch
+from .configs import Config, neighbours
 from .decode import (
     Features,
     Tile,
@@ -67,7 +67,8 @@ def attention_append(
     if batch * rows == 0:
         return
     head_dim, head_dim_v = k.shape[3], v.shape[3]
-    attention_append_kernel[(cdiv(rows, APPEND_ROWS) * batch,)](
+    launch(
+        attention_append_kernel, (cdiv(rows, APPEND_ROWS) * batch,),
         k, v, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
         *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], _page_stride(block_table),
         seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256),
@@ -116,13 +117,15 @@ def attention_decode(
         )  # fmt: skip
         # Pages are looked up as far ahead of the loads that wait for them as those are ahead of the products.
         stages = config.num_stages * 2 - 1 if options.block_table is not None else config.num_stages
-        launch = dict(num_warps=config.num_warps, num_stages=stages)
-        grid = (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,)
+        compiled = launch(
+            attention_decode_kernel, (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,), *arguments,
+            compile_only=compile_only, num_warps=config.num_warps, num_stages=stages,
+        )  # fmt: skip
         if compile_only:
-            return attention_decode_kernel.warmup(*arguments, grid=grid, **launch)
-        attention_decode_kernel[grid](*arguments, **launch)
+            return compiled
         if features.SPLIT:
-            attention_combine_kernel[(batch * seqlen_q * heads,)](
+            launch(
+                attention_combine_kernel, (batch * seqlen_q * heads,),
                 results, maxima, sums, options.sinks, out, lse, seqlen_q, heads, splits, HEAD_DIM=head_dim_v,
                 BLOCK_D=tile_width(head_dim_v), HAS_SINKS=options.sinks is not None,
                 BLOCK_S=min(next_power_of_2(splits), COMBINED // tile_width(head_dim_v)), num_warps=4,
@@ -132,8 +135,8 @@ def attention_decode(
     candidates = configs(chip, seqlen_q * group, max(q.shape[3], head_dim_v), q.element_size())
     aligned = all(x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
     features = _features(q, k_cache, v_cache, options, candidates[0], 1)
-    work = (chip, q.dtype, q.device, aligned, unit, group, *features, seqlen_q * group, capacity)
-    start(choose("decode", candidates, work, start))
+    key = (chip, q.dtype, q.device, aligned, unit, group, *features)
+    start(choose("decode", q.device, candidates, key, (seqlen_q * group, capacity), start, neighbours))
     return out, lse
 
 

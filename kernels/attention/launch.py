@@ -1,5 +1,6 @@
 """Launchers of the fused attention kernels: as pynlp.reference.attention.attention, on a GPU."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,11 +10,11 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.integers import cdiv, tile_width
-from ..common.launch import choose
+from ..common.launch import chip_of, choose, launch
 from ..common.random import dropped_parts
 from .backward_keys import attention_backward_keys_kernel
 from .backward_queries import attention_backward_queries_kernel
-from .configs import Config, chip_of, configs
+from .configs import Config, configs, neighbours
 from .forward import attention_forward_kernel
 from .heads import Features, Tile
 from .statistics import (
@@ -87,13 +88,14 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_n, (k, v), tma[1:])
         line, radius = _bias_line(options, config)
-        return _start(
-            attention_forward_kernel, options.blocks(q, config.block_m) * batch * heads, config, compile_only,
+        return launch(
+            attention_forward_kernel, (options.blocks(q, config.block_m) * batch * heads,),
             q, k, v, out, lse, *descriptors, options.sinks, *_tables(options, line),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(options.alibi_slopes),
             options.sequences, q.shape[1], k.shape[1], heads, group, left, right, radius, options.rotary_offset, scale,
             float(options.softcap), options.dropped, options.kept_share,
             _cut(features, config), _tile(config, config.block_n, descriptors, long),
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
 
     start(_choose("forward", start, features, tma, long, q, k))
@@ -142,12 +144,13 @@ def attention_backward(
     def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_m, (q, grad_out), (tma[0], tma[3]))
         line, radius = _bias_line(options, config)
-        return _start(
-            attention_backward_keys_kernel, options.blocks(k, config.block_n) * batch * kv_heads, config, compile_only,
+        return launch(
+            attention_backward_keys_kernel, (options.blocks(k, config.block_n) * batch * kv_heads,),
             q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(options, line), *strides,
             options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
             options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
             _cut(features, config), _tile(config, config.block_m, descriptors, long),
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
 
     start_keys(_choose("keys", start_keys, features, tma, long, q, k))
@@ -165,14 +168,15 @@ def attention_backward(
         if needs_table:
             partial_far = allocate((*sums, 2), dtype=torch.float32, device=q.device)
             partial_near = torch.zeros((*sums, segments, segment), dtype=torch.float32, device=q.device)
-        compiled = _start(
-            attention_backward_queries_kernel, sums[2] * batch * heads, config, compile_only,
+        compiled = launch(
+            attention_backward_queries_kernel, (sums[2] * batch * heads,),
             q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
             *_tables(options, line), *strides,
             options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
             near_first, segments * segment, options.rotary_offset, scale, float(options.softcap), options.dropped,
             grad_scale, options.kept_share,
             _cut(features, config), _tile(config, config.block_n, descriptors, long), needs_slopes, needs_table,
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
         if compile_only:
             return compiled
@@ -195,7 +199,8 @@ def _statistics(
     pivot, delta = (
         torch.empty((batch, heads, blocks * STATISTICS_ROWS), dtype=torch.float32, device=out.device) for _ in range(2)
     )
-    attention_statistics_kernel[(blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK)](
+    launch(
+        attention_statistics_kernel, (blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK),
         out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), options.cu_seqlens_q,
         pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], options.sequences, rows, pivot.shape[2], heads,
         options.kept_share, HEAD_DIM=head_dim, BLOCK_D=tile_width(head_dim), HAS_GRAD_LSE=grad_lse is not None,
@@ -212,9 +217,9 @@ def _slopes_gradient(partial: Tensor, options: Options, config: Config) -> Tenso
     if not options.packed:
         return partial.sum(2)
     grad = torch.empty(slopes.shape, dtype=torch.float32, device=slopes.device)
-    attention_slopes_gradient_kernel[(grad.numel(),)](
-        partial, options.cu_seqlens_q, grad, *partial.shape[2:], grad.shape[1], BLOCK_M=config.block_m, BLOCK=512,
-        num_warps=4,
+    launch(
+        attention_slopes_gradient_kernel, (grad.numel(),), partial, options.cu_seqlens_q, grad, *partial.shape[2:],
+        grad.shape[1], BLOCK_M=config.block_m, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return grad
 
@@ -246,9 +251,10 @@ def _table_gradient(
     bucket = torch.cat((buckets[distance + radius], buckets[:1], buckets[-1:]))
     sums = torch.cat((partial_near.sum((0, 2)).flatten(1), partial_far.sum((0, 2))), dim=1)  # (H, entries)
     grad = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=buckets.device)
-    attention_table_gradient_kernel[(grad.numel(),)](
-        sums, bucket, grad, sums.shape[1], grad.shape[1], options.kept_share, BLOCK=512, num_warps=4
-    )
+    launch(
+        attention_table_gradient_kernel, (grad.numel(),), sums, bucket, grad, sums.shape[1], grad.shape[1],
+        options.kept_share, BLOCK=512, num_warps=4,
+    )  # fmt: skip
     return grad
 
 
@@ -323,17 +329,9 @@ def _choose(
     chip = chip_of(q)
     candidates = configs(kernel, chip, max(features.HEAD_DIM, features.HEAD_DIM_V), q.element_size())
     aligned = None not in tma
-    work = (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1])
-    return choose(kernel, candidates, work, start)
-
-
-def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) -> CompiledKernel | None:
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    if config.registers:
-        options["maxnreg"] = config.registers
-    if compile_only:
-        return kernel.warmup(*arguments, grid=(blocks,), **options)
-    kernel[(blocks,)](*arguments, **options)
+    key = (chip, q.dtype, q.device, aligned, long, needs_slopes, *features)
+    near = functools.partial(neighbours, square=kernel == "table")
+    return choose(kernel, q.device, candidates, key, (q.shape[1], k.shape[1]), start, near)
 
 
 def _batch_stride(slopes: Tensor | None) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..common.integers import cdiv, tile_width
-from ..common.launch import choose
-from .configs import Config, chip_of
+from ..common.launch import chip_of, choose, launch
+from .configs import Config, configs, neighbours
 from .heads import LOG2E, pieces_product
 from .launch import Options
 from .rows import Rotary, bias_line, load_turned_rows, row_score, row_scores, seen_keys, softmax_step
@@ -185,25 +185,10 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
             float(options.softcap), features(config), config.block_m, config.block_n,
         )  # fmt: skip
         grid = (cdiv(count, config.block_m) * batch * heads,)
-        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        if compile_only:
-            return attention_weights_kernel.warmup(*arguments, grid=grid, **launch)
-        attention_weights_kernel[grid](*arguments, **launch)
+        return launch(attention_weights_kernel, grid, *arguments, compile_only=compile_only, **config.options())
 
     chip = chip_of(q)
-    candidates = configs(chip, q.dtype)
-    work = (chip, q.dtype, q.device, *q.stride()[:3], *features(candidates[0]), count, seqlen_k)
-    start(choose("weights", candidates, work, start))
+    candidates = configs("weights", chip, head_dim, q.element_size())
+    key = (chip, q.dtype, q.device, *q.stride()[:3], *features(candidates[0]))
+    start(choose("weights", q.device, candidates, key, (count, seqlen_k), start, neighbours))
     return weights
-
-
-def configs(chip: str, dtype: torch.dtype) -> list[Config]:
-    if chip == "interpreter":
-        return [Config(16, 16, 1, 1, precision="ieee")]
-    precision = "ieee" if chip == "gfx942" else "tf32x3"
-    if dtype == torch.float32:
-        return [
-            Config(16, 32, 4, 1, precision=precision, piece=64),
-            Config(16, 16, 4, 1, precision=precision, piece=32),
-        ]
-    return [Config(64, 64, 8, 1), Config(32, 32, 8, 1, piece=64), Config(16, 16, 4, 1, piece=32)]

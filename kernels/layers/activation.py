@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv, tile_width
+from ..common.launch import launch
 from ..common.random import drop, dropped_parts
 
 KINDS = ("gelu", "relu", "swiglu")
@@ -137,7 +138,8 @@ def _launch(kernel, inputs: tuple, seed: Tensor | None, outputs: tuple, kind: in
     rows_of_block, block = tile(columns)
     features = Features(columns, KINDS[kind], dropout_p > 0, align, rows_of_block, block)
     dropped = dropped_parts(dropout_p)
-    kernel[(cdiv(rows, rows_of_block) * cdiv(columns, block),)](
+    launch(
+        kernel, (cdiv(rows, rows_of_block) * cdiv(columns, block),),
         *inputs, seed, *outputs, *(stride // align for stride in strides), rows, dropped, 1 - dropped / 65536, features,
         num_warps=WARPS,
     )  # fmt: skip

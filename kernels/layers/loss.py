@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import tile_width
+from ..common.launch import launch
 
 LOGITS = 2**25  # of a chunk of few rows: 64 MiB of bf16
 BLOCK = 4096
@@ -139,7 +140,8 @@ def linear_cross_entropy(
     for first in range(0, rows.shape[0], size):
         own = slice(first, first + size)
         logits = torch.mm(rows[own], factors.T, out=chunk[: rows.shape[0] - first])
-        cross_entropy_kernel[(logits.shape[0],)](
+        launch(
+            cross_entropy_kernel, (logits.shape[0],),
             logits, bias, targets[own], None if scale is None else scale[own], losses[own],
             label_smoothing, ignore_index, softcap, z_loss, features, num_warps=max(1, min(8, features.BLOCK // 512)),
         )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv, tile_width
+from ..common.launch import launch
 from ..common.random import drop, dropped_parts
 
 ELEMENTS = 2048  # of a block at least; 16 a thread
@@ -306,7 +307,8 @@ def norm_forward(
         HAS_DROPOUT=dropout_p > 0, HAS_GRAD_NEW=False, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
     )  # fmt: skip
     dropped = dropped_parts(dropout_p)
-    norm_forward_kernel[(cdiv(rstd.numel(), rows_of_block),)](
+    launch(
+        norm_forward_kernel, (cdiv(rstd.numel(), rows_of_block),),
         x, residual, weight, bias, dropout_seed, y, new, mean, rstd, *strides, rstd.numel(), eps,
         dropped, 1 - dropped / 65536, features, num_warps=warps,
     )  # fmt: skip
@@ -335,12 +337,14 @@ def norm_backward(
             HAS_GRAD_NEW=grad_new is not None, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
         )  # fmt: skip
         dropped = dropped_parts(dropout_p)
-        norm_backward_kernel[(programs,)](
+        launch(
+            norm_backward_kernel, (programs,),
             grad_y, grad_new, new, weight, mean, rstd, dropout_seed, grad_residual, grad_x, weight_sums, bias_sums,
             *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
         )  # fmt: skip
         if columns > block:
-            norm_parameters_kernel[(programs * cdiv(columns, block),)](
+            launch(
+                norm_parameters_kernel, (programs * cdiv(columns, block),),
                 grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
                 features, num_warps=warps,
             )  # fmt: skip
