@@ -31,9 +31,7 @@ class Case:
     bytes: float = 0.0
     slack: float = 2.0  # the errors of ours are at most this times the peers'
     checked: dict[str, Callable[[], list[Tensor]]] | None = None  # held against the oracle, instead of the calls
-    apart: dict[str, Callable[[], Callable]] = field(
-        default_factory=dict
-    )  # make a call that is timed alone, at the end
+    apart: dict[str, Callable[[], Callable]] = field(default_factory=dict)  # each makes a call that is timed alone
     isa: str | None = None
     memory: bool = False  # whether peak memory is shown, too
 
@@ -65,18 +63,6 @@ class Rounds:
         return statistics.median(work / t / peak for t, peak in zip(self.times["ours"], self.peaks, strict=True))
 
 
-def run(case: Case, timed: Callable[[Case], Any] | None = None) -> Result:
-    """The errors of a case and, if they pass, what `timed` gives, by default its times in turns on the CPU."""
-    in_use = pynlp.get_isa()
-    if case.isa:
-        pynlp.set_isa(case.isa)
-    try:
-        error, peer_error, correct = check(case)
-        return Result(error, peer_error, (timed or take_turns)(case) if correct else None)
-    finally:
-        pynlp.set_isa(in_use)
-
-
 def check(case: Case) -> tuple[float, float, bool]:
     """The largest errors of ours and of the peers, and whether each tensor of ours is as close to fp64 as is asked."""
     expected = case.oracle()
@@ -102,6 +88,18 @@ def take_turns(case: Case) -> Rounds:
     for name, make in case.apart.items():
         times |= round_times({name: make()}, 0.3)
     return Rounds(times, [max(two) for two in zip(peaks[1::2], peaks[2::2], strict=True)])
+
+
+def run(case: Case, timed: Callable[[Case], Any] = take_turns) -> Result:
+    """The errors of a case and, if they pass, what `timed` gives, by default its times in turns on the CPU."""
+    in_use = pynlp.get_isa()
+    if case.isa:
+        pynlp.set_isa(case.isa)
+    try:
+        error, peer_error, correct = check(case)
+        return Result(error, peer_error, timed(case) if correct else None)
+    finally:
+        pynlp.set_isa(in_use)
 
 
 def row(case: Case, result: Result) -> dict:

@@ -83,31 +83,33 @@ PRODUCTS = {
     "attention_backward_queries_kernel": (2, 1),
     "attention_backward_keys_kernel": (2, 2),
 }
-HEADS, FORWARD = "attention/heads.py", "attention/forward.py"
+HEADS, SCORES, FORWARD = "attention/heads.py", "attention/scores.py", "attention/forward.py"
 KEYS, QUERIES = "attention/backward_keys.py", "attention/backward_queries.py"
 # Loops: over blocks with NaN or infinities, over masked blocks, and over blocks near enough for a bias that varies.
 KINDS = {
     "careful": Markers({HEADS: ("* 0.0 == 0.0", 'float("nan")')}),
-    "masked": Markers({path: ("m_pair",) for path in (FORWARD, KEYS, QUERIES)}),
-    "near": Markers({HEADS: ("tl.abs(b_key", "p_line + base")}),
+    "masked": Markers({FORWARD: ("m_pair",), KEYS: ("m_pair",), QUERIES: ("m_pair",)}),
+    "near": Markers({SCORES: ("tl.abs(b_key", "tl.load(p_line + base")}),
 }
 # What the hot loops may read in pieces: T5's line, position ids, slopes, a row's statistics.
 NARROW_LOADS = Markers(
     {
-        HEADS: ("p_line + base", "p_slopes", "p_positions"),
-        KEYS: ("p_line + side", "p_slopes", "p_pivot", "p_delta"),
-        QUERIES: ("p_pivot", "p_delta"),
+        HEADS: ("tl.load(rotary.p_positions",),
+        SCORES: ("tl.load(p_line + base", "tl.load(p_slopes"),
+        KEYS: ("tl.load(p_line + side", "tl.load(group.p_slopes", "tl.load(group.p_pivot", "tl.load(group.p_delta"),
+        QUERIES: ("tl.load(p_pivot", "tl.load(p_delta"),
     }
 )
 # Lines that select or compare without being a mask: splitting fp32 into TF32, dividing, summing diagonals, heads that
 # fill no power of two, and dropout, in all lines of its file.
 SELECTING = Markers(
     {
-        HEADS: ("tl.dot(", "2.0 / (", "tl.load(p_block"),
+        HEADS: ("tl.dot(", "tl.load(p_block"),
+        SCORES: ("2.0 / (",),
+        FORWARD: ("kept_weights(",),
+        KEYS: ("kept_weights_on_end(",),
+        QUERIES: ("kept_weights(", "tl.gather(", "m_upper"),
         "attention/dropout.py": ("",),
-        FORWARD: ("kept_weights",),
-        KEYS: ("kept_weights",),
-        QUERIES: ("kept_weights", "tl.gather(", "m_upper"),
     }
 )
 

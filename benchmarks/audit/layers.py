@@ -38,9 +38,16 @@ CASES = {
 # Lines that may read and write in pieces: one number a row, little a program, or what a cache holds ("evict_last").
 NARROW = Markers(
     {
-        "common/random.py": ("p_seed",),
-        "layers/norm.py": ("p_mean", "p_rstd", "_sums + o_sum", "evict_last"),
-        "layers/loss.py": ("p_target", "p_scale", "p_losses"),
+        "common/random.py": ("tl.load(p_seed",),
+        "layers/norm.py": (
+            "tl.load(p_mean",
+            "tl.store(p_mean",
+            "tl.load(p_rstd",
+            "tl.store(p_rstd",
+            "_sums + o_sum",
+            "evict_last",
+        ),
+        "layers/loss.py": ("tl.load(p_target", "tl.load(p_scale", "tl.store(p_losses"),
     }
 )
 LOAD = r"LDG(?!DEPBAR)|(buffer|global|flat)_load"
@@ -90,7 +97,7 @@ def launches(chip: str, columns: int, dtype: torch.dtype, features: dict) -> lis
 
 def judge(chip: str, start: Launch, columns: int, dtype: torch.dtype, case: str) -> Row:
     limits, features = CHIPS[chip], start.arguments["F"]
-    if isinstance(features, loss.Features):
+    if "loss" in CASES[case]:
         tile, align, bar = (1, features.BLOCK), math.gcd(16, features.V), BARS["loss"]
     else:
         tile, align = (features.ROWS, features.BLOCK_D), features.ALIGN
