@@ -23,9 +23,7 @@ bench: install build/.models
 	$(PY) -m benchmarks.models.translation_training
 	$(PY) -m benchmarks.models.translation_decoding
 	$(PY) -m benchmarks.models.transformers_generate
-	$(PY) -m benchmarks.audit.attention
-	$(PY) -m benchmarks.audit.decode
-	$(PY) -m benchmarks.audit.layers
+	$(PY) -m benchmarks.audit
 
 test: install build/.models lint
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=15

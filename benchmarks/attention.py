@@ -1,48 +1,40 @@
-"""`python -m benchmarks.attention`: forward and backward beside PyTorch's SDPA, eager attention and FlexAttention.
+"""Attention, forward and backward, beside PyTorch's SDPA, eager attention and FlexAttention.
 
-Each case is set up once; the correctness gate (errors against fp64 at most 2x, of gradients 3x, those of PyTorch's path
-in the same dtype) and the times use the same tensors. A red gate prints no speed. Times are the best of many calls, all
-implementations in turn. FLOP/s count the pairs that the mask leaves; the share is of the peak that the machine shows in
-this run. Writes results/attention.json, attention.png and attention_growth.png.
+`python -m benchmarks.attention`.
+
+The first table has whole sequences, the second one packed sequences, attention weights, and dropout. Each case is set
+up once; the correctness gate (errors against fp64 at most 2x, of gradients 3x, those of PyTorch's path in the same
+dtype) and the times use the same tensors. A red gate prints no speed. All implementations take turns; times are the
+best of many calls, ratios of the second table medians. FLOP/s count the pairs that the mask leaves; the share is of the
+peak that the machine shows in this run. Writes results/attention.json, attention.png and attention_growth.png.
 """
 
-import argparse
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import pynlp
-from benchmarks.measure import (
-    BF16,
-    FP32,
-    PRODUCT_DTYPES,
-    RESULTS,
-    best_times,
-    largest_error,
-    machine,
-    peak_memory,
-    table,
-    write_json,
-)
+from benchmarks.cases import Case, Result, row, run_cases, sdpa
+from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, bars, best_times, peak_memory
 from pynlp import probes
-from pynlp.functional import alibi_slopes, attention, rotary_tables
+from pynlp.functional import alibi_slopes, attention, attention_varlen, attention_weights, rotary_tables
 from pynlp.ops.attention.positions import relative_position_buckets
 from pynlp.reference.attention.attention import rotate
 
 FP16 = torch.float16
-PEERS = {"SDPA": "sdpa", "eager": "eager", "Flex": "flex"}
+PEERS = ("SDPA", "eager", "Flex")
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products that each needs
+MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
 
 @dataclass
 class Setup:
-    """Tensors, and implementations that take (q, k, v, bias table) and give the output."""
+    """The tensors of a case, and implementations that take (q, k, v, bias table) and give the output."""
 
     q: Tensor
     k: Tensor
@@ -64,10 +56,7 @@ class Setup:
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None) -> Tensor:
         mask = self.mask_for(bias_table)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = self.causal and mask is None
-        grouped = k.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+        return sdpa(q, k, v, mask, is_causal=self.causal and mask is None)
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None) -> Tensor:
         mask = self.mask_for(bias_table)
@@ -80,19 +69,19 @@ class Setup:
             scores = scores.masked_fill(self.hidden, -math.inf)
         return (scores.softmax(-1, dtype=torch.promote_types(FP32, q.dtype)).to(q.dtype) @ v).transpose(1, 2)
 
-    @cached_property
+    @functools.cached_property
     def distance(self) -> Tensor:
         position = torch.arange(self.q.shape[1])
-        return position - position[:, None]  # key - query
+        return position - position[:, None]  # key - query, (seqlen, seqlen)
 
-    @cached_property
+    @functools.cached_property
     def hidden(self) -> Tensor:
         hidden = torch.zeros_like(self.distance, dtype=torch.bool)
         if self.window is not None:
             hidden |= (self.distance < -self.window) | (self.distance > 0)
         return hidden | (self.distance > 0) if self.causal else hidden
 
-    @cached_property
+    @functools.cached_property
     def ready_mask(self) -> Tensor | None:
         return self.dense_mask(self.bias_table)
 
@@ -114,7 +103,7 @@ class Setup:
         return mask.masked_fill(self.hidden, -math.inf).to(self.q.dtype)[None]
 
     def call(self, implementation: str) -> Callable[[], list[Tensor]]:
-        """What is timed. PyTorch's paths get q and k rotated beforehand."""
+        """A call that gives the output or the gradients. PyTorch's paths get q and k rotated beforehand."""
         tensors = [self.q, self.k, self.v, self.bias_table]
         if self.rotary is not None and implementation != "ours":
             cos, sin = (x[None].to(torch.promote_types(FP32, self.q.dtype)) for x in self.rotary)
@@ -145,47 +134,8 @@ class Setup:
         wide = {name: getattr(self, name) for name in ("q", "k", "v", "grad_out", "slopes", "bias_table")}
         return replace(self, **{name: None if x is None else x.double() for name, x in wide.items()})
 
-    def errors(self) -> tuple[float, float, bool]:
-        """Largest error of ours and of SDPA against fp64, and whether every tensor of ours passes the gate."""
-        part = self.last_head()
-        oracle = part.in_fp64().call("ours")()  # fp64 runs on the reference
-        ours, sdpa = (largest_error(part.call(name)(), oracle) for name in ("ours", "sdpa"))
-        allowed = 2 if self.mode == "forward" else 3
-        correct = all(a <= allowed * b + 1e-6 for a, b in zip(ours, sdpa, strict=True))
-        return max(ours), max(sdpa), correct
-
-
-@dataclass
-class Case:
-    """One row: the set-up and what is asked of our time, against PyTorch's and against the machine."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, int, int, int, int]  # batch, heads, kv_heads, seqlen, head_dim
-    mode: str = "forward"
-    ratio: float = 0.0  # PyTorch's time / ours, at least
-    share: float = 0.0  # of the machine's peak, at least
-    causal: bool = False
-    window: int | None = None
-    alibi: bool = False
-    rope: bool = False
-    t5: bool = False
-    isa: str | None = None
-
-    def setup(self) -> Setup:
-        torch.manual_seed(0)
-        batch, heads, kv_heads, seqlen, head_dim = self.shape
-        q, grad_out = (torch.randn(batch, seqlen, heads, head_dim).to(self.dtype) for _ in range(2))
-        k, v = (torch.randn(batch, seqlen, kv_heads, head_dim).to(self.dtype) for _ in range(2))
-        return Setup(
-            q, k, v, grad_out, self.mode, self.causal, self.window,
-            slopes=alibi_slopes(heads) if self.alibi else None,
-            bias_table=torch.randn(32, heads) if self.t5 else None,
-            rotary=rotary_tables(seqlen, head_dim) if self.rope else None,
-        )  # fmt: skip
-
     def flop(self) -> float:
-        batch, heads, _, seqlen, head_dim = self.shape
+        batch, seqlen, heads, head_dim = self.q.shape
         if self.window is not None:
             pairs = sum(min(i, self.window) + 1 for i in range(seqlen))
         else:
@@ -193,81 +143,113 @@ class Case:
         return 2 * PRODUCTS[self.mode] * batch * heads * head_dim * pairs
 
 
-def cases() -> list[Case]:
+def prepare(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int, int],  # batch, heads, kv_heads, seqlen, head_dim
+    mode: str = "forward",
+    causal: bool = False,
+    window: int | None = None,
+    alibi: bool = False,
+    rope: bool = False,
+    t5: bool = False,
+) -> Setup:
+    torch.manual_seed(0)
+    batch, heads, kv_heads, seqlen, head_dim = shape
+    q, grad_out = (torch.randn(batch, seqlen, heads, head_dim).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, seqlen, kv_heads, head_dim).to(dtype) for _ in range(2))
+    return Setup(
+        q, k, v, grad_out, mode, causal, window,
+        slopes=alibi_slopes(heads) if alibi else None,
+        bias_table=torch.randn(32, heads) if t5 else None,
+        rotary=rotary_tables(seqlen, head_dim) if rope else None,
+    )  # fmt: skip
+
+
+def whole_case(name: str, setup: Setup, ratio: float, share: float, isa: str | None) -> Case:
+    """Whole sequences, of which PyTorch's time / ours and the share of the machine's peak are asked."""
+    part = setup.last_head()
+    # Eager attention empties the caches and FlexAttention has its own threads: they are timed apart.
+    apart = {"eager": lambda: setup.call("eager")} if setup.q.shape[1] <= 2048 else {}
+    if name == "causal D64, forward" and compiled_flex() is not None:
+        apart["Flex"] = lambda: lambda: compiled_flex()(setup.q, setup.k, setup.v)
+    # Where PyTorch must give the table's gradient, its best path counts.
+    peers = ("SDPA", "eager") if setup.bias_table is not None else ("SDPA",)
+    return Case(
+        name, setup.q.dtype, {"ours": setup.call("ours"), "SDPA": setup.call("sdpa")},
+        lambda: part.in_fp64().call("ours")(),  # fp64 runs on the reference
+        dict.fromkeys(peers, ratio), share=share, flop=setup.flop(), slack=2.0 if setup.mode == "forward" else 3.0,
+        checked={"ours": part.call("ours"), "SDPA": part.call("sdpa")}, apart=apart, isa=isa,
+    )  # fmt: skip
+
+
+def whole_cases() -> dict[str, Callable[[], Case]]:
+    made = {}
+
+    def add(name, dtype, shape, mode="forward", ratio=0.0, share=0.0, isa=None, **features) -> None:
+        if dtype in (*PRODUCT_DTYPES, FP16):
+            full_name = f"{name}, {MODES[mode]}"
+            made[f"{full_name}, {str(dtype).removeprefix('torch.')}"] = lambda: whole_case(
+                full_name, prepare(dtype, shape, mode, **features), ratio, share, isa
+            )
+
     def square(dim: int) -> tuple[int, int, int, int, int]:
         return 1, 8, 8, 2048, dim
 
-    rows = []
     for mode, asked in (
         ("forward", {FP32: (2.7, 0.75), BF16: (5.0, 0.72)}),
         ("backward", {FP32: (2.7, 0.72), BF16: (3.2, 0.70)}),
     ):
         for dtype, (ratio, share) in asked.items():
-            rows += [Case(f"causal D{d}", dtype, square(d), mode, ratio, share, causal=True) for d in (64, 128)]
+            for head_dim in (64, 128):
+                add(f"causal D{head_dim}", dtype, square(head_dim), mode, ratio, share, causal=True)
     for dtype, rope_alibi, t5, gqa in ((FP32, 2.5, 3.0, 2.5), (BF16, 4.5, 5.0, 4.5)):
-        rows += [
-            Case("RoPE + ALiBi, causal", dtype, square(64), "forward", rope_alibi, causal=True, alibi=True, rope=True),
-            Case("T5 table", dtype, square(64), "forward", t5, t5=True),
-            Case("T5 table, causal", dtype, square(64), "forward", t5, t5=True, causal=True),
-            Case("T5 table, its gradient", dtype, square(64), "both", 5.0, t5=True),
-            Case("GQA 32/8 D128, causal", dtype, (1, 32, 8, 2048, 128), "forward", gqa, causal=True),
-        ]
-    rows += [
-        Case("window (256, 0), S8192", FP32, (1, 8, 8, 8192, 64), m, 10.0, window=256) for m in ("forward", "both")
-    ]
-    rows += [Case(f"causal S{s} B4", FP32, (4, 8, 8, s, 64), "forward", 3.0, causal=True) for s in (128, 512)]
-    rows.append(Case("causal D64", FP16, square(64), causal=True))
-    rows.append(Case("causal D64, AVX2 only", FP32, square(64), "forward", 1.3, causal=True, isa="avx2"))
-    return [case for case in rows if case.dtype in (*PRODUCT_DTYPES, FP16)]
+        add("RoPE + ALiBi, causal", dtype, square(64), ratio=rope_alibi, causal=True, alibi=True, rope=True)
+        add("T5 table", dtype, square(64), ratio=t5, t5=True)
+        add("T5 table, causal", dtype, square(64), ratio=t5, t5=True, causal=True)
+        add("T5 table, its gradient", dtype, square(64), "both", 5.0, t5=True)
+        add("GQA 32/8 D128, causal", dtype, (1, 32, 8, 2048, 128), ratio=gqa, causal=True)
+    for mode in ("forward", "both"):
+        add("window (256, 0), S8192", FP32, (1, 8, 8, 8192, 64), mode, 10.0, window=256)
+    for seqlen in (128, 512):
+        add(f"causal S{seqlen} B4", FP32, (4, 8, 8, seqlen, 64), ratio=3.0, causal=True)
+    add("causal D64", FP16, square(64), causal=True)
+    add("causal D64, AVX2 only", FP32, square(64), ratio=1.3, causal=True, isa="avx2")
+    return made
 
 
-def peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the machine in the dtype's instructions; fp16 is computed in fp32."""
-    return (dtype == BF16 and probes.peak_bf16_dot(seconds=0.02)) or probes.peak_fma(seconds=0.02)
-
-
-def run_case(case: Case, flex: Callable | None) -> dict:
-    setup = case.setup()
-    in_use = pynlp.get_isa()
-    if case.isa:
-        pynlp.set_isa(case.isa)
-    peaks = [peak(case.dtype)]
-    try:
-        error, error_sdpa, correct = setup.errors()
-        calls = {name: setup.call(name) for name in ("ours", "sdpa")}
-        # The peak drifts with the machine's clock and other load: it is taken in turns with what is held against it.
-        calls["peak"] = lambda: peaks.append(peak(case.dtype))
-        times = best_times(calls, 3.0) if correct else {}
-        # Eager attention empties the caches and FlexAttention has its own threads: they are timed apart.
-        if correct and case.shape[3] <= 2048:
-            times |= best_times({"eager": setup.call("eager")}, 0.3)
-        if correct and flex is not None and case.name == "causal D64" and case.mode == "forward":
-            times |= best_times({"flex": lambda: flex(setup.q, setup.k, setup.v)}, 0.3)
-        rate = case.flop() / times["ours"] if correct else 0.0
-        share = rate / max(peaks)
-    finally:
-        pynlp.set_isa(in_use)
-    speedup = {name: times[name] / times["ours"] for name in times if name != "peak"}
-    # Where PyTorch must give the table's gradient, its best path counts.
-    ratio = min(speedup[n] for n in ("sdpa", "eager") if n in speedup) if case.t5 and times else speedup.get("sdpa", 0)
-    asked = [f"{case.ratio} x"] * bool(case.ratio) + [f"{case.share:.0%}"] * bool(case.share)
-    return {
-        "case": case.name,
-        "mode": {"both": "forward + backward"}.get(case.mode, case.mode),
+def whole_row(case: Case, result: Result) -> dict:
+    """A line of the table of whole sequences; its times are the best of all rounds."""
+    name, _, mode = case.name.rpartition(", ")
+    ratio = case.asked["SDPA"]
+    asked = [f"{ratio} x"] * bool(ratio) + [f"{case.share:.0%}"] * bool(case.share)
+    line = {
+        "case": name,
+        "mode": mode,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "error": f"{error:.1e}",
-        "SDPA's": f"{error_sdpa:.1e}",
-        "ms": f"{times['ours'] * 1e3:.2f}" if times else "wrong",
-        "GFLOP/s": f"{rate / 1e9:.0f}" if times else "-",
-        "of peak": f"{share:.0%}" if times else "-",
-        **{f"x {label}": f"{speedup[n]:.1f}" if n in speedup else "-" for label, n in PEERS.items()},
+        "error": f"{result.error:.1e}",
+        "SDPA's": f"{result.peer_error:.1e}",
+    }
+    if result.speed is None:
+        nothing = dict.fromkeys(("GFLOP/s", "of peak", *(f"x {peer}" for peer in PEERS)), "-")
+        return line | {"ms": "wrong", **nothing, "asked": ", ".join(asked), "met": "NO"}
+    best = {peer: min(times) for peer, times in result.speed.times.items()}
+    speedup = {peer: time / best["ours"] for peer, time in best.items()}
+    rate = case.flop / best["ours"]
+    share = rate / max(result.speed.peaks)
+    met = share >= case.share and all(speedup[peer] >= bound for peer, bound in case.asked.items())
+    return line | {
+        "ms": f"{best['ours'] * 1e3:.2f}",
+        "GFLOP/s": f"{rate / 1e9:.0f}",
+        "of peak": f"{share:.0%}",
+        **{f"x {peer}": f"{speedup[peer]:.1f}" if peer in speedup else "-" for peer in PEERS},
         "asked": ", ".join(asked),
-        "met": "yes" if times and ratio >= case.ratio and share >= case.share else "NO",
-    }  # fmt: skip
+        "met": "yes" if met else "NO",
+    }
 
 
+@functools.cache
 def compiled_flex() -> Callable | None:
-    """FlexAttention with a causal block mask, compiled; None where it does not run."""
+    """FlexAttention with a causal block mask, compiled, of (1, 2048, 8, 64); None where it does not run."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 2048, 2048, device="cpu")
@@ -285,17 +267,17 @@ def compiled_flex() -> Callable | None:
 
 
 def figure(name: str, value: float, limit: str) -> dict:
-    """A row of the second table; `limit` is like '>= 1.8'."""
+    """A line of the table of figures; `limit` is like '>= 1.8'."""
     sign, bound = limit.split()
     met = value >= float(bound) if sign == ">=" else value <= float(bound)
     return {"figure": name, "measured": f"{value:.2f}", "asked": limit, "met": "yes" if met else "NO"}
 
 
 def scaling_figures() -> list[dict]:
-    """How the time follows the threads, the window and the dtype."""
+    """The growth of the time with the threads, the window and the dtype."""
     rows, threads = [], torch.get_num_threads()
     for mode in ("forward", "backward"):
-        call = Case("", FP32, (1, 1, 1, 8192, 64), mode, causal=True).setup().call("ours")
+        call = prepare(FP32, (1, 1, 1, 8192, 64), mode, causal=True).call("ours")
 
         def on(count: int, call: Callable = call) -> Callable:
             return lambda: (torch.set_num_threads(count), call())
@@ -304,11 +286,11 @@ def scaling_figures() -> list[dict]:
         torch.set_num_threads(threads)
         rows.append(figure(f"one head, S8192, {mode}: 2 threads against 1", times["one"] / times["two"], ">= 1.8"))
     for mode in ("forward", "both"):
-        calls = {s: Case("", FP32, (1, 8, 8, s, 64), mode, window=256).setup().call("ours") for s in (2048, 16384)}
+        calls = {s: prepare(FP32, (1, 8, 8, s, 64), mode, window=256).call("ours") for s in (2048, 16384)}
         times = best_times(calls, 3.0)
         growth = times[16384] / times[2048] / 8
         rows.append(figure(f"window (256, 0), {mode}: time a token, S16384 against S2048", growth, "<= 1.2"))
-    calls = {d: Case("", d, (1, 8, 8, 2048, 64), causal=True).setup().call("ours") for d in (FP32, FP16)}
+    calls = {d: prepare(d, (1, 8, 8, 2048, 64), causal=True).call("ours") for d in (FP32, FP16)}
     times = best_times(calls)
     rows.append(figure("causal D64, forward: fp16's time against fp32's", times[FP16] / times[FP32], "<= 1.5"))
     return rows
@@ -316,16 +298,16 @@ def scaling_figures() -> list[dict]:
 
 MEMORY_SCRIPT = """
 import torch
-from benchmarks.attention import FP32, Case
+from benchmarks.attention import FP32, prepare
 def call(seqlen):
-    return Case("", FP32, (1, 8, 8, seqlen, 64), "both", {options}).setup().call("{implementation}")
+    return prepare(FP32, (1, 8, 8, seqlen, 64), "both", {options}).call("{implementation}")
 call(64)()
 measured = call({seqlen})
 """
 
 
 def peak_bytes(implementation: str, seqlen: int, options: str) -> int:
-    """Peak of one forward + backward beyond its inputs."""
+    """Bytes of memory that one forward + backward adds to its inputs, at the peak."""
     return peak_memory(MEMORY_SCRIPT.format(implementation=implementation, seqlen=seqlen, options=options))
 
 
@@ -338,41 +320,156 @@ def memory_figures() -> list[dict]:
     ]
 
 
-def growth(lengths: list[int]) -> dict:
-    """Time (ms) and peak memory (MB) of forward + backward with the T5 table, as the sequence grows."""
-    result: dict = {"seqlen": lengths, "ms": {}, "MB": {}}
-    for name, longest in (("ours", lengths[-1]), ("sdpa", 4096)):  # beyond, dense biases take many gigabytes
-        result["ms"][name], result["MB"][name] = [], []
-        for seqlen in tqdm([s for s in lengths if s <= longest], desc=f"growth, {name}", leave=False):
-            call = Case("", FP32, (1, 8, 8, seqlen, 64), "both", t5=True).setup().call(name)
-            result["ms"][name].append(best_times({name: call}, 0.5)[name] * 1e3)
-            result["MB"][name].append(peak_bytes(name, seqlen, "t5=True") / 2**20)
-    return result
+def growth() -> list[dict]:
+    """Time and peak memory of forward + backward with the T5 table, as the sequence grows."""
+    rows = []
+    for seqlen in tqdm([1024, 2048, 4096, 8192, 16384], desc="growth", leave=False):
+        line = {"seqlen": seqlen}
+        for name in ("ours", "sdpa")[: 2 if seqlen <= 4096 else 1]:  # beyond, dense biases take many gigabytes
+            call = prepare(FP32, (1, 8, 8, seqlen, 64), "both", t5=True).call(name)
+            line[f"{name} ms"] = f"{best_times({name: call}, 0.5)[name] * 1e3:.2f}"
+            line[f"{name} MB"] = f"{peak_bytes(name, seqlen, 't5=True') / 2**20:.1f}"
+        rows.append({"sdpa ms": "-", "sdpa MB": "-"} | line)
+    return rows
 
 
-def plot_cases(rows: list[dict]) -> None:
-    import matplotlib
+def varlen_case(dtype: torch.dtype, backward: bool) -> Case:
+    """32 sequences of 10 to 1000 tokens, causal, 8 heads of 64."""
+    torch.manual_seed(0)
+    heads, head_dim = 8, 64
+    lengths = torch.linspace(10, 1000, 32).long()[torch.randperm(32)].tolist()
+    total, longest = sum(lengths), max(lengths)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    rows = [torch.randn(total, heads, head_dim) for _ in range(4)]  # q, k, v and the gradient of the output
+    place = torch.cat([i * longest + torch.arange(n) for i, n in enumerate(lengths)])  # in the padded batch
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def implementations(dtype: torch.dtype) -> dict[str, Callable]:
+        *leaves, grad = (x.to(dtype) for x in rows)
+        leaves = [x.requires_grad_(backward) for x in leaves]
+        padded = [x.new_zeros(32 * longest, heads, head_dim).index_copy_(0, place, x.detach()) for x in (*leaves, grad)]
+        *padded_leaves, padded_grad = (x.view(32, longest, heads, head_dim) for x in padded)
+        padded_leaves = [x.requires_grad_(backward) for x in padded_leaves]
 
-    rows = [row for row in rows if row["met"] and row["ms"] != "wrong"]
-    labels = [f"{row['case']}, {row['mode']}, {row['dtype']}" for row in rows]
-    figure, axes = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
-    bars = axes.barh(labels, [float(row["x SDPA"]) for row in rows], color="#3b6fb6")
-    axes.bar_label(bars, [f"{row['x SDPA']}x, {row['of peak']} of peak" for row in rows], padding=4, fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlim=(0.8, 4 * max(float(row["x SDPA"]) for row in rows)))
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("PyTorch SDPA's time / ours")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "attention.png", dpi=150)
-    plt.close(figure)
+        def loop() -> Tensor:
+            parts = zip(*(x.split(lengths) for x in leaves), strict=True)
+            return torch.cat([sdpa(*(x[None] for x in part), is_causal=True)[0] for part in parts])
+
+        def call(function: Callable, inputs: list[Tensor], weight: Tensor, rows_of: Callable) -> Callable:
+            if not backward:
+                return lambda: [rows_of(function())]
+            return lambda: [rows_of(x) for x in torch.autograd.grad(function(), inputs, weight)]
+
+        packed = dict(inputs=leaves, weight=grad, rows_of=lambda x: x)
+        return {
+            "ours": call(lambda: attention_varlen(*leaves, cu_seqlens, cu_seqlens, causal=True), **packed),
+            "loop": call(loop, **packed),
+            # Causal: no query sees the padding behind it.
+            "padded": call(
+                lambda: sdpa(*padded_leaves, is_causal=True), padded_leaves, padded_grad,
+                lambda x: x.flatten(0, 1)[place],
+            ),
+        }  # fmt: skip
+
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    mode = "both" if backward else "forward"
+    return Case(
+        f"32 sequences of 10 to 1000, {'forward + backward' if backward else 'forward'}", dtype, implementations(dtype),
+        lambda: implementations(torch.float64)["ours"](), {"loop": 2.5, "padded": 3.0},
+        flop=2 * PRODUCTS[mode] * heads * head_dim * pairs, slack=3.0 if backward else 2.0,
+    )  # fmt: skip
 
 
-def plot_growth(result: dict) -> None:
+def weights_case(dtype: torch.dtype) -> Case:
+    """Attention weights of 64 of 2048 queries, causal, 8 heads of 64."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2048, 8, 64).to(dtype) for _ in range(2))
+    rows = torch.arange(1024, 2048, 16)
+    hidden = torch.arange(2048) > rows[:, None]
+
+    def eager(q: Tensor, k: Tensor) -> list[Tensor]:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k) * 64**-0.5
+        return [scores.masked_fill(hidden, float("-inf")).softmax(-1)]
+
+    calls = {"ours": lambda: [attention_weights(q, k, rows=rows, causal=True)], "eager": lambda: eager(q, k)}
+    pairs = (rows + 1).sum().item()
+    return Case(
+        "weights of 64 queries, causal", dtype, calls, lambda: eager(q.double(), k.double()), {},
+        flop=2 * 8 * 64 * pairs,
+    )  # fmt: skip
+
+
+def dropout_case(dtype: torch.dtype, backward: bool) -> Case:
+    """Dropout 0.1, against the same without; causal, 8 heads of 64, 2048 tokens."""
+    torch.manual_seed(0)
+    *leaves, grad = (torch.randn(1, 2048, 8, 64).to(dtype) for _ in range(4))
+    leaves = [x.requires_grad_(backward) for x in leaves]
+
+    def call(rows: list[Tensor], weight: Tensor, **options) -> Callable:
+        if not backward:
+            return lambda: [attention(*rows, causal=True, **options)]
+        return lambda: list(torch.autograd.grad(attention(*rows, causal=True, **options), rows, weight))
+
+    def oracle() -> list[Tensor]:
+        rows = [x.detach().double()[:, :512].requires_grad_(backward) for x in leaves]
+        return call(rows, grad[:, :512].double(), dropout_p=0.1, seed=1)()
+
+    def first_rows() -> list[Tensor]:
+        rows = [x.detach()[:, :512].requires_grad_(backward) for x in leaves]
+        return call(rows, grad[:, :512], dropout_p=0.1, seed=1)()
+
+    def peer() -> list[Tensor]:
+        if not backward:
+            return [sdpa(*leaves, is_causal=True, dropout_p=0.1)]
+        return list(torch.autograd.grad(sdpa(*leaves, is_causal=True, dropout_p=0.1), leaves, grad))
+
+    calls = {
+        "ours": call(leaves, grad, dropout_p=0.1, seed=1),
+        "without": call(leaves, grad),
+        "SDPA": peer,
+    }
+    pairs = 2048 * 2049 // 2
+    return Case(
+        f"dropout 0.1, causal, {'forward + backward' if backward else 'forward'}", dtype, calls, oracle,
+        {"without": 1 / 1.35}, flop=2 * PRODUCTS["both" if backward else "forward"] * 8 * 64 * pairs,
+        checked={"ours": first_rows},
+    )  # fmt: skip
+
+
+PACKED = {
+    **{
+        f"varlen {mode} {dtype}": lambda dtype=dtype, backward=backward: varlen_case(dtype, backward)
+        for dtype in PRODUCT_DTYPES
+        for mode, backward in (("forward", False), ("both", True))
+    },
+    "weights": lambda: weights_case(FP32),
+    **{
+        f"dropout {mode} {dtype}": lambda dtype=dtype, backward=backward: dropout_case(dtype, backward)
+        for dtype in PRODUCT_DTYPES
+        for mode, backward in (("forward", False), ("both", True))
+    },
+}
+
+
+def peaks() -> list[dict]:
+    """The machine's peaks, in 10^9 operations or bytes a second."""
+    found = {"fp32 FMA": probes.peak_fma(), "bf16 dot": probes.peak_bf16_dot(), "read B/s": probes.read_bandwidth()}
+    return [{"peak": name, "G": f"{value / 1e9:.0f}"} for name, value in found.items()]
+
+
+def plot_cases(tables: dict[str, list[dict]]):
+    rows = [row for row in tables["cases"] if row["ms"] != "wrong"]
+    ratios = [float(row["x SDPA"]) for row in rows]
+    return bars(
+        [f"{row['case']}, {row['mode']}, {row['dtype']}" for row in rows],
+        ratios,
+        [f"{row['x SDPA']}x, {row['of peak']} of peak" for row in rows],
+        "PyTorch SDPA's time / ours",
+        xscale="log",
+        xlim=(0.8, 4 * max(ratios)),
+    )
+
+
+def plot_growth(tables: dict[str, list[dict]]):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -381,45 +478,20 @@ def plot_growth(result: dict) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, unit, title in zip(axes, ("ms", "MB"), ("time", "peak extra memory"), strict=True):
         for name, label in (("ours", "pynlp"), ("sdpa", "SDPA, dense bias")):
-            values = result[unit][name]
-            axis.plot(result["seqlen"][: len(values)], values, marker="o", label=label)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="sequence length",
-            ylabel=unit,
-            title=f"forward + backward, T5 table: {title}",
-        )
-        axis.title.set_fontsize(9)
+            points = [(r["seqlen"], float(r[f"{name} {unit}"])) for r in tables["growth"] if r[f"{name} {unit}"] != "-"]
+            axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=unit)
+        axis.set_title(f"forward + backward, T5 table: {title}", fontsize=9)
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "attention_growth.png", dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the cases whose name contains this, and nothing else")
-    only = parser.parse_args().only
-    chosen = [case for case in cases() if only in case.name]
-    if not chosen:
-        parser.error(f"--only: expected a part of one of {sorted({c.name for c in cases()})}, got {only!r}")
-    flex = None if only else compiled_flex()
-    rows = [run_case(case, flex) for case in tqdm(chosen, desc="cases", leave=False)]
-    print(table(rows))
-    if only:
-        return
-    figures = scaling_figures() + memory_figures()
-    print("\n" + table(figures))
-    grown = growth([1024, 2048, 4096, 8192, 16384])
-    peaks = {"fp32 FMA": probes.peak_fma(), "bf16 dot": probes.peak_bf16_dot(), "read B/s": probes.read_bandwidth()}
-    content = {"machine": machine(), "peaks": peaks, "cases": rows, "figures": figures, "growth": grown}
-    path = write_json("attention", content)
-    plot_cases(rows)
-    plot_growth(grown)
-    print(f"\n{machine()}\npeaks: " + ", ".join(f"{name} {value / 1e9:.0f} G" for name, value in peaks.items()))
-    print(f"written: {path}, {RESULTS / 'attention.png'}, {RESULTS / 'attention_growth.png'}")
+    tables = {"cases": (whole_cases(), whole_row), "packed, weights, dropout": (PACKED, row)}
+    more = {"figures": lambda: scaling_figures() + memory_figures(), "growth": growth, "peaks": peaks}
+    plots = {"attention": plot_cases, "attention_growth": plot_growth}
+    run_cases("attention", __doc__, tables, more, plots)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""`python -m benchmarks.gpu`: attention, decoding, norms, gates and the loss on a GPU beside PyTorch's own.
+"""Attention, decoding, norms, activations and the loss on a GPU beside PyTorch's own.
+
+`python -m benchmarks.gpu`.
 
 Peers are SDPA by its FlashAttention and cuDNN kernels, FlexAttention where there is a bias, and PyTorch's operations
 alone ("eager") or compiled. Attention: 16,384 tokens, 2,048 channels in heads of 64 or 128, bf16, as in the papers of
-FlashAttention; FLOP/s count the pairs that the mask leaves. Times are medians: of calls from Python, which can take
-longer than their kernels, and of calls captured in a CUDA graph, the GPU's time alone. Rates are of the latter, with
-their shares of what a large matrix product and a large copy reach in this run. A result that is further from fp64 than
-PyTorch's by more than a factor of two (gradients: three) has no time. With PYNLP_AUTOTUNE=1 tiles are measured first.
-Writes results/gpu.json.
+FlashAttention; FLOP/s count the pairs that the mask leaves. All implementations take turns, and times are medians: of
+calls from Python, which can take longer than their kernels, and of calls captured in a CUDA graph, which show the GPU's
+time alone. Rates are of the latter; their shares are of what a large matrix product and a large copy reach in this run.
+A result that is further from fp64 than PyTorch's by more than a factor of two (gradients: three) has no time. With
+PYNLP_AUTOTUNE=1 tiles are measured first. Writes results/gpu.json.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.measure import BF16, largest_error, machine, table, write_json
+from benchmarks.cases import Case, run, sdpa
+from benchmarks.measure import BF16, machine, round_times, table, write_json
 from pynlp.functional import alibi_slopes, attention, attention_decode, gelu, layer_norm, linear_cross_entropy, rms_norm
 
 TOKENS, CHANNELS = 16384, 2048
@@ -33,21 +36,8 @@ COLUMNS = (
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
-@dataclass
-class Case:
-    """Calls that give the same, `ours` among them; those of `small` do it in little, also in fp64 as "exact"."""
-
-    name: str
-    calls: dict[str, Callable[[], object]]
-    small: dict[str, Callable[[], list[Tensor]]]
-    flop: float = 0.0
-    bytes: float = 0.0
-    gradients: bool = False
-    memory: bool = False  # whether the peak memory is told
-
-
 def with_gradients(function: Callable, tensors: dict[str, Tensor], backward_alone: bool = False) -> Callable:
-    """A call that gives what the function gives, and the gradients of its tensors; or these alone."""
+    """A call that gives the function's results and the gradients of its tensors, or these alone."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
 
     def outputs() -> list[Tensor]:
@@ -68,18 +58,15 @@ def with_gradients(function: Callable, tensors: dict[str, Tensor], backward_alon
 
 
 def timed(functions: dict[str, Callable], tensors: dict[str, Tensor], backward: bool) -> dict[str, Callable]:
-    """Calls of the forward passes alone, or of the backward passes alone."""
+    """Calls that run each function's forward pass alone, or its backward pass alone."""
     if backward:
         return {name: with_gradients(function, tensors, True) for name, function in functions.items()}
     return {name: lambda function=function: function(**tensors) for name, function in functions.items()}
 
 
-def scaled(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None) -> Tensor:
-    """SDPA of (batch, seqlen, heads, head_dim)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with nullcontext() if backend is None else sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+def sdpa_on(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(q, k, v, is_causal=causal)
 
 
 def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -91,20 +78,21 @@ def attention_case(seqlen: int, head_dim: int, causal: bool, backward: bool) -> 
     tensors = {name: normal(batch, seqlen, heads, head_dim) for name in "qkv"}
     part = {name: x[:1, :1024, :2] for name, x in tensors.items()}
     functions = {"ours": lambda q, k, v: attention(q, k, v, causal=causal)}
-    functions |= {name: lambda q, k, v, b=b: scaled(q, k, v, causal, b) for name, b in BACKENDS.items()}
+    functions |= {name: partial(sdpa_on, backend, causal=causal) for name, backend in BACKENDS.items()}
     small = {name: with_gradients(function, part) for name, function in functions.items()}
     wide = {name: x.double() for name, x in part.items()}
-    small["exact"] = with_gradients(lambda q, k, v: scaled(q, k, v, causal, SDPBackend.MATH), wide)
+    exact = with_gradients(partial(sdpa_on, SDPBackend.MATH, causal=causal), wide)
     calls = timed(functions, tensors, backward)
     pairs = seqlen * (seqlen + 1) // 2 if causal else seqlen**2
     return Case(
         f"{'causal' if causal else 'full'} S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}",
-        calls, small, flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), gradients=True,
+        BF16, calls, exact, flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), slack=3.0,
+        checked=small,
     )  # fmt: skip
 
 
 def alibi_case(backward: bool) -> Case:
-    """Against FlexAttention, compiled."""
+    """Causal attention with ALiBi beside FlexAttention, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     seqlen, head_dim = 4096, 128
@@ -127,7 +115,7 @@ def alibi_case(backward: bool) -> Case:
         return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
 
     functions = {"ours": lambda q, k, v: attention(q, k, v, causal=True, alibi_slopes=slopes), "Flex": flex}
-    # The first head of each, of the whole.
+    # Held against fp64: the first head of the first sequence.
     small = {name: lambda f=f: [x[:1, :, :1] for x in with_gradients(f, tensors)()] for name, f in functions.items()}
 
     def exact_head() -> list[Tensor]:
@@ -137,42 +125,44 @@ def alibi_case(backward: bool) -> Case:
         out = exact(*leaves)
         return [out, *torch.autograd.grad(out, leaves, weight)]
 
-    small["exact"] = exact_head
     calls = timed(functions, tensors, backward)
     pairs = seqlen * (seqlen + 1) // 2
     return Case(
-        f"causal, ALiBi, S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}", calls, small,
-        flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), gradients=True,
+        f"causal, ALiBi, S{seqlen} D{head_dim}, {'backward' if backward else 'forward'}", BF16, calls, exact_head,
+        flop=4 * batch * heads * pairs * head_dim * (2.5 if backward else 1), slack=3.0, checked=small,
     )  # fmt: skip
 
 
 def decode_case(batch: int, length: int) -> Case:
-    """One new token of 32 query heads on 8 of keys and values, of 128 channels."""
+    """One new token: 32 query heads of 128 channels on 8 heads of keys and values."""
     q, k, v = normal(batch, 1, 32, 128), normal(batch, length, 8, 128), normal(batch, length, 8, 128)
     lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
     functions = {
         "ours": lambda q, k, v: attention_decode(q, k, v, lengths[: q.shape[0]]),
-        **{name: lambda q, k, v, b=b: scaled(q, k, v, False, b) for name, b in BACKENDS.items()},
+        **{name: partial(sdpa_on, backend, causal=False) for name, backend in BACKENDS.items()},
     }
     small = {name: lambda f=f: [f(q[:1], k[:1], v[:1])] for name, f in functions.items()}
-    small["exact"] = lambda: [scaled(q[:1].double(), k[:1].double(), v[:1].double(), False, SDPBackend.MATH)]
     calls = {name: lambda f=f: f(q, k, v) for name, f in functions.items()}
-    return Case(f"decode, batch {batch}, cache {length}, heads 32/8", calls, small, bytes=4 * k.numel())
+    return Case(
+        f"decode, batch {batch}, cache {length}, heads 32/8", BF16, calls,
+        lambda: [sdpa_on(SDPBackend.MATH, *(x[:1].double() for x in (q, k, v)), causal=False)],
+        bytes=4 * k.numel(), checked=small,
+    )  # fmt: skip
 
 
 def layer_case(name: str, ours: Callable, eager: Callable, shapes: dict[str, tuple[int, ...]], passes: int) -> Case:
-    """Forward and backward; `passes`: how often a tensor like x is read or written at least."""
+    """Forward and backward, which read or write tensors like x `passes` times at least."""
     tensors = {n: normal(*shape, dtype=torch.float32 if len(shape) == 1 else BF16) for n, shape in shapes.items()}
     part = {n: x if x.dim() == 1 else x[:64] for n, x in tensors.items()}
     functions = {"ours": ours, "eager": eager}
     small = {n: with_gradients(f, part) for n, f in functions.items()}
-    small["exact"] = with_gradients(eager, {n: x.double() for n, x in part.items()})
+    exact = with_gradients(eager, {n: x.double() for n, x in part.items()})
     calls = {n: with_gradients(f, tensors) for n, f in (functions | {"compiled": torch.compile(eager)}).items()}
-    return Case(name, calls, small, bytes=passes * 2 * tensors["x"].numel(), gradients=True)
+    return Case(name, BF16, calls, exact, bytes=passes * 2 * tensors["x"].numel(), slack=3.0, checked=small)
 
 
 def loss_case(vocabulary: int) -> Case:
-    """8,192 tokens of 2,048 channels."""
+    """The loss of 8,192 tokens of 2,048 channels."""
     target = torch.randint(vocabulary, (8192,), device="cuda")
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
@@ -185,11 +175,11 @@ def loss_case(vocabulary: int) -> Case:
     part = {"x": tensors["x"][:256], "weight": tensors["weight"]}
     functions = {"ours": ours, "eager": eager}
     small = {n: with_gradients(f, part) for n, f in functions.items()}
-    small["exact"] = with_gradients(eager, {n: x.double() for n, x in part.items()})
+    exact = with_gradients(eager, {n: x.double() for n, x in part.items()})
     calls = {n: with_gradients(f, tensors) for n, f in (functions | {"compiled": torch.compile(eager)}).items()}
     return Case(
-        f"linear + cross-entropy, vocabulary {vocabulary}", calls, small, flop=6 * 8192 * 2048 * vocabulary,
-        gradients=True, memory=True,
+        f"linear + cross-entropy, vocabulary {vocabulary}", BF16, calls, exact, flop=6 * 8192 * 2048 * vocabulary,
+        slack=3.0, checked=small, memory=True,
     )  # fmt: skip
 
 
@@ -223,31 +213,40 @@ def cases() -> dict[str, Callable[[], Case]]:
     return made
 
 
-def time_of(call: Callable) -> float:
-    """Seconds, the median of many."""
+def time_of(call: Callable, rep: int = 80) -> float:
+    """Seconds, the median of calls of `rep` milliseconds."""
     from triton.testing import do_bench
 
-    return do_bench(call, warmup=20, rep=80, return_mode="median") / 1e3
+    return do_bench(call, warmup=20, rep=rep, return_mode="median") / 1e3
 
 
-def graph_time_of(call: Callable, estimate: float) -> float:
-    """The same of one of many calls captured in a graph, on the stream that the tensors' own graphs were made on."""
-    graph, count = torch.cuda.CUDAGraph(), max(1, round(0.01 / estimate))
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(count):
-            call()
-    return time_of(graph.replay) / count
+def median_times(calls: dict[str, Callable]) -> dict[str, float]:
+    """Seconds of each call, the median of three rounds in which they take turns."""
+    times = round_times(calls, 0.0, clock=partial(time_of, rep=30))
+    return {name: statistics.median(rounds) for name, rounds in times.items()}
+
+
+def graph_times(calls: dict[str, Callable], estimates: dict[str, float]) -> dict[str, float]:
+    """Seconds of each call in a graph of many, captured on the stream that the tensors' own graphs were made on."""
+    replays, counts = {}, {name: max(1, round(0.01 / estimate)) for name, estimate in estimates.items()}
+    for name, call in calls.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(counts[name]):
+                call()
+        replays[name] = graph.replay
+    return {name: time / counts[name] for name, time in median_times(replays).items()}
 
 
 def peaks() -> tuple[float, float]:
-    """FLOP/s of a large bf16 matrix product, and bytes a second of a large copy, read and written."""
+    """FLOP/s of a large bf16 matrix product, and bytes a second that a large copy reads and writes."""
     a, b = normal(8192, 8192), normal(8192, 8192)
     x, y = (torch.empty(2**30, dtype=torch.int32, device="cuda") for _ in range(2))
     return 2 * 8192**3 / time_of(lambda: a @ b), 2 * 4 * x.numel() / time_of(lambda: y.copy_(x))
 
 
 def peak_memory(call: Callable) -> int:
-    """Bytes above what there was before."""
+    """Bytes that a call adds to the memory in use, at its peak."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -256,27 +255,25 @@ def peak_memory(call: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run_case(case: Case, flops: float, bandwidth: float) -> dict:
-    exact = case.small.pop("exact")()
-    errors = {name: largest_error(call(), exact) for name, call in case.small.items()}
-    ours, peers = errors.pop("ours"), list(errors.values())
-    allowed = 3 if case.gradients else 2
-    correct = all(error <= allowed * max(each) + 1e-6 for error, *each in zip(ours, *peers, strict=True))
-    row = dict.fromkeys(COLUMNS, "-")
-    row |= {"case": case.name, "error": f"{max(ours):.1e}", "PyTorch's": f"{max(map(max, peers)):.1e}"}
-    if not correct:
-        return row | {"ms": "wrong"}
-    times = {name: time_of(call) for name, call in case.calls.items()}
-    alone = {name: graph_time_of(call, times[name]) for name, call in case.calls.items()}
-    row |= {"ms": f"{1e3 * times['ours']:.3f}", "time / ours": shares(times)}
-    row |= {"ms in a graph": f"{1e3 * alone['ours']:.3f}", "time / ours in it": shares(alone)}
+def speed(case: Case, flops: float, bandwidth: float) -> dict[str, str]:
+    """The cells of a case whose errors pass."""
+    times = median_times(case.calls)
+    alone = graph_times(case.calls, times)
+    cells = {"ms": f"{1e3 * times['ours']:.3f}", "time / ours": shares(times)}
+    cells |= {"ms in a graph": f"{1e3 * alone['ours']:.3f}", "time / ours in it": shares(alone)}
     if case.flop:
-        row["rate"] = f"{case.flop / alone['ours'] / 1e12:.0f} TFLOP/s, {case.flop / alone['ours'] / flops:.0%}"
+        cells["rate"] = f"{case.flop / alone['ours'] / 1e12:.0f} TFLOP/s, {case.flop / alone['ours'] / flops:.0%}"
     else:
-        row["rate"] = f"{case.bytes / alone['ours'] / 1e9:.0f} GB/s, {case.bytes / alone['ours'] / bandwidth:.0%}"
+        cells["rate"] = f"{case.bytes / alone['ours'] / 1e9:.0f} GB/s, {case.bytes / alone['ours'] / bandwidth:.0%}"
     if case.memory:
-        row["memory / ours"] = shares({name: peak_memory(call) for name, call in case.calls.items()})
-    return row
+        cells["memory / ours"] = shares({name: peak_memory(call) for name, call in case.calls.items()})
+    return cells
+
+
+def row(case: Case, flops: float, bandwidth: float) -> dict[str, str]:
+    result = run(case, partial(speed, flops=flops, bandwidth=bandwidth))
+    errors = {"case": case.name, "error": f"{result.error:.1e}", "PyTorch's": f"{result.peer_error:.1e}"}
+    return dict.fromkeys(COLUMNS, "-") | errors | (result.speed or {"ms": "wrong"})
 
 
 def shares(values: dict[str, float]) -> str:
@@ -293,12 +290,12 @@ def main() -> None:
     if not made:
         parser.error(f"--only: expected a part of one of {', '.join(cases())}, got {only!r}")
     torch.manual_seed(0)
-    torch.cuda.set_stream(torch.cuda.Stream())  # of the default one nothing can be captured
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
     flops, bandwidth = peaks()
     torch.cuda.empty_cache()
     rows = []
     for make in tqdm(made.values(), desc="cases", leave=False):
-        rows.append(run_case(make(), flops, bandwidth))
+        rows.append(row(make(), flops, bandwidth))
         tqdm.write(", ".join(rows[-1].values()))
         torch.cuda.empty_cache()
     print(table(rows))

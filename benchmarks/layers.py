@@ -1,11 +1,12 @@
-"""`python -m benchmarks.layers`: norms, activations and the loss beside PyTorch's operators, forward and backward.
+"""Norms, activations, the loss and linear layers beside PyTorch's operators.
 
-And linear layers of few rows, forward alone, with so many weights that each comes from memory, as in decoding.
+`python -m benchmarks.layers`.
 
-As in benchmarks.decode a case is set up once, its errors against fp64 decide whether its speed is printed, and all
-implementations are timed in turn. The sizes are those of a training step: 4096 tokens, 256 channels, 1024 between the
-layers of a feed-forward, vocabularies of 8,000 and 32,000. Bytes are those that must be read and written once, against
-the read bandwidth; FLOP/s are those of the products. Writes results/layers.json and layers.png.
+A case is set up once, its errors against fp64 decide whether its speed is printed, and all implementations take turns.
+Norms, activations and the loss run forward and backward, in the sizes of a training step: 4096 tokens, 256 channels,
+1024 inside a feed-forward, vocabularies of 8,000 and 32,000. Linear layers run forward alone, on few rows and so many
+weights that each comes from memory, as in decoding. Rates count the bytes that must be read and written once, and their
+peak is the read bandwidth; products count FLOP/s. Writes results/layers.json and layers.png.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, run_cases
+from benchmarks.cases import Case, plot_shares, row, run_cases
 from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, peak_memory
 from pynlp.functional import gelu, layer_norm, linear, linear_cross_entropy, relu, rms_norm, swiglu
 from pynlp.reference.common.random import dropped_parts, keeps
@@ -24,7 +25,7 @@ SEED = 1
 
 
 def with_gradients(function: Callable, tensors: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """Results, and gradients of all tensors."""
+    """The results of a function, and the gradients of all its tensors."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     results = function(*leaves)
     results = list(results) if isinstance(results, tuple) else [results]
@@ -33,7 +34,7 @@ def with_gradients(function: Callable, tensors: list[Tensor], weights: list[Tens
 
 
 def eager_dropout(x: Tensor, dropout_p: float) -> Tensor:
-    """Of the values that ours drops."""
+    """Dropout of the same values that ours drops."""
     if not dropout_p:
         return x
     kept = keeps(torch.tensor([SEED]), dropout_p, x.shape[0], x.shape[1])
@@ -42,10 +43,10 @@ def eager_dropout(x: Tensor, dropout_p: float) -> Tensor:
 
 def elementwise_case(name, dtype, ours, theirs, tensors, weights, passes, dropout_p, asked) -> Case:
     """`theirs(dropout, *tensors)` with PyTorch's dropout as the peer, with ours as the oracle."""
-    calls = {"ours": lambda: with_gradients(ours, tensors, weights)}
-    if dropout_p:  # PyTorch drops other values: what is held against the oracle are ours
-        calls["checked"] = calls["ours"]
-    calls["eager"] = lambda: with_gradients(lambda *t: theirs(lambda x: F.dropout(x, dropout_p), *t), tensors, weights)
+    calls = {
+        "ours": lambda: with_gradients(ours, tensors, weights),
+        "eager": lambda: with_gradients(lambda *t: theirs(lambda x: F.dropout(x, dropout_p), *t), tensors, weights),
+    }
 
     def oracle() -> list[Tensor]:
         exact = [x.double() for x in tensors]
@@ -54,6 +55,7 @@ def elementwise_case(name, dtype, ours, theirs, tensors, weights, passes, dropou
     return Case(
         name + (f", dropout {dropout_p}" if dropout_p else ""), dtype, calls, oracle, {"eager": asked},
         bytes=passes * tensors[0].numel() * dtype.itemsize,
+        checked={"ours": calls["ours"]} if dropout_p else None,  # PyTorch drops other values
     )  # fmt: skip
 
 
@@ -200,7 +202,8 @@ CASES = {
 
 def main() -> None:
     label = "% of the machine's peak: read bandwidth, FLOP/s for products"
-    run_cases("layers", __doc__, CASES, label, {"memory": loss_memories})
+    plots = {"layers": lambda tables: plot_shares(tables["cases"], label)}
+    run_cases("layers", __doc__, {"cases": (CASES, row)}, {"memory": loss_memories}, plots)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times of several implementations in turn, errors against an oracle, peak memory, and how they are shown."""
+"""Times of calls that take turns, errors against an oracle, peak memory, the machine's peaks, tables and bars."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pynlp import has_bf16
+from pynlp import has_bf16, probes
 
 RESULTS = Path("results")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -20,12 +20,25 @@ FP32, BF16 = torch.float32, torch.bfloat16
 PRODUCT_DTYPES = (FP32, BF16) if has_bf16(torch.device("cpu")) else (FP32,)
 
 
-def round_times(functions: dict[str, Callable], seconds: float = 1.5, pause: float = 0.0) -> dict[str, list[float]]:
-    """The times of each function in seconds, a round each, called in turn so that noise meets all alike.
+def shorter_of_two(function: Callable) -> float:
+    """Seconds of the shorter of two calls: the first finds caches and threads as another function left them."""
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
-    There are at least three rounds after a warm-up, more while `seconds` last. In a round every function runs twice and
-    the shorter time counts: the first time it finds the caches and the thread pool as another one left them. Before it
-    there is a pause in seconds, for threads of another runtime: they wait for more work in a loop, at the cost of all.
+
+def round_times(
+    functions: dict[str, Callable], seconds: float = 1.5, pause: float = 0.0, clock: Callable = shorter_of_two
+) -> dict[str, list[float]]:
+    """The times of each function in seconds, one a round: the functions take turns, so that noise meets all alike.
+
+    Args:
+        seconds: Rounds go on for that long, after a warm-up; there are at least three.
+        pause: Seconds of rest before each time, for threads of another runtime that spin for a while after their work.
+        clock: Gives the time of a function in seconds.
     """
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -34,19 +47,19 @@ def round_times(functions: dict[str, Callable], seconds: float = 1.5, pause: flo
     while rounds < 3 or time.perf_counter() - start < seconds:
         for name, function in functions.items():
             time.sleep(pause)
-            two = []
-            for _ in range(2):
-                begin = time.perf_counter()
-                function()
-                two.append(time.perf_counter() - begin)
-            times[name].append(min(two))
+            times[name].append(clock(function))
         rounds += 1
     return times
 
 
 def best_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str, float]:
-    """The shortest time of each function in seconds, from rounds in which they are called in turn."""
+    """The shortest time of each function in seconds, from rounds in which they take turns."""
     return {name: min(times) for name, times in round_times(functions, seconds).items()}
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the machine in the dtype's instructions; fp16 is computed in fp32."""
+    return (dtype == BF16 and probes.peak_bf16_dot(seconds=0.02)) or probes.peak_fma(seconds=0.02)
 
 
 def largest_error(values: list[Tensor], oracle: list[Tensor]) -> list[float]:
@@ -55,9 +68,9 @@ def largest_error(values: list[Tensor], oracle: list[Tensor]) -> list[float]:
 
 
 def peak_memory(script: str) -> int:
-    """Bytes that the function `measured()` defined by `script` needs at its peak beyond what was there before it.
+    """Bytes of memory that `measured()`, a function that `script` defines, adds to its process at its peak.
 
-    In a fresh process, so that no allocator's cache hides anything. Linux only (/proc/self/clear_refs).
+    The process is a fresh one, so that no allocator's cache hides anything. Linux only (/proc/self/clear_refs).
     """
     program = f"""
 {script}
@@ -77,7 +90,7 @@ print(resident("VmHWM") - before)
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """The machine and the PyTorch that figures were measured with."""
     model = "unknown CPU"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -89,13 +102,29 @@ def machine() -> dict:
 
 
 def write_json(name: str, content: object) -> Path:
-    """Write results/NAME.json: to a temporary file first, so that an interruption leaves the old one."""
+    """Writes results/NAME.json, to a temporary file first: an interruption leaves the old one."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".tmp", delete=False) as file:
         json.dump(content, file, indent=1)
     os.replace(file.name, path)
     return path
+
+
+def bars(labels: list[str], values: list[float], notes: list[str], xlabel: str, **axes_options):
+    """A figure of horizontal bars, each with its label before it and its note behind it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.34 * len(labels) + 1.1))
+    axes.bar_label(axes.barh(labels, values, color="#3b6fb6"), notes, padding=4, fontsize=7)
+    axes.set(xlabel=xlabel, **axes_options)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def table(rows: list[dict]) -> str:

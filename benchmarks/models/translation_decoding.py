@@ -4,9 +4,9 @@
 
 The same weights (256 channels, 3 + 3 layers, 4 heads, 8,000 tokens, layer norm, GELU, learned positions, fp32) in
 pynlp.decoding; in a plain loop of PyTorch's operations, with scaled_dot_product_attention and a cache; and converted
-for CTranslate2, where that is installed. The weights are random, and the end symbol is never said, so sentences end by
-their limit: all at 40 tokens, or each at its own length, and the loop waits for the longest. All must write the same
-tokens. Writes results/decoding.json.
+for CTranslate2, where that is installed. The weights are random, and the end symbol is never written, so sentences end
+at their limit: all at 40 tokens, or each at its own length, and then the loop waits for the longest. All must write the
+same tokens. Writes results/translation_decoding.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pynlp.models import EncoderDecoder, TransformerConfig
 
 VOCABULARY, CHANNELS, LAYERS, HEADS, LONGEST = 8000, 256, 3, 4, 64
 BATCH, BEGIN, END = 32, 1, 2
-PAUSES = {"CTranslate2": 0.3}  # seconds in which its threads, which wait for more work in a loop, come to rest
+PAUSES = {"CTranslate2": 0.3}  # seconds after which its threads no longer spin
 SAME = 0.9  # of the sentences, at least: a tie that rounding decides changes all that follows
 
 
@@ -48,7 +48,7 @@ def make_model() -> EncoderDecoder:
 
 
 class PlainLoop:
-    """What one writes by hand in PyTorch: every projection, a cache in place, all rows until the last has ended."""
+    """Greedy decoding by hand in PyTorch: every projection, a cache in place, all rows until the last has ended."""
 
     def __init__(self, model: EncoderDecoder):
         self.model = model
@@ -151,10 +151,10 @@ def convert(model: EncoderDecoder, folder: str) -> None:
 
 
 class CTranslate2:
-    """A converted model in a process of its own.
+    """A converted model, run in a process of its own.
 
-    Once its threads have run in a process, there are more of them than cores, and then OpenMP's no longer wait for work
-    in a loop: all of PyTorch's and our parallel work takes nearly twice as long from there on.
+    Its threads and OpenMP's together are more than there are cores; then OpenMP's no longer spin while they wait for
+    work, and all parallel work of PyTorch and of ours in that process takes nearly twice as long.
     """
 
     def __init__(self, folder: str):
@@ -162,7 +162,7 @@ class CTranslate2:
         self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
     def __call__(self, source: Tensor, lengths: Tensor, limit: int) -> list[list[int]]:
-        """`limit` tokens of each."""
+        """Translations of `limit` tokens each."""
         texts = [[str(i) for i in row[:n]] for row, n in zip(source.tolist(), lengths.tolist(), strict=True)]
         return self.process.submit(_translate, self.folder, torch.get_num_threads(), texts, limit).result()
 
@@ -181,7 +181,7 @@ def _translator(folder: str, threads: int):
 
 
 def compare(name: str, calls: dict[str, Callable[[], list[list[int]]]]) -> dict:
-    """A row: whether all write the same, and their times in turns."""
+    """A line of the table: whether all write the same tokens, and their times, taken in turns."""
     written = {who: call() for who, call in calls.items()}
     ours, peers = written["ours"], [who for who in calls if who != "ours"]
     same = {who: sum(map(list.__eq__, ours, written[who])) / BATCH for who in peers}
@@ -224,7 +224,7 @@ def main() -> None:
             alike["CTranslate2"] = lambda: converted(source, lengths, 40)
         rows = [compare("all of 40 tokens", alike), compare("of 8 to 48 tokens", calls(lengths.long()))]
     print(table(rows))
-    path = write_json("decoding", {"machine": machine(), "cases": rows})
+    path = write_json("translation_decoding", {"machine": machine(), "cases": rows})
     print(f"\n{machine()}\nwritten: {path}")
 
 

@@ -5,8 +5,8 @@
 Both have 256 channels, 3 + 3 layers, 4 heads, 1024 channels between, pre-norm, GELU, dropout 0.2 and one embedding of
 8,000 tokens for source, target and logits; both train in bf16 autocast (in fp32 where there are no instructions for
 bf16) with label smoothing and the fused AdamW, on the same batches of 64 sentences of 8 to 48 tokens, a step of each in
-turn. PyTorch's is given what makes it fastest here: batch_first, padding and causal masks made once a batch, logits of
-the padding left out. Writes results/training.json.
+turn. PyTorch's model runs as fast as it can here: batch_first, padding and causal masks made once a batch, no logits of
+the padding. Writes results/translation_training.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BATCH, SHORTEST, LONGEST, PAD, SMOOTHING = 64, 8, 48, 0, 0.1
 
 
 class Stock(nn.Module):
-    """The same model from torch.nn.Transformer."""
+    """The model made of torch.nn.Transformer."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Stock(nn.Module):
 
 
 class Ours(nn.Module):
-    """Our encoder-decoder and its fused loss."""
+    """The model made of our encoder-decoder and fused loss."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ class Ours(nn.Module):
 
 
 def batches(count: int) -> list[tuple[Tensor, ...]]:
-    """Sources, and targets that are these plus one: something to learn."""
+    """Batches whose targets are their sources plus one, which can be learnt."""
     generator = torch.Generator().manual_seed(0)
     result = []
     for _ in range(count):
@@ -145,7 +145,7 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["ours"][warm], seconds["torch.nn.Transformer"][warm], strict=True)]
     ratio = statistics.median(ratios)
     print(f"\nThe same step takes torch.nn.Transformer {ratio:.2f} times as long (asked: >= 1.8).")
-    path = write_json("training", {"machine": machine(), "models": rows, "ratio": ratio, "losses": losses})
+    path = write_json("translation_training", {"machine": machine(), "models": rows, "ratio": ratio, "losses": losses})
     print(f"{machine()}\nwritten: {path}")
 
 

@@ -7,19 +7,13 @@ import triton.language as tl
 
 from .dropout import head_dropout, kept_weights
 from .heads import (
-    Rotary,
-    Span,
+    HeadRotary,
+    Heads,
     add_product,
-    biased_scores,
-    block_ranges,
-    capped_scores,
-    far_span,
     finite_or_zero,
     has_nonfinite,
-    head_score,
     load_head,
     load_pieces,
-    near_range,
     nonfinite_rows,
     pieces_product,
     scale_pieces,
@@ -27,21 +21,52 @@ from .heads import (
     store_head,
     zero_head,
 )
-from .sequences import contiguous_rows, head_rows, query_block, sequence_rotary
+from .scores import (
+    Biases,
+    Block,
+    Head,
+    Span,
+    biased_scores,
+    block_ranges,
+    capped_scores,
+    far_span,
+    head_score,
+    near_range,
+)
+from .sequences import Sequences, Statistics, contiguous_rows, head_rows, query_block, sequence_rotary
 
 
 class NearSums(NamedTuple):
-    """A program's sums of ds by distance, in segments."""
+    """Sums of ds by distance, in segments."""
 
     p: tl.tensor
-    first: tl.tensor  # distance of the first key to the first query in a tile of the first segment
+    first: tl.tensor  # the distance of the first key to the first query in a tile of the first segment
+    size: tl.tensor  # all segments' of a program
+
+
+class QuerySums(NamedTuple):
+    """The sums of a block of queries over the keys that a loop has visited so far."""
+
+    b_grad_q: tl.tuple  # pieces (BLOCK_M, channels): ds k
+    b_slope: tl.tensor  # (BLOCK_M,): ds |distance|
+    b_left: tl.tensor  # (BLOCK_M,): ds of keys far to the left ...
+    b_right: tl.tensor  # ... and to the right
+
+
+class Queries(NamedTuple):
+    """A block of queries."""
+
+    b_q: tl.tuple  # pieces (BLOCK_M, channels)
+    b_grad: tl.tuple  # pieces (BLOCK_M, BLOCK_D) of the gradient of out
+    b_pivot: tl.tensor  # (BLOCK_M,)
+    b_delta: tl.tensor
 
 
 @triton.jit
 def _diagonal_sums(b_x, p_sums, SIZE: tl.constexpr):
-    """Sums of a square tile by column - row: SIZE - 1 negative ones after an unused first, then SIZE from 0 on.
+    """Stores the sums of a square tile by column - row: -SIZE (nothing), 1 - SIZE .. -1, then 0 .. SIZE - 1.
 
-    Row r is turned left by r, which puts a diagonal into a column and the one SIZE below it into the same.
+    Row r is turned left by r, which puts a diagonal and the one SIZE below it into the same column.
     """
     o_r = tl.arange(0, SIZE)[:, None]
     o_c = tl.arange(0, SIZE)[None, :]
@@ -54,9 +79,9 @@ def _diagonal_sums(b_x, p_sums, SIZE: tl.constexpr):
 
 @triton.jit
 def _sums_of_tile(sums, distance, PACKED: tl.constexpr, SIZE: tl.constexpr):
-    """Where the sums of a tile start whose first key has this distance to its first query.
+    """A pointer to the sums of a tile whose first key has this distance to its first query.
 
-    Tiles overlap in distances, so each has a segment of its own, of twice SIZE. Those of packed sequences may differ in
+    Tiles overlap in distances, so each has a segment of its own, of twice SIZE. Tiles of packed sequences may differ in
     distance by any number: they start anywhere in the first third of a segment of three times SIZE.
     """
     SEGMENT: tl.constexpr = (3 if PACKED else 2) * SIZE
@@ -68,7 +93,7 @@ def _sums_of_tile(sums, distance, PACKED: tl.constexpr, SIZE: tl.constexpr):
 def _add_table_sums(
     b_left, b_right, b_ds, sums, base, radius, side, PACKED: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """What a square tile's ds adds to the sums far left, far right and, in memory, by distance.
+    """Adds a square tile's ds to the sums far left and far right, which it returns, or to those by distance.
 
     `base` is the distance of the tile's first key to its first query.
     """
@@ -92,15 +117,15 @@ def _add_table_sums(
 
 @triton.jit
 def _visit_keys(
-    b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, span, keys, values, rotary, score, dropout,
-    i_m, first, left, right, side, constant, sums,
+    sums, near_sums, queries, head, block, span, side, constant,
     F: tl.constexpr, TILE: tl.constexpr, NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr,
     DESCRIPTOR: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """grad_q += ds k over the blocks of keys of a span, and what ds adds to the gradients of the biases.
-
-    KIND is as in the forward kernel.
-    """
+    """The sums after the blocks of keys of a span; KIND has the forward kernel's meaning."""
+    b_grad_q, b_slope, b_left, b_right = sums
+    b_q, b_grad, b_pivot, b_delta = queries
+    keys, values, rotary, score, dropout = head
+    i_m, first, left, right = block
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     MASKED: tl.constexpr = KIND == "masked" or KIND == "careful"
     ACCURATE: tl.constexpr = b_q[0].dtype == tl.float32
@@ -156,7 +181,7 @@ def _visit_keys(
                 b_slope += tl.sum(b_ds * tl.abs((i_n + o_n).to(tl.float32)[None, :] - b_place[:, None]), 1)
         if NEEDS_TABLE:
             b_left, b_right = _add_table_sums(
-                b_left, b_right, b_ds, sums, i_n - first, score.radius, side, F.PACKED, KIND, BLOCK_N
+                b_left, b_right, b_ds, near_sums, i_n - first, score.radius, side, F.PACKED, KIND, BLOCK_N
             )
 
         if F.HAS_SOFTCAP:
@@ -165,32 +190,28 @@ def _visit_keys(
             b_grad_q = spoil_rows(b_grad_q, m_pair & nonfinite_rows(b_k)[None, :])
             b_k = finite_or_zero(b_k)
         b_grad_q = add_product(b_grad_q, b_ds, b_k, F)  # (BLOCK_M, channels) each
-    return b_grad_q, b_slope, b_left, b_right
+    return QuerySums(b_grad_q, b_slope, b_left, b_right)
 
 
 @triton.jit
 def attention_backward_queries_kernel(
-    p_q, p_k, p_v, p_grad_out, p_pivot, p_delta, p_grad_q, p_grad_slope, p_far, p_near, descriptor_k, descriptor_v,
-    p_key_lengths, p_cu_q, p_cu_k, p_slopes, p_line, p_cos, p_sin, p_positions, p_seed,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_slopes,
-    batch, rows_q, rows_k, padded_q, heads, group, left, right, radius, near_first, near_size, rotary_offset, scale,
-    softcap, dropped, grad_scale, kept_share,
+    q, k, v, grad_out, statistics, p_grad_q, p_grad_slope, p_far, near_sums, descriptor_k, descriptor_v,
+    sequences, biases, rotary, p_seed, heads, group, left, right, scale, softcap, dropped, grad_scale, kept_share,
     F: tl.constexpr, TILE: tl.constexpr, NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """grad_q = scale sum_j ds_j k_j, ds = p (grad_out . v - delta), and partial sums of ds for the bias gradients.
 
     Slopes: sum ds |distance|. Table: the sums of ds far to the left and far to the right, and by distance in between.
     Each program writes its own partial sums, which are added up in a fixed order afterwards. With dropout ds is
-    p (m grad_out . v - share delta) / share, m = 1 where a weight is kept: the share's product with delta is among the
-    statistics, and the sums are divided in the end.
+    p (m grad_out . v - share delta) / share, m = 1 where a weight is kept: the statistics hold share delta, and the
+    sums are divided in the end.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     MASKED_N: tl.constexpr = TILE.MASKED
-    sequence, i_h, i_m, first, last = query_block(
-        p_key_lengths, p_cu_q, p_cu_k, batch, rows_q, rows_k, heads, F, BLOCK_M
-    )
+    sequences = Sequences(*sequences)
+    rows_q = sequences.rows_q
+    sequence, i_h, i_m, first, last = query_block(sequences, heads, F, BLOCK_M)
     if F.PACKED:
         if i_m < 0:
             return
@@ -198,67 +219,63 @@ def attention_backward_queries_kernel(
     masked, full_start, full_end = block_ranges(
         first, last, limit, left, right, F.HAS_LEFT, F.HAS_RIGHT, True, BLOCK_N, MASKED_N
     )
-    queries = head_rows(p_q, None, i_b, start_q, i_h, stride_qb, stride_qs, stride_qh, seqlen_q)
-    grads = head_rows(p_grad_out, None, i_b, start_q, i_h, stride_gb, stride_gs, stride_gh, seqlen_q)
-    keys = head_rows(p_k, descriptor_k, i_b, start_k, i_h // group, stride_kb, stride_ks, stride_kh, limit)
-    values = head_rows(p_v, descriptor_v, i_b, start_k, i_h // group, stride_vb, stride_vs, stride_vh, limit)
-    rotary = sequence_rotary(p_cos, p_sin, p_positions, sequence, rows_k, rotary_offset, F.HAS_POSITIONS)
-    rotary_q = Rotary(rotary.p_cos, rotary.p_sin, rotary.p_positions, rotary_offset + seqlen_k - seqlen_q)
-    score, constant_left, constant_right = head_score(
-        p_slopes, p_line, i, i_h, stride_slopes, scale, softcap, radius, F, BLOCK_M + BLOCK_N
-    )
-    dropout = head_dropout(p_seed, i * heads + i_h, dropped, F.HAS_DROPOUT)
+    query_rows = head_rows(Heads(*q), None, i_b, start_q, i_h, seqlen_q)
+    grad_rows = head_rows(Heads(*grad_out), None, i_b, start_q, i_h, seqlen_q)
+    keys = head_rows(Heads(*k), descriptor_k, i_b, start_k, i_h // group, limit)
+    values = head_rows(Heads(*v), descriptor_v, i_b, start_k, i_h // group, limit)
+    rotary = sequence_rotary(HeadRotary(*rotary), sequence, sequences.rows_k, F.HAS_POSITIONS)
+    rotary_q = HeadRotary(rotary.p_cos, rotary.p_sin, rotary.p_positions, rotary.start + seqlen_k - seqlen_q)
+    biases = Biases(*biases)
+    score, constant_left, constant_right = head_score(biases, i, i_h, scale, softcap, F, BLOCK_M + BLOCK_N)
+    head = Head(keys, values, rotary, score, head_dropout(p_seed, i * heads + i_h, dropped, F.HAS_DROPOUT))
+    block = Block(i_m, first, left, right)
     i_program = tl.program_id(0).to(tl.int64)
+    p_near, near_first, near_size = near_sums
     if NEEDS_TABLE:
         p_near += i_program * near_size
-    sums = NearSums(p_near, near_first)
+    near_sums = NearSums(p_near, near_first, near_size)
 
-    b_q = load_head(queries, rotary_q, i_m, F, False, BLOCK_M, True, TILE.LONG)
-    b_grad = load_pieces(grads, i_m, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_M, True, TILE.LONG)
+    b_q = load_head(query_rows, rotary_q, i_m, F, False, BLOCK_M, True, TILE.LONG)
+    b_grad = load_pieces(grad_rows, i_m, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_M, True, TILE.LONG)
+    p_pivot, p_delta, padded_q = Statistics(*statistics)
     o_row = (i_b * heads + i_h).to(tl.int64) * padded_q + start_statistics + i_m + tl.arange(0, BLOCK_M)
-    b_pivot = tl.load(p_pivot + o_row)  # (BLOCK_M,)
-    b_delta = tl.load(p_delta + o_row)  # (BLOCK_M,)
-    b_grad_q = zero_head(F, BLOCK_M)
-    b_slope = tl.zeros([BLOCK_M], tl.float32)
-    b_left = tl.zeros([BLOCK_M], tl.float32)
-    b_right = tl.zeros([BLOCK_M], tl.float32)
+    queries = Queries(b_q, b_grad, tl.load(p_pivot + o_row), tl.load(p_delta + o_row))
+    b_zero = tl.zeros([BLOCK_M], tl.float32)
+    sums = QuerySums(zero_head(F, BLOCK_M), b_zero, b_zero, b_zero)
 
     MASKED_DESCRIPTOR: tl.constexpr = TILE.DESCRIPTOR and not F.HAS_LENGTHS and not F.PACKED and MASKED_N == BLOCK_N
-    b_grad_q, b_slope, b_left, b_right = _visit_keys(
-        b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, masked, keys, values, rotary, score, dropout,
-        i_m, first, left, right, 0.0, 0.0, sums, F, TILE, NEEDS_SLOPES, NEEDS_TABLE, MASKED_DESCRIPTOR, MASKED_N,
-        "masked",
+    sums = _visit_keys(
+        sums, near_sums, queries, head, block, masked, 0.0, 0.0, F, TILE, NEEDS_SLOPES, NEEDS_TABLE,
+        MASKED_DESCRIPTOR, MASKED_N, "masked",
     )  # fmt: skip
-    if has_nonfinite(b_grad_q):
+    if has_nonfinite(sums.b_grad_q):
         NARROW_N: tl.constexpr = min(MASKED_N, 32 if max(F.HEAD_DIM, F.HEAD_DIM_V) <= 64 else 16)  # spares registers
-        b_grad_q, _, _, _ = _visit_keys(
-            zero_head(F, BLOCK_M), b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, masked, keys, values,
-            rotary, score, dropout, i_m, first, left, right, 0.0, 0.0, sums, F, TILE, False, False, False, NARROW_N,
-            "careful",
+        sums = _visit_keys(
+            QuerySums(zero_head(F, BLOCK_M), sums.b_slope, sums.b_left, sums.b_right), near_sums, queries, head, block,
+            masked, 0.0, 0.0, F, TILE, False, False, False, NARROW_N, "careful",
         )  # fmt: skip
 
     HAS_BIAS: tl.constexpr = F.HAS_SLOPES or F.HAS_TABLE
     near_start = full_end
     near_end = full_end
     if HAS_BIAS:
-        near_start, near_end = near_range(first, last, full_start, full_end, radius, BLOCK_N)
+        near_start, near_end = near_range(first, last, full_start, full_end, biases.radius, BLOCK_N)
     SIDES: tl.constexpr = 2 if HAS_BIAS and not F.CAUSAL else 1
     for i_side in tl.range(0, SIDES):
         far, side = far_span(i_side, full_start, near_start, near_end, full_end)
         constant = tl.where(i_side == 0, constant_left, constant_right)
-        b_grad_q, b_slope, b_left, b_right = _visit_keys(
-            b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, far, keys, values, rotary, score,
-            dropout, i_m, first, left, right, side, constant, sums, F, TILE, NEEDS_SLOPES, NEEDS_TABLE, TILE.DESCRIPTOR,
-            BLOCK_N, "far",
+        sums = _visit_keys(
+            sums, near_sums, queries, head, block, far, side, constant, F, TILE, NEEDS_SLOPES, NEEDS_TABLE,
+            TILE.DESCRIPTOR, BLOCK_N, "far",
         )  # fmt: skip
     if F.HAS_TABLE or (F.HAS_SLOPES and not F.CAUSAL):
         near = Span(near_start, near_end, 0, near_end)
-        b_grad_q, b_slope, b_left, b_right = _visit_keys(
-            b_grad_q, b_slope, b_left, b_right, b_q, b_grad, b_pivot, b_delta, near, keys, values, rotary, score,
-            dropout, i_m, first, left, right, 0.0, 0.0, sums, F, TILE, NEEDS_SLOPES, NEEDS_TABLE, TILE.DESCRIPTOR,
-            BLOCK_N, "near",
+        sums = _visit_keys(
+            sums, near_sums, queries, head, block, near, 0.0, 0.0, F, TILE, NEEDS_SLOPES, NEEDS_TABLE,
+            TILE.DESCRIPTOR, BLOCK_N, "near",
         )  # fmt: skip
 
+    b_grad_q, b_slope, b_left, b_right = sums
     if NEEDS_SLOPES:
         grad_slope = -tl.sum(b_slope, 0)
         if F.HAS_DROPOUT:

@@ -1,10 +1,9 @@
 """The tiles of each attention kernel on each chip, best first: a launcher takes the first that fits without a spill."""
 
-import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+LARGEST_BLOCK = 128  # that measurements try
 
 
 class Config(NamedTuple):
@@ -28,28 +27,48 @@ class Config(NamedTuple):
     piece: int = 256
     registers: int = 0
 
-
-def chip_of(x: Tensor) -> str:
-    """The chip family the tiles are chosen for; CPU tensors run in Triton's interpreter."""
-    if x.device.type != "cuda":
-        return "interpreter"
-    return "gfx942" if torch.version.hip else _nvidia_chip(x.device)
+    def options(self) -> dict[str, int]:
+        """Triton's options of a launch."""
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        return options | dict(maxnreg=self.registers) if self.registers else options
 
 
-@functools.cache
-def _nvidia_chip(device: torch.device) -> str:
-    major = torch.cuda.get_device_capability(device)[0]
-    # Consumer Blackwell (12) has neither wgmma nor tcgen05 and as little shared memory as Ada.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+def neighbours(config: Config, square: bool = False) -> Iterator[Config]:
+    """The configs that differ in one step of one thing, which a search for the fastest tries next.
+
+    A `square` tile stays so.
+    """
+
+    def block(size: int) -> int:
+        return max(16, min(size, LARGEST_BLOCK))
+
+    for factor in (0.5, 2):
+        m, n = block(int(config.block_m * factor)), block(int(config.block_n * factor))
+        shapes = [(m, n)] if square else [(m, config.block_n), (config.block_m, n)]
+        for block_m, block_n in shapes:
+            masked = min(config.masked, block_m, block_n)
+            yield config._replace(block_m=block_m, block_n=block_n, masked=masked)
+    yield config._replace(num_warps=12 - config.num_warps)  # 4 or 8
+    for stages in (config.num_stages - 1, config.num_stages + 1):
+        if 1 <= stages <= 4:
+            yield config._replace(num_stages=stages)
+
+
+def tiles_of(tables: dict[str, dict[int, list[Config]]], chip: str, head_dim: int) -> list[Config]:
+    """The tiles for the smallest head size that is at least `head_dim`; one small tile in the interpreter.
+
+    `tables`: chip -> head size -> tiles.
+    """
+    if chip == "interpreter":
+        return [Config(16, 16, 1, 1, precision="ieee")]
+    sizes = tables[chip]
+    return sizes[min(size for size in sizes if size >= head_dim)]
 
 
 def configs(kernel: str, chip: str, head_dim: int, item_size: int) -> list[Config]:
-    """Of the kernel forward, keys, queries or table (queries with the gradient of T5's table, in square tiles)."""
-    if chip == "interpreter":
-        return [Config(16, 16, 1, 1, precision="ieee")]
-    tables = FP32 if item_size == 4 else HALF
-    sizes = tables[kernel][chip]
-    return sizes[min(size for size in sizes if size >= head_dim)]
+    """The tiles of the kernel forward, keys, queries, table (queries with the gradient of T5's table, square) or
+    weights."""
+    return tiles_of((FP32 if item_size == 4 else HALF)[kernel], chip, head_dim)
 
 
 def _small(block_m: int, block_n: int, warps: int = 8, masked: int = 16, piece: int = 256) -> Config:
@@ -184,6 +203,8 @@ HALF = {
 }
 for _kernel in ("queries", "table"):
     HALF[_kernel]["sm_100"] = HALF[_kernel]["sm_90"]
+_WEIGHTS = [Config(64, 64, 8, 1), Config(32, 32, 8, 1, piece=64), Config(16, 16, 4, 1, piece=32)]
+HALF["weights"] = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), {256: _WEIGHTS})
 
 # Left alone, the compiler for sm_100 spills less here than with all registers.
 _FEW_REGISTERS = [
@@ -218,6 +239,7 @@ _FP32_NVIDIA = {
         128: [_multiply_adds(32, 16), _multiply_adds(16, 16)],
         256: _WIDE,
     },
+    "weights": {256: [Config(16, 32, 4, 1, piece=64), Config(16, 16, 4, 1, piece=32)]},
 }
 _FP32_AMD = {
     "forward": {64: [_mfma(64, 32), _mfma(32, 32)], 256: [_mfma(32, 32), _mfma(16, 32)]},
@@ -228,6 +250,7 @@ _FP32_AMD = {
     },
     "table": {128: [_mfma(32, 32, masked=0), _mfma(16, 16, masked=0)], 256: [_mfma(16, 16, masked=0, piece=64)]},
     "keys": {64: [_mfma(32, 64, 8), _mfma(16, 32)], 256: [_mfma(16, 32), _mfma(16, 16)]},
+    "weights": {256: [config._replace(precision="ieee") for config in _FP32_NVIDIA["weights"][256]]},
 }
 FP32 = {
     kernel: {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), sizes), "gfx942": _FP32_AMD[kernel]}

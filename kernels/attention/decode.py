@@ -5,32 +5,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import (
-    LN2,
-    LOG2E,
-    add_product,
-    block_ranges,
-    finite_or_zero,
-    has_nonfinite,
-    nonfinite_rows,
-    scale_pieces,
-    spoil_rows,
-    zero_pieces,
-)
-from .rows import (
-    Rotary,
-    load_rows,
-    load_turned_rows,
-    row_score,
-    row_scores,
-    seen_keys,
-    softmax_step,
-    store_rows,
-)
+from .heads import Heads, add_product, finite_or_zero, has_nonfinite, nonfinite_rows, scale_pieces, spoil_rows
+from .rows import RowRotary, load_rows, load_turned_rows, row_score, row_scores, seen_keys, store_rows
+from .scores import LN2, LOG2E, Running, Span, block_ranges, softmax_step, start_of_rows
 
 
-class Features(NamedTuple):
-    """What a call computes."""
+class DecodeFeatures(NamedTuple):
+    """What a call of attention over a cache computes."""
 
     HEAD_DIM: int  # of q and the keys
     HEAD_DIM_V: int  # of the values and out
@@ -51,22 +32,22 @@ class Features(NamedTuple):
     PRECISION: str | None  # of products of fp32
 
 
-class Tile(NamedTuple):
-    """How the kernel cuts its work."""
+class DecodeTile(NamedTuple):
+    """How the kernel of attention over a cache cuts its work."""
 
     BLOCK_M: int  # rows
     BLOCK_N: int  # keys
     HOIST: bool  # whether loops may compute their constants, such as the parts of fp32 queries, before they start
     LONG: bool  # whether offsets within a block of keys need 64 bits
-    UNIT: int  # elements in which the caches' strides are told, so that the compiler sees that they are multiples
+    UNIT: int  # the caches' strides are given in multiples of it, so that the compiler knows they are multiples
 
 
 class Cache(NamedTuple):
-    """The keys and values of an entry's head; pointers are those of its key 0 or, in pages, of page 0."""
+    """The keys and values of an entry's head; pointers are to its key 0 or, in pages, to page 0."""
 
     p_k: tl.tensor
     p_v: tl.tensor
-    p_pages: tl.tensor  # the entry's
+    p_pages: tl.tensor  # the entry's page numbers
     stride_kb: tl.tensor
     stride_ks: tl.tensor
     stride_vb: tl.tensor
@@ -86,13 +67,13 @@ class Share(NamedTuple):
 
 @triton.jit
 def _key_rows(cache, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.constexpr, LONG: tl.constexpr):
-    """Of keys i_n .. i_n + BLOCK_N: pointers and offsets of keys and of values, and which of them may be read."""
+    """Pointers to keys and values, the offsets from them of keys i_n .. i_n + BLOCK_N, and a mask of those to read."""
     o_n = tl.arange(0, BLOCK_N)
     m_n = (o_n >= cache.start - i_n) & (o_n < cache.end - i_n)  # (BLOCK_N,)
     p_k = cache.p_k
     p_v = cache.p_v
     if F.PAGE % BLOCK_N > 0:  # keys of several pages
-        if BLOCK_N % F.PAGE == 0:  # what changes with the block is a scalar
+        if BLOCK_N % F.PAGE == 0:  # only a scalar changes with the block
             p_pages = cache.p_pages + i_n // F.PAGE + o_n // F.PAGE
             b_row = o_n % F.PAGE
         else:
@@ -127,7 +108,7 @@ def _add_key_product(
     b_s, b_q, p_k, o_k, m_n, F: tl.constexpr,
     FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """s + q k^T over channels FIRST .. END, whose pieces in q these are, and the pieces of k."""
+    """s + q k^T over channels FIRST .. END, and the pieces of k; b_q holds the same pieces of q."""
     b_k = ()
     for i_c in tl.static_range(FIRST, END, BLOCK_C):
         b_k = b_k + load_rows(p_k + i_c, o_k, m_n, 0, min(END - i_c, BLOCK_C), BLOCK_C, BOUND)
@@ -137,7 +118,7 @@ def _add_key_product(
 
 @triton.jit
 def _score_keys(b_q, p_k, o_k, m_n, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.constexpr):
-    """q k^T (BLOCK_M, BLOCK_N), and the pieces of k that are values too."""
+    """q k^T (BLOCK_M, BLOCK_N), and the pieces of k that are values, too."""
     b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_v = ()
     if F.INSIDE >= 0:
@@ -180,7 +161,7 @@ def _add_values(
 
 @triton.jit
 def _load_queries(p_q, o_q, m_m, rotary, F: tl.constexpr):
-    """The same pieces of the queries, turned."""
+    """The pieces of the queries, turned and cut like the keys'."""
     if F.INSIDE >= 0:
         INSIDE_END: tl.constexpr = F.INSIDE + F.HEAD_DIM_V
         b_q = load_turned_rows(p_q, o_q, m_m, rotary, 0, F.INSIDE, F.BLOCK_D, F.HALF, F.INTERLEAVED)
@@ -197,45 +178,35 @@ def _load_queries(p_q, o_q, m_m, rotary, F: tl.constexpr):
 
 @triton.jit
 def _visit_keys(
-    b_m, b_l, b_acc, b_q, cache, score, left, right, start, split, gap, end,
+    running, b_q, cache, score, span,
     F: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over the blocks of keys start .. split, then those from split + gap to end + gap.
+    """The running softmax after the blocks of keys of a span.
 
-    KIND masked: rows may not see all keys; careful: so too, and a value that is not finite reaches only the rows that
+    KIND masked: rows may not see all keys; careful: masked, and a value that is not finite reaches only the rows that
     see its key; full: all rows see all keys.
     """
+    b_m, b_l, b_acc = running
     MASKED: tl.constexpr = KIND != "full"
     ACCURATE: tl.constexpr = b_q[0].dtype == tl.float32
     for i_block in tl.range(
-        start, end, BLOCK_N, num_stages=1 if KIND == "careful" else None, disable_licm=not TILE.HOIST
+        span.start, span.end, BLOCK_N, num_stages=1 if KIND == "careful" else None, disable_licm=not TILE.HOIST
     ):  # fmt: skip
         i_n = i_block
         if MASKED:
-            i_n += tl.where(i_block >= split, gap, 0)
+            i_n += tl.where(i_block >= span.split, span.gap, 0)
         p_k, p_v, o_k, o_v, m_n = _key_rows(cache, i_n, F, BLOCK_N, MASKED, TILE.LONG)
         b_s, b_inside = _score_keys(b_q, p_k, o_k, m_n, F, TILE.BLOCK_M, BLOCK_N, MASKED)
         b_x = row_scores(b_s, score, i_n, F, ACCURATE, BLOCK_N)
         m_pair = m_n[None, :]
         if MASKED:
             if not F.EVEN:
-                m_pair = m_pair & seen_keys(score, i_n, left, right, F, BLOCK_N)
+                m_pair = m_pair & seen_keys(score, i_n, F, BLOCK_N)
             b_x = tl.where(m_pair, b_x, -float("inf"))
         b_p, b_m, b_l, b_alpha = softmax_step(b_m, b_l, b_x)
         b_acc = scale_pieces(b_acc, b_alpha[:, None])
         b_acc = _add_values(b_acc, b_p, b_inside, p_v, o_v, m_n, m_pair, F, MASKED, KIND == "careful")
-    return b_m, b_l, b_acc
-
-
-@triton.jit
-def _start_of_rows(p_sinks, b_h, F: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Running maximum, sum and result of rows that have seen no key yet, but their head's sink if they are whole."""
-    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_M], tl.float32)
-    if F.HAS_SINKS and not F.SPLIT:
-        b_m = tl.load(p_sinks + b_h) * LOG2E
-        b_l += 1.0
-    return b_m, b_l, zero_pieces(F.HEAD_DIM_V, F.BLOCK_V, BLOCK_M)
+    return Running(b_m, b_l, b_acc)
 
 
 @triton.jit
@@ -255,14 +226,15 @@ def _share_of_keys(start, end, full_start, full_end, i_split, splits, BLOCK_N: t
 
 @triton.jit(do_not_specialize=["rotary_offset"])
 def attention_append_kernel(
-    p_k, p_v, p_k_cache, p_v_cache, p_lengths, p_pages, p_cos, p_sin,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_kcb, stride_kcs, stride_kch, stride_vcb, stride_vcs, stride_vch, stride_pages, seqlen, kv_heads,
-    rotary_offset,
+    k, v, k_cache, v_cache, p_lengths, p_pages, stride_pages, p_cos, p_sin, seqlen, kv_heads, rotary_offset,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Writes k, turned by the angles of their places, and v behind an entry's keys; a row is a token's head."""
+    """Appends k, turned by the angles of their places, and v to the keys of each entry; a row is a token's head."""
+    k = Heads(*k)
+    v = Heads(*v)
+    k_cache = Heads(*k_cache)
+    v_cache = Heads(*v_cache)
     tiles = tl.cdiv(seqlen * kv_heads, BLOCK_M)
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -270,29 +242,27 @@ def attention_append_kernel(
     b_token = (o_m // kv_heads).to(tl.int64)
     b_h = (o_m % kv_heads).to(tl.int64)
     b_place = tl.load(p_lengths + i_b) + b_token
-    rotary = Rotary(p_cos, p_sin, b_place + rotary_offset)
+    rotary = RowRotary(p_cos, p_sin, b_place + rotary_offset)
     b_page = i_b
     if PAGE > 0:
         b_page = tl.load(p_pages + i_b * stride_pages + b_place // PAGE, mask=m_m, other=0).to(tl.int64)
         b_place = b_place % PAGE
 
-    o_k = b_token * stride_ks + b_h * stride_kh
-    b_k = load_turned_rows(
-        p_k + i_b * stride_kb, o_k, m_m, rotary, 0, HEAD_DIM, BLOCK_D, HALF, INTERLEAVED
-    )  # fmt: skip
-    b_v = load_rows(p_v + i_b * stride_vb, b_token * stride_vs + b_h * stride_vh, m_m, 0, HEAD_DIM_V, BLOCK_V, True)
-    o_k = b_page * stride_kcb + b_place * stride_kcs + b_h * stride_kch
-    store_rows(p_k_cache, o_k, m_m, b_k, 0, HEAD_DIM, BLOCK_D)
-    tl.debug_barrier()  # the caches may share memory: then it is the values that stay
-    o_v = b_page * stride_vcb + b_place * stride_vcs + b_h * stride_vch
-    store_rows(p_v_cache, o_v, m_m, b_v, 0, HEAD_DIM_V, BLOCK_V)
+    o_k = b_token * k.stride_s + b_h * k.stride_h
+    b_k = load_turned_rows(k.p + i_b * k.stride_b, o_k, m_m, rotary, 0, HEAD_DIM, BLOCK_D, HALF, INTERLEAVED)
+    o_v = b_token * v.stride_s + b_h * v.stride_h
+    b_v = load_rows(v.p + i_b * v.stride_b, o_v, m_m, 0, HEAD_DIM_V, BLOCK_V, True)
+    o_k = b_page * k_cache.stride_b + b_place * k_cache.stride_s + b_h * k_cache.stride_h
+    store_rows(k_cache.p, o_k, m_m, b_k, 0, HEAD_DIM, BLOCK_D)
+    tl.debug_barrier()  # the caches may share memory: then the values stay
+    o_v = b_page * v_cache.stride_b + b_place * v_cache.stride_s + b_h * v_cache.stride_h
+    store_rows(v_cache.p, o_v, m_m, b_v, 0, HEAD_DIM_V, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["appended", "splits", "left", "right", "radius", "rotary_offset"])
 def attention_decode_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_max, p_sum, p_lengths, p_pages, p_sinks, p_slopes, p_line, p_cos, p_sin,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_pages,
-    stride_slopes, seqlen_q, appended, heads, group, splits, left, right, radius, rotary_offset, scale, softcap,
+    q, k, v, p_out, p_lse, p_max, p_sum, p_lengths, p_pages, stride_pages, p_sinks, p_slopes, stride_slopes, p_line,
+    p_cos, p_sin, seqlen_q, appended, heads, group, splits, left, right, radius, rotary_offset, scale, softcap,
     F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, over an entry's keys.
@@ -322,6 +292,9 @@ def attention_decode_kernel(
     end = seen.end + seen.gap
     share = _share_of_keys(seen.start, end, full_start, full_end, i_split, splits, BLOCK_N)
 
+    p_q, stride_qb, stride_qs, stride_qh = Heads(*q)
+    p_k, stride_kb, stride_ks, stride_kh = Heads(*k)
+    p_v, stride_vb, stride_vs, stride_vh = Heads(*v)
     if TILE.LONG:
         stride_ks = tl.cast(stride_ks, tl.int64)
         stride_vs = tl.cast(stride_vs, tl.int64)
@@ -342,42 +315,34 @@ def attention_decode_kernel(
     b_place = length - seqlen_q + b_token
     if F.HAS_SLOPES:
         p_slopes += i_b * stride_slopes
-    score = row_score(p_slopes, p_line, b_place, b_h, scale, softcap, radius, F)
-    rotary = Rotary(p_cos, p_sin, b_place + rotary_offset)
+    score = row_score(p_slopes, p_line, b_place, b_h, scale, softcap, radius, left, right, F)
+    rotary = RowRotary(p_cos, p_sin, b_place + rotary_offset)
     o_q = b_token.to(tl.int64) * stride_qs + b_h.to(tl.int64) * stride_qh
     b_q = _load_queries(p_q + i_b * stride_qb, o_q, m_m, rotary, F)
 
-    b_m, b_l, b_acc = _start_of_rows(p_sinks, b_h, F, BLOCK_M)
+    # The sinks of rows that are cut into parts are for the kernel that combines these.
+    running = start_of_rows(p_sinks, b_h, F.HAS_SINKS and not F.SPLIT, F.HEAD_DIM_V, F.BLOCK_V, BLOCK_M)
     if F.EVEN:
-        b_m, b_l, b_acc = _visit_keys(
-            b_m, b_l, b_acc, b_q, cache, score, left, right, share.start, share.end, 0, share.end,
-            F, TILE, BLOCK_N, "masked",
-        )  # fmt: skip
+        span = Span(share.start, share.end, 0, share.end)
+        running = _visit_keys(running, b_q, cache, score, span, F, TILE, BLOCK_N, "masked")
     else:
         # The blocks in which rows see different keys come first, so that a value that is not finite can be caught.
         gap = share.full_end - share.full_start
-        masked_end = share.end - gap
-        b_m, b_l, b_acc = _visit_keys(
-            b_m, b_l, b_acc, b_q, cache, score, left, right, share.start, share.full_start, gap, masked_end,
-            F, TILE, BLOCK_N, "masked",
-        )  # fmt: skip
-        if has_nonfinite(b_acc):
-            b_m, b_l, b_acc = _start_of_rows(p_sinks, b_h, F, BLOCK_M)
-            b_m, b_l, b_acc = _visit_keys(
-                b_m, b_l, b_acc, b_q, cache, score, left, right, share.start, share.full_start, gap, masked_end,
-                F, TILE, 16, "careful",
-            )  # fmt: skip
-        b_m, b_l, b_acc = _visit_keys(
-            b_m, b_l, b_acc, b_q, cache, score, left, right, share.full_start, share.full_end, 0, share.full_end,
-            F, TILE, BLOCK_N, "full",
-        )  # fmt: skip
+        span = Span(share.start, share.full_start, gap, share.end - gap)
+        running = _visit_keys(running, b_q, cache, score, span, F, TILE, BLOCK_N, "masked")
+        if has_nonfinite(running.b_acc):
+            running = start_of_rows(p_sinks, b_h, F.HAS_SINKS and not F.SPLIT, F.HEAD_DIM_V, F.BLOCK_V, BLOCK_M)
+            running = _visit_keys(running, b_q, cache, score, span, F, TILE, 16, "careful")
+        span = Span(share.full_start, share.full_end, 0, share.full_end)
+        running = _visit_keys(running, b_q, cache, score, span, F, TILE, BLOCK_N, "full")
 
+    b_m, b_l, b_acc = running
     o_out = (i_b * seqlen_q + b_token) * heads + b_h  # (BLOCK_M,)
     if F.SPLIT:
         o_out += i_split.to(tl.int64) * (tl.num_programs(0) // (tiles * splits)) * rows
         tl.store(p_max + o_out, b_m, mask=m_m)
         tl.store(p_sum + o_out, b_l, mask=m_m)
-        # A part without keys leaves no result: the sum tells.
+        # A part without keys leaves no result, and the sum 0.
         store_rows(p_out, o_out * F.HEAD_DIM_V, m_m & (b_l != 0.0), b_acc, 0, F.HEAD_DIM_V, F.BLOCK_V)
     else:
         b_lse = (b_m + tl.log2(b_l)) * LN2
@@ -400,7 +365,7 @@ def attention_combine_kernel(
     o_c = tl.arange(0, BLOCK_D)
     max = tl.full([], -float("inf"), tl.float32)
     sum = tl.full([], 0.0, tl.float32)
-    if HAS_SINKS:  # one score more without a value
+    if HAS_SINKS:  # a score without a value
         max = tl.load(p_sinks + i_h) * LOG2E
         sum += 1.0
     b_acc = tl.zeros([BLOCK_D], tl.float32)

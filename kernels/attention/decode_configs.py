@@ -4,16 +4,12 @@ Reading the cache is what costs, so a tile has as many rows as there are, up to 
 keys are large enough, and loaded far enough ahead, to keep memory busy.
 """
 
-from .configs import Config
+from .configs import Config, tiles_of
 
 
 def configs(chip: str, rows: int, head_dim: int, item_size: int) -> list[Config]:
-    """Of `rows` tokens and heads that share a key head, and heads of so many channels (the keys' or the values')."""
-    if chip == "interpreter":
-        return [Config(16, 16, 1, 1, precision="ieee")]
-    tables = FP32 if item_size == 4 else HALF
-    sizes = tables[chip]
-    tiles = sizes[min(size for size in sizes if size >= head_dim)]
+    """The tiles for `rows` tokens and heads that share a key head, heads of `head_dim` channels (keys' or values')."""
+    tiles = tiles_of(FP32 if item_size == 4 else HALF, chip, head_dim)
     enough = min((c.block_m for c in tiles if c.block_m >= rows), default=tiles[0].block_m)
     return [c for c in tiles if c.block_m <= enough]
 

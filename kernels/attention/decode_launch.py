@@ -1,4 +1,7 @@
-"""Launchers of attention over a cache: as pynlp.reference.attention.decode, on a GPU."""
+"""Launchers of attention over a cache.
+
+Arguments and results are those of the functions of the same names in the reference.
+"""
 
 import functools
 from typing import NamedTuple
@@ -7,30 +10,29 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..common.integers import cdiv, next_power_of_2, tile_width
-from ..common.launch import choose
-from .configs import Config, chip_of
+from ..common.integers import are_multiples, cdiv, next_power_of_2, tile_width
+from ..common.launch import chip_of, choose, launch
+from .configs import Config, neighbours
 from .decode import (
-    Features,
-    Tile,
+    DecodeFeatures,
+    DecodeTile,
     attention_append_kernel,
     attention_combine_kernel,
     attention_decode_kernel,
 )
 from .decode_configs import configs
-from .rows import bias_line
+from .launch import bias_line, heads_of, kernel_numbers, needs_long, slopes_stride
 
-LOG2E = 1.4426950408889634
 APPEND_ROWS = 16
 COMBINED = 4096  # numbers of a row's parts that are read at once
-PROGRAMS = 2  # on a multiprocessor, aimed at
-# Of a part, that splitting be worth while: a part is started, and its results are written and read again.
+PROGRAMS = 2  # aimed at for each multiprocessor
+# The least keys of a part: starting one, and writing and reading its results, must be worth while.
 LEAST_KEYS = 256
 LEAST_KEYS_A_ROW = 8
 
 
-class Options(NamedTuple):
-    """The arguments of the op behind cache_lengths."""
+class DecodeOptions(NamedTuple):
+    """The arguments that follow cache_lengths."""
 
     appended: int
     block_table: Tensor | None
@@ -61,27 +63,27 @@ def attention_append(
     rotary_offset: int,
     rotary_interleaved: bool,
 ) -> None:
-    """As pynlp.reference.attention.decode.attention_append."""
+    """Writes k, turned, and v behind the keys of each entry of the caches."""
     batch, seqlen, kv_heads, _ = k.shape
     rows = seqlen * kv_heads
     if batch * rows == 0:
         return
     head_dim, head_dim_v = k.shape[3], v.shape[3]
-    attention_append_kernel[(cdiv(rows, APPEND_ROWS) * batch,)](
-        k, v, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
-        *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], _page_stride(block_table),
-        seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256),
-        BLOCK_V=_piece(head_dim_v, 256), PAGE=_page(k_cache, block_table),
-        HALF=0 if rotary_cos is None else rotary_cos.shape[1], INTERLEAVED=rotary_interleaved, BLOCK_M=APPEND_ROWS,
-        num_warps=4,
+    launch(
+        attention_append_kernel, (cdiv(rows, APPEND_ROWS) * batch,),
+        heads_of(k), heads_of(v), heads_of(k_cache), heads_of(v_cache), cache_lengths, block_table,
+        _page_stride(block_table), rotary_cos, rotary_sin, seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256), BLOCK_V=_piece(head_dim_v, 256),
+        PAGE=_page(k_cache, block_table), HALF=0 if rotary_cos is None else rotary_cos.shape[1],
+        INTERLEAVED=rotary_interleaved, BLOCK_M=APPEND_ROWS, num_warps=4,
     )  # fmt: skip
 
 
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *options
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) as pynlp.reference.attention.decode.attention_decode."""
-    options = Options(*options)
+    """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
+    options = DecodeOptions(*options)
     batch, seqlen_q, heads, _ = q.shape
     kv_heads, head_dim_v = v_cache.shape[2:]
     out = torch.empty((batch, seqlen_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
@@ -91,9 +93,7 @@ def attention_decode(
         lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
         return out.zero_(), lse
     group = heads // kv_heads
-    reach = seqlen_q + capacity
-    left, right = min(options.window_left, reach), min(options.window_right, reach)
-    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
+    left, right, scale = kernel_numbers(options, seqlen_q + capacity)
     line, radius = bias_line(options.relative_bias, options.relative_buckets)
     unit = _unit(k_cache, v_cache)
 
@@ -107,22 +107,26 @@ def attention_decode(
                 torch.empty((splits, batch, seqlen_q, heads), dtype=torch.float32, device=q.device) for _ in range(2)
             )
         arguments = (
-            q, k_cache, v_cache, results, lse, maxima, sums, cache_lengths, options.block_table, options.sinks,
-            options.alibi_slopes, line, options.rotary_cos, options.rotary_sin,
-            *q.stride()[:3], *_strides(k_cache, unit), *_strides(v_cache, unit), _page_stride(options.block_table),
-            _batch_stride(options.alibi_slopes), seqlen_q, options.appended, heads, group, splits, left, right, radius,
-            options.rotary_offset, scale, float(options.softcap), features,
-            Tile(config.block_m, config.block_n, config.hoist, _long(config.block_n, k_cache, v_cache), unit),
+            heads_of(q), _heads_in_units(k_cache, unit), _heads_in_units(v_cache, unit), results, lse, maxima, sums,
+            cache_lengths, options.block_table, _page_stride(options.block_table), options.sinks,
+            options.alibi_slopes, slopes_stride(options.alibi_slopes), line, options.rotary_cos, options.rotary_sin,
+            seqlen_q, options.appended, heads, group, splits, left, right, radius, options.rotary_offset, scale,
+            float(options.softcap), features,
+            DecodeTile(
+                config.block_m, config.block_n, config.hoist, needs_long(config.block_n, k_cache, v_cache), unit,
+            ),
         )  # fmt: skip
-        # Pages are looked up as far ahead of the loads that wait for them as those are ahead of the products.
+        # A page is looked up as many stages before its loads as these come before the products.
         stages = config.num_stages * 2 - 1 if options.block_table is not None else config.num_stages
-        launch = dict(num_warps=config.num_warps, num_stages=stages)
-        grid = (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,)
+        compiled = launch(
+            attention_decode_kernel, (cdiv(seqlen_q * group, config.block_m) * batch * kv_heads * splits,), *arguments,
+            compile_only=compile_only, num_warps=config.num_warps, num_stages=stages,
+        )  # fmt: skip
         if compile_only:
-            return attention_decode_kernel.warmup(*arguments, grid=grid, **launch)
-        attention_decode_kernel[grid](*arguments, **launch)
+            return compiled
         if features.SPLIT:
-            attention_combine_kernel[(batch * seqlen_q * heads,)](
+            launch(
+                attention_combine_kernel, (batch * seqlen_q * heads,),
                 results, maxima, sums, options.sinks, out, lse, seqlen_q, heads, splits, HEAD_DIM=head_dim_v,
                 BLOCK_D=tile_width(head_dim_v), HAS_SINKS=options.sinks is not None,
                 BLOCK_S=min(next_power_of_2(splits), COMBINED // tile_width(head_dim_v)), num_warps=4,
@@ -132,18 +136,18 @@ def attention_decode(
     candidates = configs(chip, seqlen_q * group, max(q.shape[3], head_dim_v), q.element_size())
     aligned = all(x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
     features = _features(q, k_cache, v_cache, options, candidates[0], 1)
-    work = (chip, q.dtype, q.device, aligned, unit, group, *features, seqlen_q * group, capacity)
-    start(choose("decode", candidates, work, start))
+    key = (chip, q.dtype, q.device, aligned, unit, group, *features)
+    start(choose("decode", q.device, candidates, key, (seqlen_q * group, capacity), start, neighbours))
     return out, lse
 
 
-def _capacity(k_cache: Tensor, options: Options) -> int:
-    """Keys that an entry can have."""
+def _capacity(k_cache: Tensor, options: DecodeOptions) -> int:
+    """The number of keys that an entry can have."""
     return k_cache.shape[1] * (1 if options.block_table is None else options.block_table.shape[1])
 
 
-def _splits(q: Tensor, kv_heads: int, capacity: int, options: Options, config: Config, processors: int) -> int:
-    """Into how many parts keys are cut: by what can be known without waiting for the lengths."""
+def _splits(q: Tensor, kv_heads: int, capacity: int, options: DecodeOptions, config: Config, processors: int) -> int:
+    """The number of parts that keys are cut into, by what the host knows without waiting for the lengths."""
     batch, seqlen_q, heads, _ = q.shape
     rows, keys = seqlen_q * heads // kv_heads, capacity
     if options.window_left >= 0:
@@ -161,12 +165,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _features(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, config: Config, splits: int) -> Features:
+def _features(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, options: DecodeOptions, config: Config, splits: int
+) -> DecodeFeatures:
     head_dim, head_dim_v = q.shape[3], v_cache.shape[3]
     block_v = _piece(head_dim_v, config.piece)
     inside = _place_in_keys(k_cache, v_cache)
-    one_token = q.shape[1] == 1 or q.shape[2] // k_cache.shape[2] % config.block_m == 0  # in a tile
-    return Features(
+    one_token = q.shape[1] == 1 or q.shape[2] // k_cache.shape[2] % config.block_m == 0  # in each tile
+    return DecodeFeatures(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         BLOCK_D=_piece(head_dim if inside < 0 else head_dim - head_dim_v, config.piece),
@@ -188,7 +194,7 @@ def _features(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, con
 
 
 def _place_in_keys(k_cache: Tensor, v_cache: Tensor) -> int:
-    """The channel of the keys at which the values lie in the same memory, as in latent attention; -1: elsewhere."""
+    """The channel of the keys at which the values start, if they are a part of the keys (latent attention), else -1."""
     if k_cache.stride() != v_cache.stride() or k_cache.untyped_storage()._cdata != v_cache.untyped_storage()._cdata:
         return -1
     place = v_cache.storage_offset() - k_cache.storage_offset()
@@ -196,7 +202,7 @@ def _place_in_keys(k_cache: Tensor, v_cache: Tensor) -> int:
 
 
 def _piece(size: int, most: int) -> int:
-    """Channels of a piece: one that divides the head, if that is not too small."""
+    """The channels of a piece, at most `most`: a divisor of the head's, unless all are small."""
     divisor = size & -size
     return min(most, divisor if divisor >= 32 else tile_width(size))
 
@@ -209,20 +215,12 @@ def _page_stride(block_table: Tensor | None) -> int:
     return 0 if block_table is None else block_table.stride(0)
 
 
-def _batch_stride(slopes: Tensor | None) -> int:
-    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-
-
 def _unit(*caches: Tensor) -> int:
     """16 bytes in elements if all strides are multiples of them, else 1."""
     unit = 16 // caches[0].element_size()
-    return unit if all(stride % unit == 0 for x in caches for stride in x.stride()[:3]) else 1
+    return unit if all(are_multiples(unit, x.stride()[:3]) for x in caches) else 1
 
 
-def _strides(cache: Tensor, unit: int) -> list[int]:
-    return [stride // unit for stride in cache.stride()[:3]]
-
-
-def _long(keys: int, *caches: Tensor) -> bool:
-    """Whether the offsets within a block of so many keys need 64 bits."""
-    return any(keys * x.stride(1) + x.shape[3] >= 2**31 for x in caches)
+def _heads_in_units(cache: Tensor, unit: int) -> tuple[Tensor, int, int, int]:
+    """The Heads of a cache, strides in multiples of `unit`."""
+    return cache, *(stride // unit for stride in cache.stride()[:3])

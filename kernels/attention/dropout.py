@@ -1,7 +1,7 @@
 """Dropout of attention weights by Philox, whose numbers depend on the pair alone: backward draws those of forward.
 
-Of query i and keys 8 g .. 8 g + 7 in head h of sequence b the eight halves of the four words of Philox(key = seed,
-counters (g, i, b heads + h, 0)) tell which weights are kept. Source: Salmon et al., SC 2011: Philox4x32-10.
+The eight halves of the four words of Philox(key = seed, counters (g, i, b heads + h, 0)) decide on the weights of
+query i and keys 8 g .. 8 g + 7 in head h of sequence b. Source: Salmon et al., SC 2011: Philox4x32-10.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ import triton.language as tl
 
 from ..common.random import philox
 
-KEYS = tl.constexpr(8)  # that a draw decides on
+KEYS = tl.constexpr(8)  # of a draw
 
 
 class Dropout(NamedTuple):
-    """What the draws of a head depend on."""
+    """The draws of a head."""
 
     seed: tl.tensor
     i_h: tl.tensor  # the head's number among those of all sequences
@@ -60,7 +60,7 @@ def kept_weights(dropout, i_m, i_n, QUERIES: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def kept_weights_on_end(dropout, i_m, i_n, QUERIES: tl.constexpr, ROWS: tl.constexpr):
-    """The same with keys in rows: (ROWS, QUERIES)."""
+    """kept_weights with keys in rows: (ROWS, QUERIES)."""
     o_m = tl.arange(0, QUERIES)
     o_draw = tl.arange(0, ROWS // KEYS)
     o_key = tl.arange(0, KEYS)

@@ -5,42 +5,51 @@ import triton.language as tl
 
 from .dropout import head_dropout, kept_weights
 from .heads import (
-    LN2,
-    LOG2E,
-    Rotary,
-    Span,
+    HeadRotary,
+    Heads,
     add_product,
-    biased_scores,
-    block_ranges,
-    capped_scores,
-    far_span,
     finite_or_zero,
     has_nonfinite,
-    head_score,
     load_head,
     load_pieces,
-    near_range,
     nonfinite_rows,
     pieces_product,
     scale_pieces,
     spoil_rows,
     store_pieces,
-    zero_pieces,
 )
-from .sequences import contiguous_rows, head_rows, query_block, sequence_rotary
+from .scores import (
+    LN2,
+    Biases,
+    Block,
+    Head,
+    Running,
+    Span,
+    biased_scores,
+    block_ranges,
+    capped_scores,
+    far_span,
+    head_score,
+    near_range,
+    start_of_rows,
+)
+from .sequences import Sequences, contiguous_rows, head_rows, query_block, sequence_rotary
 
 
 @triton.jit
 def _visit_blocks(
-    b_m, b_l, b_acc, b_q, span, keys, values, rotary, score, dropout, i_m, first, left, right, side, constant,
+    running, b_q, head, block, span, side, constant,
     F: tl.constexpr, TILE: tl.constexpr, DESCRIPTOR: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over the blocks of keys of a span.
+    """The running softmax after the blocks of keys of a span.
 
-    KIND masked: pairs may be outside the window or the keys; careful: so too, and a value that is not finite reaches
+    KIND masked: pairs may be outside the window or the keys; careful: masked, and a value that is not finite reaches
     only the queries that see its key; far: every key is on one side of every query (side -1: left) and at least
-    `radius` away, so that T5's bias is one constant and ALiBi's needs one row of values; near: neither.
+    `radius` away, so that T5's bias is one constant and ALiBi's needs one row of values; near: all other blocks.
     """
+    b_m, b_l, b_acc = running
+    keys, values, rotary, score, dropout = head
+    i_m, first, left, right = block
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     MASKED: tl.constexpr = KIND == "masked" or KIND == "careful"
     ACCURATE: tl.constexpr = b_q[0].dtype == tl.float32
@@ -69,7 +78,7 @@ def _visit_blocks(
             b_acc = spoil_rows(b_acc, m_pair & nonfinite_rows(b_v)[None, :])
         b_k = load_head(keys, rotary, i_n, F, DESCRIPTOR, BLOCK_N, MASKED, TILE.LONG)
         b_s = pieces_product(b_q, b_k, F)  # (BLOCK_M, BLOCK_N)
-        b_shift = constant  # what every score of a row still lacks
+        b_shift = constant  # is still to be added to every score of a row
         if KIND == "far":
             if F.HAS_SLOPES:
                 b_shift += side * -score.slope * (i_n.to(tl.float32) - b_place)  # (BLOCK_M,)
@@ -104,42 +113,28 @@ def _visit_blocks(
             b_p = tl.where(kept_weights(dropout, i_m, i_n, BLOCK_M, BLOCK_N), b_p, 0.0)
         b_acc = add_product(b_acc, b_p, b_v, F)  # (BLOCK_M, BLOCK_D) each
         b_m = b_max
-    return b_m, b_l, b_acc
-
-
-@triton.jit
-def _start_of_rows(p_sinks, i_h, F: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Running maximum, sum and result of rows that have seen no key yet, but their head's sink."""
-    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_M], tl.float32)
-    if F.HAS_SINKS:
-        b_m = tl.full([BLOCK_M], tl.load(p_sinks + i_h) * LOG2E, tl.float32)
-        b_l += 1.0
-    return b_m, b_l, zero_pieces(F.HEAD_DIM_V, F.BLOCK_D, BLOCK_M)
+    return Running(b_m, b_l, b_acc)
 
 
 @triton.jit
 def attention_forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, descriptor_k, descriptor_v, p_sinks,
-    p_key_lengths, p_cu_q, p_cu_k, p_slopes, p_line, p_cos, p_sin, p_positions, p_seed,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_slopes,
-    batch, rows_q, rows_k, heads, group, left, right, radius, rotary_offset, scale, softcap, dropped, kept_share,
-    F: tl.constexpr, TILE: tl.constexpr,
+    q, k, v, p_out, p_lse, descriptor_k, descriptor_v, p_sinks, sequences, biases, rotary, p_seed,
+    heads, group, left, right, scale, softcap, dropped, kept_share, F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(score) v and lse = log sum exp(score), score = softcap(q.k * scale) + biases, by blocks of queries.
 
     Scores live in log2 units, in which exp2(s * scale - max) is one instruction. The blocks that need a mask (window
     edges, ragged tail) come first, so that a value that is not finite can be caught before the long loop: only the rows
     that see its key may become NaN. Then come the blocks without mask, a far and a near part if there is a bias.
-    A sink is one score more without a value. Dropout zeroes weights in the product only; out is divided by the share
-    that is kept. Source: Dao, arXiv 2307.08691; biases: Press et al., 2108.12409, and Raffel et al., 1910.10683.
+    Dropout zeroes weights in the product only; out is divided by the share that is kept.
+    Source: Dao, arXiv 2307.08691; biases: Press et al., 2108.12409, and Raffel et al., 1910.10683.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     MASKED_N: tl.constexpr = TILE.MASKED
-    sequence, i_h, i_m, first, last = query_block(
-        p_key_lengths, p_cu_q, p_cu_k, batch, rows_q, rows_k, heads, F, BLOCK_M
-    )
+    sequences = Sequences(*sequences)
+    rows_q = sequences.rows_q
+    sequence, i_h, i_m, first, last = query_block(sequences, heads, F, BLOCK_M)
     if F.PACKED:
         if i_m < 0:
             return
@@ -147,55 +142,46 @@ def attention_forward_kernel(
     masked, full_start, full_end = block_ranges(
         first, last, limit, left, right, F.HAS_LEFT, F.HAS_RIGHT, True, BLOCK_N, MASKED_N
     )
-    queries = head_rows(p_q, None, i_b, start_q, i_h, stride_qb, stride_qs, stride_qh, seqlen_q)
-    keys = head_rows(p_k, descriptor_k, i_b, start_k, i_h // group, stride_kb, stride_ks, stride_kh, limit)
-    values = head_rows(p_v, descriptor_v, i_b, start_k, i_h // group, stride_vb, stride_vs, stride_vh, limit)
-    rotary = sequence_rotary(p_cos, p_sin, p_positions, sequence, rows_k, rotary_offset, F.HAS_POSITIONS)
-    rotary_q = Rotary(rotary.p_cos, rotary.p_sin, rotary.p_positions, rotary_offset + seqlen_k - seqlen_q)
-    score, constant_left, constant_right = head_score(
-        p_slopes, p_line, i, i_h, stride_slopes, scale, softcap, radius, F, BLOCK_M + BLOCK_N
-    )
-    dropout = head_dropout(p_seed, i * heads + i_h, dropped, F.HAS_DROPOUT)
+    queries = head_rows(Heads(*q), None, i_b, start_q, i_h, seqlen_q)
+    keys = head_rows(Heads(*k), descriptor_k, i_b, start_k, i_h // group, limit)
+    values = head_rows(Heads(*v), descriptor_v, i_b, start_k, i_h // group, limit)
+    rotary = sequence_rotary(HeadRotary(*rotary), sequence, sequences.rows_k, F.HAS_POSITIONS)
+    rotary_q = HeadRotary(rotary.p_cos, rotary.p_sin, rotary.p_positions, rotary.start + seqlen_k - seqlen_q)
+    biases = Biases(*biases)
+    score, constant_left, constant_right = head_score(biases, i, i_h, scale, softcap, F, BLOCK_M + BLOCK_N)
+    head = Head(keys, values, rotary, score, head_dropout(p_seed, i * heads + i_h, dropped, F.HAS_DROPOUT))
+    block = Block(i_m, first, left, right)
 
     b_q = load_head(queries, rotary_q, i_m, F, False, BLOCK_M, True, TILE.LONG)
-    b_m, b_l, b_acc = _start_of_rows(p_sinks, i_h, F, BLOCK_M)
+    running = start_of_rows(p_sinks, i_h, F.HAS_SINKS, F.HEAD_DIM_V, F.BLOCK_D, BLOCK_M)
 
     # Keys from key_lengths on, and those of the next sequence, may not be read: there the masked blocks do without the
     # descriptor.
     MASKED_DESCRIPTOR: tl.constexpr = TILE.DESCRIPTOR and not F.HAS_LENGTHS and not F.PACKED and MASKED_N == BLOCK_N
-    b_m, b_l, b_acc = _visit_blocks(
-        b_m, b_l, b_acc, b_q, masked, keys, values, rotary, score, dropout, i_m, first, left, right, 0.0, 0.0,
-        F, TILE, MASKED_DESCRIPTOR, MASKED_N, "masked",
-    )  # fmt: skip
-    if has_nonfinite(b_acc):
+    running = _visit_blocks(running, b_q, head, block, masked, 0.0, 0.0, F, TILE, MASKED_DESCRIPTOR, MASKED_N, "masked")
+    if has_nonfinite(running.b_acc):
         NARROW_N: tl.constexpr = min(MASKED_N, 32 if max(F.HEAD_DIM, F.HEAD_DIM_V) <= 64 else 16)  # spares registers
-        b_m, b_l, b_acc = _start_of_rows(p_sinks, i_h, F, BLOCK_M)
-        b_m, b_l, b_acc = _visit_blocks(
-            b_m, b_l, b_acc, b_q, masked, keys, values, rotary, score, dropout, i_m, first, left, right,
-            0.0, 0.0, F, TILE, False, NARROW_N, "careful",
-        )  # fmt: skip
+        running = start_of_rows(p_sinks, i_h, F.HAS_SINKS, F.HEAD_DIM_V, F.BLOCK_D, BLOCK_M)
+        running = _visit_blocks(running, b_q, head, block, masked, 0.0, 0.0, F, TILE, False, NARROW_N, "careful")
 
     HAS_BIAS: tl.constexpr = F.HAS_SLOPES or F.HAS_TABLE
     near_start = full_end
     near_end = full_end
     if HAS_BIAS:
-        near_start, near_end = near_range(first, last, full_start, full_end, radius, BLOCK_N)
+        near_start, near_end = near_range(first, last, full_start, full_end, biases.radius, BLOCK_N)
     # Only keys on one side need one far loop; with both sides it runs twice.
     SIDES: tl.constexpr = 2 if HAS_BIAS and not F.CAUSAL else 1
     for i_side in tl.range(0, SIDES):
         far, side = far_span(i_side, full_start, near_start, near_end, full_end)
         constant = tl.where(i_side == 0, constant_left, constant_right)
-        b_m, b_l, b_acc = _visit_blocks(
-            b_m, b_l, b_acc, b_q, far, keys, values, rotary, score, dropout, i_m, first, left, right, side, constant,
-            F, TILE, TILE.DESCRIPTOR, BLOCK_N, "far",
-        )  # fmt: skip
+        running = _visit_blocks(
+            running, b_q, head, block, far, side, constant, F, TILE, TILE.DESCRIPTOR, BLOCK_N, "far"
+        )
     if F.HAS_TABLE or (F.HAS_SLOPES and not F.CAUSAL):
         near = Span(near_start, near_end, 0, near_end)
-        b_m, b_l, b_acc = _visit_blocks(
-            b_m, b_l, b_acc, b_q, near, keys, values, rotary, score, dropout, i_m, first, left, right, 0.0, 0.0,
-            F, TILE, TILE.DESCRIPTOR, BLOCK_N, "near",
-        )  # fmt: skip
+        running = _visit_blocks(running, b_q, head, block, near, 0.0, 0.0, F, TILE, TILE.DESCRIPTOR, BLOCK_N, "near")
 
+    b_m, b_l, b_acc = running
     b_sum = tl.where(b_l == 0.0, 1.0, b_l)  # rows that saw nothing: out 0, lse -inf
     b_lse = (b_m + tl.log2(b_l)) * LN2  # (BLOCK_M,)
     o_m = tl.arange(0, BLOCK_M)

@@ -1,5 +1,9 @@
-"""Launchers of the fused attention kernels: as pynlp.reference.attention.attention, on a GPU."""
+"""Launchers of fused attention, forward and backward, and what other launchers of attention share with them.
 
+Arguments and results are those of the functions of the same names in the reference.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,27 +12,27 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.integers import cdiv, tile_width
-from ..common.launch import choose
+from ..common.integers import are_multiples, cdiv, tile_width
+from ..common.launch import chip_of, choose, launch
 from ..common.random import dropped_parts
 from .backward_keys import attention_backward_keys_kernel
 from .backward_queries import attention_backward_queries_kernel
-from .configs import Config, chip_of, configs
+from .configs import Config, configs, neighbours
 from .forward import attention_forward_kernel
-from .heads import Features, Tile
+from .heads import AttentionFeatures, AttentionTile
+from .scores import LOG2E
+from .sequences import STATISTICS_ROWS
 from .statistics import (
     attention_slopes_gradient_kernel,
     attention_statistics_kernel,
     attention_table_gradient_kernel,
 )
 
-LOG2E = 1.4426950408889634
-STATISTICS_ROWS = 128  # rows of statistics are padded to a multiple of every tile
 STATISTICS_BLOCK = 32
 
 
 class Options(NamedTuple):
-    """The arguments of the ops behind q, k and v."""
+    """The arguments that follow q, k and v."""
 
     softmax_scale: float
     window_left: int
@@ -63,16 +67,16 @@ class Options(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """How many are packed."""
+        """How many sequences are packed; 0: none."""
         return self.cu_seqlens_q.numel() - 1 if self.packed else 0
 
     def blocks(self, x: Tensor, rows: int) -> int:
-        """How many blocks of so many rows a head of q (k, v) takes, wherever packed sequences start."""
+        """The number of blocks of `rows` rows that a head of x takes, wherever packed sequences start."""
         return x.shape[1] // rows + self.sequences if self.packed else cdiv(x.shape[1], rows)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """(out, lse) as pynlp.reference.attention.attention.attention_forward."""
+    """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
     options = Options(*options)
     batch, seqlen_q, heads, _ = q.shape
     group = heads // max(1, k.shape[2])
@@ -81,19 +85,19 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
     if q.numel() == 0 or k.numel() == 0:
         lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
         return out.zero_(), lse
-    left, right, scale = _numbers(q, k, options)
-    features, tma, long = _features(q, v, options), _tma(q, k, v), _long(STATISTICS_ROWS, q, k, v)
+    left, right, scale = kernel_numbers(options, q.shape[1] + k.shape[1])
+    features, tma, long = _features(q, v, options), _tma(q, k, v), needs_long(STATISTICS_ROWS.value, q, k, v)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_n, (k, v), tma[1:])
-        line, radius = _bias_line(options, config)
-        return _start(
-            attention_forward_kernel, options.blocks(q, config.block_m) * batch * heads, config, compile_only,
-            q, k, v, out, lse, *descriptors, options.sinks, *_tables(options, line),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _batch_stride(options.alibi_slopes),
-            options.sequences, q.shape[1], k.shape[1], heads, group, left, right, radius, options.rotary_offset, scale,
+        line, radius = _tile_line(options, config)
+        return launch(
+            attention_forward_kernel, (options.blocks(q, config.block_m) * batch * heads,),
+            heads_of(q), heads_of(k), heads_of(v), out, lse, *descriptors, options.sinks,
+            *_bundles(q, k, options, line, radius), options.dropout_seed, heads, group, left, right, scale,
             float(options.softcap), options.dropped, options.kept_share,
             _cut(features, config), _tile(config, config.block_n, descriptors, long),
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
 
     start(_choose("forward", start, features, tma, long, q, k))
@@ -110,9 +114,9 @@ def attention_backward(
     lse: Tensor,
     *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks), as the reference gives them.
+    """The gradients of q, k, v, slopes, relative bias and sinks.
 
-    The last three arguments tell which of the last three gradients are needed.
+    The last three arguments say which of the last three gradients are needed; the others are empty.
     """
     *options, needs_slopes, needs_table, needs_sinks = options
     options = Options(*options)
@@ -121,33 +125,31 @@ def attention_backward(
     grad_slopes = grad_table = grad_sinks = torch.empty(0, dtype=torch.float32, device=q.device)
     pivot, delta = _statistics(out, grad_out, lse, grad_lse, options)
     if needs_sinks:  # a key whose value is 0: its ds is p (0 - delta)
-        weight = torch.exp2(options.sinks[:, None] * LOG2E - pivot)  # (B, H, padded rows)
+        weight = torch.exp2(options.sinks[:, None] * LOG2E.value - pivot)  # (B, H, padded rows)
         grad_sinks = (weight * delta).sum((0, 2)) / -options.kept_share
-    options = options._replace(sinks=None)  # whose part in the weights the lse tells
+    options = options._replace(sinks=None)  # the lse counts them
     if q.numel() == 0 or k.numel() == 0:
         grad_slopes = torch.zeros_like(options.alibi_slopes) if needs_slopes else grad_slopes
         grad_table = torch.zeros_like(options.relative_bias) if needs_table else grad_table
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_slopes, grad_table, grad_sinks
 
-    left, right, scale = _numbers(q, k, options)
+    left, right, scale = kernel_numbers(options, q.shape[1] + k.shape[1])
     features, tma = _features(q, v, options), _tma(q, k, v, grad_out)
-    long = _long(STATISTICS_ROWS, q, k, v, grad_out)
+    long = needs_long(STATISTICS_ROWS.value, q, k, v, grad_out)
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    padded_q = pivot.shape[2]
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-    strides = (*strides, _batch_stride(options.alibi_slopes))
+    tensors = (*map(heads_of, (q, k, v, grad_out)), (pivot, delta, pivot.shape[2]))
     grad_scale = options.softmax_scale / options.kept_share
 
     def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_m, (q, grad_out), (tma[0], tma[3]))
-        line, radius = _bias_line(options, config)
-        return _start(
-            attention_backward_keys_kernel, options.blocks(k, config.block_n) * batch * kv_heads, config, compile_only,
-            q, k, v, grad_out, pivot, delta, grad_k, grad_v, *descriptors, *_tables(options, line), *strides,
-            options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
-            options.rotary_offset, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
+        line, radius = _tile_line(options, config)
+        return launch(
+            attention_backward_keys_kernel, (options.blocks(k, config.block_n) * batch * kv_heads,),
+            *tensors, grad_k, grad_v, *descriptors, *_bundles(q, k, options, line, radius), options.dropout_seed,
+            heads, group, left, right, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
             _cut(features, config), _tile(config, config.block_m, descriptors, long),
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
 
     start_keys(_choose("keys", start_keys, features, tma, long, q, k))
@@ -155,8 +157,8 @@ def attention_backward(
     def start_queries(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         nonlocal grad_slopes, grad_table
         descriptors = _descriptors(config, config.block_n, (k, v), tma[1:3])
-        line, radius = _bias_line(options, config)
-        allocate = torch.zeros if options.packed else torch.empty  # blocks that are not there write nothing
+        line, radius = _tile_line(options, config)
+        allocate = torch.zeros if options.packed else torch.empty  # programs without queries write nothing
         sums = (batch, heads, options.blocks(q, config.block_m))
         partial_slopes = partial_far = partial_near = None
         if needs_slopes:
@@ -165,14 +167,13 @@ def attention_backward(
         if needs_table:
             partial_far = allocate((*sums, 2), dtype=torch.float32, device=q.device)
             partial_near = torch.zeros((*sums, segments, segment), dtype=torch.float32, device=q.device)
-        compiled = _start(
-            attention_backward_queries_kernel, sums[2] * batch * heads, config, compile_only,
-            q, k, v, grad_out, pivot, delta, grad_q, partial_slopes, partial_far, partial_near, *descriptors,
-            *_tables(options, line), *strides,
-            options.sequences, q.shape[1], k.shape[1], padded_q, heads, group, left, right, radius,
-            near_first, segments * segment, options.rotary_offset, scale, float(options.softcap), options.dropped,
-            grad_scale, options.kept_share,
+        compiled = launch(
+            attention_backward_queries_kernel, (sums[2] * batch * heads,),
+            *tensors, grad_q, partial_slopes, partial_far, (partial_near, near_first, segments * segment), *descriptors,
+            *_bundles(q, k, options, line, radius), options.dropout_seed,
+            heads, group, left, right, scale, float(options.softcap), options.dropped, grad_scale, options.kept_share,
             _cut(features, config), _tile(config, config.block_n, descriptors, long), needs_slopes, needs_table,
+            compile_only=compile_only, **config.options(),
         )  # fmt: skip
         if compile_only:
             return compiled
@@ -189,39 +190,41 @@ def attention_backward(
 def _statistics(
     out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """The pivot and the delta of each row, padded: (B, H, rows)."""
+    """The pivot and the delta of each row, padded: (batch, heads, rows)."""
     batch, rows, heads, head_dim = out.shape
-    blocks = options.blocks(out, STATISTICS_ROWS)
+    block = STATISTICS_ROWS.value
+    blocks = options.blocks(out, block)
     pivot, delta = (
-        torch.empty((batch, heads, blocks * STATISTICS_ROWS), dtype=torch.float32, device=out.device) for _ in range(2)
+        torch.empty((batch, heads, blocks * block), dtype=torch.float32, device=out.device) for _ in range(2)
     )
-    attention_statistics_kernel[(blocks * batch * heads, STATISTICS_ROWS // STATISTICS_BLOCK)](
-        out, grad_out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), options.cu_seqlens_q,
-        pivot, delta, *out.stride()[:3], *grad_out.stride()[:3], options.sequences, rows, pivot.shape[2], heads,
-        options.kept_share, HEAD_DIM=head_dim, BLOCK_D=tile_width(head_dim), HAS_GRAD_LSE=grad_lse is not None,
-        PACKED=options.packed, LONG=_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
+    launch(
+        attention_statistics_kernel, (blocks * batch * heads, block // STATISTICS_BLOCK),
+        heads_of(out), heads_of(grad_out), lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(),
+        options.cu_seqlens_q, pivot, delta, options.sequences, rows, pivot.shape[2], heads, options.kept_share,
+        HEAD_DIM=head_dim, BLOCK_D=tile_width(head_dim), HAS_GRAD_LSE=grad_lse is not None, PACKED=options.packed,
+        LONG=needs_long(STATISTICS_BLOCK, out, grad_out), BLOCK_M=STATISTICS_BLOCK, num_warps=4,
     )  # fmt: skip
     return pivot, delta
 
 
 def _slopes_gradient(partial: Tensor, options: Options, config: Config) -> Tensor:
-    """Sums over the blocks (B, H, blocks) of a sequence, or of all."""
+    """The sums of partial (batch, heads, blocks) over the blocks that share a slope."""
     slopes = options.alibi_slopes
     if slopes.dim() == 1:
         return partial.sum((0, 2))
     if not options.packed:
         return partial.sum(2)
     grad = torch.empty(slopes.shape, dtype=torch.float32, device=slopes.device)
-    attention_slopes_gradient_kernel[(grad.numel(),)](
-        partial, options.cu_seqlens_q, grad, *partial.shape[2:], grad.shape[1], BLOCK_M=config.block_m, BLOCK=512,
-        num_warps=4,
+    launch(
+        attention_slopes_gradient_kernel, (grad.numel(),), partial, options.cu_seqlens_q, grad, *partial.shape[2:],
+        grad.shape[1], BLOCK_M=config.block_m, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return grad
 
 
 def _near_segments(q: Tensor, k: Tensor, options: Options, radius: int, config: Config) -> tuple[int, int, int]:
-    """Of the sums by distance: the first segment's distance, of a tile's first key to its first query, their number and
-    their size."""
+    """The segments of the sums by distance: the first one's distance, of a tile's first key to its first query, the
+    number of segments, and their size."""
     size = config.block_n
     first, sides = -radius - size, 3
     if not options.packed:  # all tiles have distances that differ by multiples of their size
@@ -238,7 +241,7 @@ def _table_gradient(
     options: Options,
     config: Config,
 ) -> Tensor:
-    """Sums by distance, then by bucket, each in a fixed order."""
+    """The partial sums added up by distance, then by bucket, each in a fixed order: (buckets, heads)."""
     buckets = options.relative_buckets
     segments, segment = partial_near.shape[3:]
     start = torch.arange(segments, device=buckets.device)[:, None] * config.block_n + near_first - config.block_n
@@ -246,31 +249,46 @@ def _table_gradient(
     bucket = torch.cat((buckets[distance + radius], buckets[:1], buckets[-1:]))
     sums = torch.cat((partial_near.sum((0, 2)).flatten(1), partial_far.sum((0, 2))), dim=1)  # (H, entries)
     grad = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=buckets.device)
-    attention_table_gradient_kernel[(grad.numel(),)](
-        sums, bucket, grad, sums.shape[1], grad.shape[1], options.kept_share, BLOCK=512, num_warps=4
-    )
+    launch(
+        attention_table_gradient_kernel, (grad.numel(),), sums, bucket, grad, sums.shape[1], grad.shape[1],
+        options.kept_share, BLOCK=512, num_warps=4,
+    )  # fmt: skip
     return grad
 
 
-def _numbers(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, float]:
-    """The window's sides and the scale, as the kernels take them."""
-    reach = q.shape[1] + k.shape[1]
-    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E
+def kernel_numbers(options, reach: int) -> tuple[int, int, float]:
+    """The window's sides, at most `reach`, and the scale: in log2 units or, with a softcap, that of its tanh."""
+    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E.value
     return min(options.window_left, reach), min(options.window_right, reach), scale
 
 
-def _tables(options: Options, line: Tensor | None) -> tuple[Tensor | None, ...]:
+def heads_of(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """The Heads of x."""
+    return x, *x.stride()[:3]
+
+
+def slopes_stride(slopes: Tensor | None) -> int:
+    """The distance of the slopes of two entries of the batch."""
+    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+
+
+def _bundles(q: Tensor, k: Tensor, options: Options, line: Tensor | None, radius: int) -> tuple[tuple, tuple, tuple]:
+    """The Sequences, Biases and HeadRotary of a call."""
     return (
-        options.key_lengths, options.cu_seqlens_q, options.cu_seqlens_k, options.alibi_slopes, line,
-        options.rotary_cos, options.rotary_sin, options.rotary_positions, options.dropout_seed,
+        (
+            options.key_lengths, options.cu_seqlens_q, options.cu_seqlens_k, options.sequences,
+            q.shape[1], k.shape[1],
+        ),
+        (options.alibi_slopes, slopes_stride(options.alibi_slopes), line, radius),
+        (options.rotary_cos, options.rotary_sin, options.rotary_positions, options.rotary_offset),
     )  # fmt: skip
 
 
-def _features(q: Tensor, v: Tensor, options: Options) -> Features:
-    """With heads in one piece."""
+def _features(q: Tensor, v: Tensor, options: Options) -> AttentionFeatures:
+    """The features of a call, heads uncut."""
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     half = 0 if options.rotary_cos is None else options.rotary_cos.shape[1]
-    return Features(
+    return AttentionFeatures(
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,
         HALF=half,
@@ -294,8 +312,8 @@ def _features(q: Tensor, v: Tensor, options: Options) -> Features:
     )
 
 
-def _cut(features: Features, config: Config) -> Features:
-    """With heads in a tile's pieces, and its precision."""
+def _cut(features: AttentionFeatures, config: Config) -> AttentionFeatures:
+    """The features with heads cut into a config's pieces, and its precision."""
     return features._replace(
         BLOCK_HALF=min(features.BLOCK_HALF, config.piece),
         BLOCK_REST=min(features.BLOCK_REST, config.piece),
@@ -304,9 +322,9 @@ def _cut(features: Features, config: Config) -> Features:
     )
 
 
-def _tile(config: Config, columns: int, descriptors: list, long: bool) -> Tile:
-    """`columns`: of an unmasked block, queries or keys."""
-    return Tile(
+def _tile(config: Config, columns: int, descriptors: list, long: bool) -> AttentionTile:
+    """The tile of a config; an unmasked block has `columns` columns."""
+    return AttentionTile(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         MASKED=min(config.masked or columns, columns),
@@ -317,36 +335,27 @@ def _tile(config: Config, columns: int, descriptors: list, long: bool) -> Tile:
 
 
 def _choose(
-    kernel: str, start: Callable, features: Features, tma: list, long: bool, q: Tensor, k: Tensor,
+    kernel: str, start: Callable, features: AttentionFeatures, tma: list, long: bool, q: Tensor, k: Tensor,
     needs_slopes: bool = False,
 ) -> Config:  # fmt: skip
     chip = chip_of(q)
     candidates = configs(kernel, chip, max(features.HEAD_DIM, features.HEAD_DIM_V), q.element_size())
     aligned = None not in tma
-    work = (chip, q.dtype, q.device, aligned, long, needs_slopes, *features, q.shape[1], k.shape[1])
-    return choose(kernel, candidates, work, start)
+    key = (chip, q.dtype, q.device, aligned, long, needs_slopes, *features)
+    near = functools.partial(neighbours, square=kernel == "table")
+    return choose(kernel, q.device, candidates, key, (q.shape[1], k.shape[1]), start, near)
 
 
-def _start(kernel, blocks: int, config: Config, compile_only: bool, *arguments) -> CompiledKernel | None:
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    if config.registers:
-        options["maxnreg"] = config.registers
-    if compile_only:
-        return kernel.warmup(*arguments, grid=(blocks,), **options)
-    kernel[(blocks,)](*arguments, **options)
-
-
-def _batch_stride(slopes: Tensor | None) -> int:
-    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-
-
-def _long(rows: int, *tensors: Tensor) -> bool:
-    """Whether the offsets within a tile of so many rows need 64 bits."""
+def needs_long(rows: int, *tensors: Tensor) -> bool:
+    """Whether the offsets within a tile of `rows` rows need 64 bits."""
     return any(rows * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
 
 
 def _tma(*tensors: Tensor) -> list[list[int] | None]:
-    """The strides of batch, heads and seqlen of each that TMA can read; that of a dimension of size 1 says nothing."""
+    """The strides of batch, heads and rows of each tensor, None where TMA cannot read it.
+
+    The stride of a dimension of size 1 means nothing, and is replaced.
+    """
     aligned = 16 // tensors[0].element_size()
     result = []
     for x in tensors:
@@ -357,7 +366,7 @@ def _tma(*tensors: Tensor) -> list[list[int] | None]:
             by_head if heads > 1 else aligned,
             by_row if seqlen > 1 else aligned,
         ]
-        regular = min(strides) > 0 and not any(stride % aligned for stride in strides)
+        regular = min(strides) > 0 and are_multiples(aligned, strides)
         result.append(strides if regular and x.data_ptr() % 16 == 0 and head_dim >= aligned else None)
     return result
 
@@ -365,7 +374,7 @@ def _tma(*tensors: Tensor) -> list[list[int] | None]:
 def _descriptors(
     config: Config, rows: int, tensors: Sequence[Tensor], strides: Sequence[list[int] | None]
 ) -> list[TensorDescriptor | None]:
-    """TMA descriptors of tensors seen as (batch, heads, seqlen, head_dim); None where TMA cannot read one of them."""
+    """TMA descriptors of tensors seen as (batch, heads, rows, head_dim); all None if TMA cannot read one of them."""
     if not config.descriptors or None in strides or config.piece < max(x.shape[3] for x in tensors):
         return [None] * len(tensors)
     described = []
@@ -376,13 +385,18 @@ def _descriptors(
     return described
 
 
-def _bias_line(options: Options, config: Config) -> tuple[Tensor | None, int]:
-    """T5's bias by distance, a line for each head in log2 units, continued beyond the largest distance; and that."""
-    if options.relative_bias is None:
+def bias_line(relative_bias: Tensor | None, buckets: Tensor | None, beyond: int = 0) -> tuple[Tensor | None, int]:
+    """T5's biases by distance and the largest distance that has its own; the line goes on for `beyond` values more."""
+    if relative_bias is None:
         return None, 0
-    buckets = options.relative_buckets
     radius = buckets.numel() // 2
-    reach = radius + config.block_m + config.block_n
-    distance = torch.arange(-reach, reach + 1, device=buckets.device).clamp_(-radius, radius)
-    line = options.relative_bias.t()[:, buckets[distance + radius].long()]  # (H, 2 reach + 1)
-    return (line.float() * LOG2E).contiguous(), radius
+    if beyond:
+        reach = radius + beyond
+        buckets = buckets[torch.arange(-reach, reach + 1, device=buckets.device).clamp_(-radius, radius) + radius]
+    return relative_bias.t().index_select(1, buckets).contiguous(), radius  # (heads, 2 (radius + beyond) + 1)
+
+
+def _tile_line(options: Options, config: Config) -> tuple[Tensor | None, int]:
+    """The bias line in log2 units, as far as a tile may reach, and the largest distance that has a bias of its own."""
+    line, radius = bias_line(options.relative_bias, options.relative_buckets, config.block_m + config.block_n)
+    return None if line is None else line * LOG2E.value, radius

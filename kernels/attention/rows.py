@@ -1,42 +1,44 @@
-"""What kernels share whose rows lie anywhere in memory: heads of several tokens, keys in pages, chosen queries.
+"""Rows that lie anywhere in memory, and their scores: heads of several tokens, keys in pages, chosen queries.
 
-A block of rows is given by a pointer and the rows' offsets from it, o_row. As in attention_tiles a head is a tuple of
-channel pieces; its channels are in their own order, because the keys of a cache are turned already.
+A block of rows is given by a pointer and the rows' offsets from it, o_row, and loaded as a tuple of channel pieces.
+Unlike in heads.py channels keep their order when they are turned, because a cache holds keys that are turned already.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .heads import LOG2E, capped_scores, or_zero
+from .heads import or_zero
+from .scores import LOG2E, capped_scores
 
 
-class Rotary(NamedTuple):
-    """Tables of rotary embeddings, and the rows' places in them."""
+class RowRotary(NamedTuple):
+    """Tables of rotary embeddings, and the rows' positions in them."""
 
     p_cos: tl.tensor
     p_sin: tl.tensor
     b_position: tl.tensor  # (ROWS,)
 
 
-class Score(NamedTuple):
-    """What makes scores of the products of a block of queries."""
+class RowScore(NamedTuple):
+    """The way from products to scores of a block of queries, and their window."""
 
     scale: tl.tensor  # in log2 units; with a softcap softmax_scale / softcap
     softcap: tl.tensor
     b_place: tl.tensor  # (ROWS,): the key at which a query stands
-    b_slope: tl.tensor  # (ROWS,): of ALiBi in log2 units
-    p_line: tl.tensor  # (ROWS,): of T5's biases by distance of the rows' heads, at distance 0
+    b_slope: tl.tensor  # (ROWS,): ALiBi's in log2 units
+    p_line: tl.tensor  # (ROWS,): T5's biases by distance for the rows' heads, at distance 0
     radius: tl.tensor  # T5's bias is constant from this distance on
+    left: tl.tensor
+    right: tl.tensor
 
 
 @triton.jit
 def load_rows(
     p_x, o_row, m_row, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr, BOUND: tl.constexpr
 ):  # fmt: skip
-    """Channels FIRST .. END in pieces (ROWS, BLOCK_C), zeros beyond them; BOUND: zeros in rows outside of the mask."""
+    """Channels FIRST .. END in pieces (ROWS, BLOCK_C), then zeros; with BOUND rows outside of the mask are zeros."""
     o_c = tl.arange(0, BLOCK_C)
     offsets = o_row[:, None] + o_c[None, :]
     b_x = ()
@@ -58,7 +60,7 @@ def load_turned_rows(
     p_x, o_row, m_row, rotary, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """As load_rows, the first 2 HALF channels turned by their angles (Su et al., arXiv 2104.09864).
+    """The pieces of load_rows, the first 2 HALF channels turned by their angles (Su et al., arXiv 2104.09864).
 
     (a, b) -> (a cos - b sin, b cos + a sin): every channel comes with the other one of its pair.
     """
@@ -93,7 +95,7 @@ def load_turned_rows(
 def store_rows(
     p_x, o_row, m_row, b_x, FIRST: tl.constexpr, END: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """What load_rows reads."""
+    """Stores the pieces that load_rows reads."""
     o_c = tl.arange(0, BLOCK_C)
     for i_c in tl.static_range(FIRST, END, BLOCK_C):
         p_tile = p_x + i_c + o_row[:, None] + o_c[None, :]
@@ -101,18 +103,11 @@ def store_rows(
         tl.store(p_tile, b_piece, mask=m_row[:, None] & (o_c < END - i_c)[None, :])
 
 
-def bias_line(relative_bias: Tensor | None, buckets: Tensor | None) -> tuple[Tensor | None, int]:
-    """T5's bias by distance, (H, distances), and the largest distance."""
-    if relative_bias is None:
-        return None, 0
-    return relative_bias.t().index_select(1, buckets).contiguous(), buckets.numel() // 2
-
-
 @triton.jit
 def row_score(
-    p_slopes, p_line, b_place, b_h, scale, softcap, radius, F: tl.constexpr
+    p_slopes, p_line, b_place, b_h, scale, softcap, radius, left, right, F: tl.constexpr
 ):  # fmt: skip
-    """Of rows that stand at keys b_place, in heads b_h."""
+    """The scores of rows that stand at keys b_place, in heads b_h."""
     b_slope = 0.0
     if F.HAS_SLOPES:
         b_slope = tl.load(p_slopes + b_h) * LOG2E
@@ -120,12 +115,12 @@ def row_score(
         p_line += b_h * (2 * radius + 1) + radius
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
-    return Score(scale, softcap, b_place, b_slope, or_zero(p_line), radius)
+    return RowScore(scale, softcap, b_place, b_slope, or_zero(p_line), radius, left, right)
 
 
 @triton.jit
 def row_scores(b_s, score, i_n, F: tl.constexpr, ACCURATE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Scores of keys i_n .. i_n + BLOCK_N after softcap and biases, in log2 units."""
+    """The scores of keys i_n .. i_n + BLOCK_N after softcap and biases, in log2 units."""
     b_x, _ = capped_scores(b_s, score, F, ACCURATE)
     b_key = i_n + tl.arange(0, BLOCK_N)
     if F.HAS_TABLE:
@@ -139,25 +134,12 @@ def row_scores(b_s, score, i_n, F: tl.constexpr, ACCURATE: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def seen_keys(score, i_n, left, right, F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(ROWS, BLOCK_N): which of keys i_n .. i_n + BLOCK_N a row's window shows."""
+def seen_keys(score, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A mask of the pairs of rows and keys i_n .. i_n + BLOCK_N in the window: (ROWS, BLOCK_N)."""
     b_distance = (i_n + tl.arange(0, BLOCK_N))[None, :] - score.b_place[:, None]
     m_pair = tl.full([score.b_place.shape[0], BLOCK_N], True, tl.int1)
     if F.HAS_LEFT:
-        m_pair = m_pair & (b_distance >= -left)
+        m_pair = m_pair & (b_distance >= -score.left)
     if F.HAS_RIGHT:
-        m_pair = m_pair & (b_distance <= right)
+        m_pair = m_pair & (b_distance <= score.right)
     return m_pair
-
-
-@triton.jit
-def softmax_step(b_m, b_l, b_x):
-    """The exponentials of more scores of rows with running maximum m and sum l, then m, l, and the factor of old sums.
-
-    A row that has seen nothing yet keeps a finite pivot: -inf - -inf would be NaN.
-    """
-    b_max = tl.maximum(b_m, tl.max(b_x, 1))  # (ROWS,)
-    b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_p = tl.exp2(b_x - b_pivot[:, None])
-    b_alpha = tl.exp2(b_m - b_pivot)
-    return b_p, b_max, b_l * b_alpha + tl.sum(b_p, 1), b_alpha

@@ -1,16 +1,16 @@
-"""Fused attention, backward: the sums before and after the kernels of q and of k and v."""
+"""Fused attention, backward: the statistics that the other kernels read, and the sums of what they leave."""
 
 import triton
 import triton.language as tl
 
-from .heads import LOG2E, load_columns
-from .sequences import STATISTICS_ROWS, first_block, program_block, sequence_rows, statistics_start
+from .heads import load_pieces
+from .scores import LOG2E
+from .sequences import STATISTICS_ROWS, first_block, head_rows, program_block, sequence_rows, statistics_start
 
 
 @triton.jit
 def attention_statistics_kernel(
-    p_out, p_grad_out, p_lse, p_grad_lse, p_cu_q, p_pivot, p_delta,
-    stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, batch, rows_q, padded_q, heads, kept_share,
+    out, grad_out, p_lse, p_grad_lse, p_cu_q, p_pivot, p_delta, packed, rows_q, padded_q, heads, kept_share,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PACKED: tl.constexpr,
     LONG: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -18,16 +18,16 @@ def attention_statistics_kernel(
 
     A row that is not there or sees no key gets the pivot inf, so that its probabilities exp2(score - pivot) are 0.
     """
-    i, i_h, i_block = program_block(p_cu_q, rows_q, batch, heads, PACKED, STATISTICS_ROWS)
+    i, i_h, i_block = program_block(p_cu_q, rows_q, packed, heads, PACKED, STATISTICS_ROWS)
     i_b, start, seqlen_q = sequence_rows(p_cu_q, i, rows_q, PACKED)
     i_b = i_b.to(tl.int64)
     i_m = i_block * STATISTICS_ROWS + tl.program_id(1) * BLOCK_M
     o_m = tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q - i_m
-    p_out += i_b * stride_ob + i_h.to(tl.int64) * stride_oh + start.to(tl.int64) * stride_os
-    p_grad_out += i_b * stride_gb + i_h.to(tl.int64) * stride_gh + start.to(tl.int64) * stride_gs
-    b_out = load_columns(p_out, i_m, stride_os, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M, True, LONG)  # (BLOCK_M, BLOCK_D)
-    b_grad = load_columns(p_grad_out, i_m, stride_gs, seqlen_q, HEAD_DIM, BLOCK_D, BLOCK_M, True, LONG)
+    outs = head_rows(out, None, i_b, start, i_h, seqlen_q)
+    grads = head_rows(grad_out, None, i_b, start, i_h, seqlen_q)
+    (b_out,) = load_pieces(outs, i_m, 0, HEAD_DIM, BLOCK_D, False, BLOCK_M, True, LONG)  # (BLOCK_M, BLOCK_D)
+    (b_grad,) = load_pieces(grads, i_m, 0, HEAD_DIM, BLOCK_D, False, BLOCK_M, True, LONG)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)  # (BLOCK_M,)
     o_row = (i_b * heads + i_h) * rows_q + start + i_m + o_m
     if HAS_GRAD_LSE:
@@ -43,7 +43,7 @@ def attention_statistics_kernel(
 def attention_slopes_gradient_kernel(
     p_partial, p_cu_q, p_grad, blocks, heads, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """grad_slopes[b, h] = the sum over packed sequence b's blocks of BLOCK_M queries of partial[h, block]."""
+    """grad_slopes[b, h] = the sum of partial[h, block] over the blocks of BLOCK_M queries of packed sequence b."""
     i = tl.program_id(0) // heads
     i_h = tl.program_id(0) % heads
     end = first_block(p_cu_q, i + 1, BLOCK_M)

@@ -9,15 +9,16 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..common.integers import cdiv, tile_width
-from ..common.launch import choose
-from .configs import Config, chip_of
-from .heads import LOG2E, pieces_product
-from .launch import Options
-from .rows import Rotary, bias_line, load_turned_rows, row_score, row_scores, seen_keys, softmax_step
+from ..common.launch import chip_of, choose, launch
+from .configs import Config, configs, neighbours
+from .heads import HeadRotary, Heads, pieces_product
+from .launch import Options, bias_line, heads_of, kernel_numbers, slopes_stride
+from .rows import RowRotary, load_turned_rows, row_score, row_scores, seen_keys
+from .scores import LOG2E, Biases, softmax_step, start_of_rows
 
 
-class Features(NamedTuple):
-    """What a call computes."""
+class WeightsFeatures(NamedTuple):
+    """What a call for attention weights computes."""
 
     HEAD_DIM: int
     BLOCK_D: int  # channels of a piece
@@ -38,7 +39,7 @@ class Features(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of a head; a program's rows see those of start .. end at most."""
+    """The keys of a head; a program's rows see keys start .. end at most."""
 
     p: tl.tensor
     stride: tl.tensor
@@ -47,38 +48,35 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def _positions(p_positions, b_key, m_key, rotary_offset, HAS_POSITIONS: tl.constexpr):
-    b_position = b_key + rotary_offset
+def _row_rotary(rotary, b_key, m_key, HAS_POSITIONS: tl.constexpr):
+    """The tables for rows that stand at keys b_key."""
+    b_position = b_key + rotary.start
     if HAS_POSITIONS:
-        b_position = tl.load(p_positions + b_key, mask=m_key, other=0)
-    return b_position
+        b_position = tl.load(rotary.p_positions + b_key, mask=m_key, other=0)
+    return RowRotary(rotary.p_cos, rotary.p_sin, b_position)
 
 
 @triton.jit
-def _scores(
-    b_q, keys, p_cos, p_sin, p_positions, rotary_offset, score, left, right, i_n,
-    F: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Scores of keys i_n .. i_n + BLOCK_N in log2 units, -inf for keys that a row does not see."""
+def _scores(b_q, keys, rotary, score, i_n, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The scores of keys i_n .. i_n + BLOCK_N in log2 units, -inf for keys that a row does not see."""
     b_key = i_n + tl.arange(0, BLOCK_N)
     m_key = (b_key >= keys.start) & (b_key < keys.end)
-    rotary = Rotary(p_cos, p_sin, _positions(p_positions, b_key, m_key, rotary_offset, F.HAS_POSITIONS))
+    rotary_k = _row_rotary(rotary, b_key, m_key, F.HAS_POSITIONS)
     o_k = b_key.to(tl.int64) * keys.stride
-    b_k = load_turned_rows(keys.p, o_k, m_key, rotary, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
+    b_k = load_turned_rows(keys.p, o_k, m_key, rotary_k, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
     b_s = pieces_product(b_q, b_k, F)  # (BLOCK_M, BLOCK_N)
     b_x = row_scores(b_s, score, i_n, F, b_q[0].dtype == tl.float32, BLOCK_N)
-    m_pair = m_key[None, :] & seen_keys(score, i_n, left, right, F, BLOCK_N)
+    m_pair = m_key[None, :] & seen_keys(score, i_n, F, BLOCK_N)
     return tl.where(m_pair, b_x, -float("inf"))
 
 
 @triton.jit
 def attention_weights_kernel(
-    p_q, p_k, p_rows, p_lse, p_weights, p_key_lengths, p_sinks, p_slopes, p_line, p_cos, p_sin, p_positions,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_slopes,
-    rows, seqlen_q, seqlen_k, heads, group, left, right, radius, rotary_offset, scale, softcap,
+    q, k, p_rows, p_lse, p_weights, p_key_lengths, p_sinks, biases, rotary,
+    rows, seqlen_q, seqlen_k, heads, group, left, right, scale, softcap,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """exp(score - lse) of chosen queries and all keys; lse = log sum exp(score), by a pass over the keys of its own.
+    """exp(score - lse) for chosen queries and all keys; lse = log sum exp(score), given or by a pass of its own.
 
     Source of the biases: Press et al., arXiv 2108.12409, and Raffel et al., 1910.10683.
     """
@@ -102,39 +100,36 @@ def attention_weights_kernel(
         start = tl.maximum(tl.min(tl.where(m_m, b_place, seqlen_k), 0) - left, 0)
     if F.HAS_RIGHT:
         end = tl.minimum(tl.max(tl.where(m_m, b_place, -1 - right), 0) + right + 1, limit)
-    keys = Keys(p_k + i_b * stride_kb + (i_h // group).to(tl.int64) * stride_kh, stride_ks, start, end)
+    k = Heads(*k)
+    keys = Keys(k.p + i_b * k.stride_b + (i_h // group).to(tl.int64) * k.stride_h, k.stride_s, start, end)
 
+    p_cos, p_sin, p_positions, rotary_offset = rotary
     if F.HAS_POSITIONS:
         p_positions += i_b * seqlen_k
+    rotary = HeadRotary(p_cos, p_sin, p_positions, rotary_offset)
+    p_slopes, stride_slopes, p_line, radius = Biases(*biases)
     if F.HAS_SLOPES:
         p_slopes += i_b * stride_slopes
-    score = row_score(p_slopes, p_line, b_place, i_h + tl.zeros_like(o_m), scale, softcap, radius, F)
-    rotary = Rotary(p_cos, p_sin, _positions(p_positions, b_place, m_m, rotary_offset, F.HAS_POSITIONS))
+    score = row_score(p_slopes, p_line, b_place, i_h + tl.zeros_like(o_m), scale, softcap, radius, left, right, F)
+    rotary_q = _row_rotary(rotary, b_place, m_m, F.HAS_POSITIONS)
+    p_q, stride_qb, stride_qs, stride_qh = Heads(*q)
     p_q += i_b * stride_qb + i_h.to(tl.int64) * stride_qh
     o_q = b_query.to(tl.int64) * stride_qs
-    b_q = load_turned_rows(p_q, o_q, m_m, rotary, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
+    b_q = load_turned_rows(p_q, o_q, m_m, rotary_q, 0, F.HEAD_DIM, F.BLOCK_D, F.HALF, F.INTERLEAVED)
 
     if F.HAS_LSE:
         b_lse = tl.load(p_lse + (i_b * heads + i_h) * seqlen_q + b_query, mask=m_m, other=0.0) * LOG2E
     else:
-        b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        b_l = tl.zeros([BLOCK_M], tl.float32)
-        if F.HAS_SINKS:  # one score more
-            b_m = tl.full([BLOCK_M], tl.load(p_sinks + i_h) * LOG2E, tl.float32)
-            b_l += 1.0
+        b_m, b_l, _ = start_of_rows(p_sinks, i_h, F.HAS_SINKS, 0, 16, BLOCK_M)
         for i_n in tl.range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
-            b_x = _scores(
-                b_q, keys, p_cos, p_sin, p_positions, rotary_offset, score, left, right, i_n, F, BLOCK_N
-            )  # fmt: skip
+            b_x = _scores(b_q, keys, rotary, score, i_n, F, BLOCK_N)
             _, b_m, b_l, _ = softmax_step(b_m, b_l, b_x)
         b_lse = b_m + tl.log2(b_l)
 
     p_weights += (i_b * heads + i_h) * rows * seqlen_k
     o_row = o_m.to(tl.int64) * seqlen_k
     for i_n in tl.range(0, seqlen_k, BLOCK_N):
-        b_x = _scores(
-            b_q, keys, p_cos, p_sin, p_positions, rotary_offset, score, left, right, i_n, F, BLOCK_N
-        )  # fmt: skip
+        b_x = _scores(b_q, keys, rotary, score, i_n, F, BLOCK_N)
         b_key = i_n + tl.arange(0, BLOCK_N)
         m_tile = m_m[:, None] & (b_key < seqlen_k)[None, :]
         b_w = tl.where(b_x == -float("inf"), 0.0, tl.exp2(b_x - b_lse[:, None]))  # also where the lse is -inf or NaN
@@ -142,7 +137,7 @@ def attention_weights_kernel(
 
 
 def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | None, *options) -> Tensor:
-    """As pynlp.reference.attention.weights.attention_weights."""
+    """The weights of chosen queries, (batch, heads, rows, seqlen_k); `rows` None: of all queries."""
     options = Options(*options)
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
@@ -150,13 +145,11 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
     weights = torch.empty((batch, heads, count, seqlen_k), dtype=torch.float32, device=q.device)
     if weights.numel() == 0:
         return weights
-    reach = seqlen_q + seqlen_k
-    left, right = min(options.window_left, reach), min(options.window_right, reach)
-    scale = options.softmax_scale / options.softcap if options.softcap > 0 else options.softmax_scale * LOG2E.value
+    left, right, scale = kernel_numbers(options, seqlen_q + seqlen_k)
     line, radius = bias_line(options.relative_bias, options.relative_buckets)
 
-    def features(config: Config) -> Features:
-        return Features(
+    def features(config: Config) -> WeightsFeatures:
+        return WeightsFeatures(
             HEAD_DIM=head_dim,
             BLOCK_D=min(config.piece, tile_width(head_dim)),
             HALF=0 if options.rotary_cos is None else options.rotary_cos.shape[1],
@@ -176,34 +169,17 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
         )
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
-        slopes = options.alibi_slopes
-        arguments = (
-            q, k, rows, None if lse is None else lse.contiguous(), weights, options.key_lengths, options.sinks,
-            slopes, line, options.rotary_cos, options.rotary_sin, options.rotary_positions,
-            *q.stride()[:3], *k.stride()[:3], slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-            count, seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, radius, options.rotary_offset, scale,
-            float(options.softcap), features(config), config.block_m, config.block_n,
+        return launch(
+            attention_weights_kernel, (cdiv(count, config.block_m) * batch * heads,),
+            heads_of(q), heads_of(k), rows, None if lse is None else lse.contiguous(), weights, options.key_lengths,
+            options.sinks, (options.alibi_slopes, slopes_stride(options.alibi_slopes), line, radius),
+            (options.rotary_cos, options.rotary_sin, options.rotary_positions, options.rotary_offset),
+            count, seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, scale, float(options.softcap),
+            features(config), config.block_m, config.block_n, compile_only=compile_only, **config.options(),
         )  # fmt: skip
-        grid = (cdiv(count, config.block_m) * batch * heads,)
-        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        if compile_only:
-            return attention_weights_kernel.warmup(*arguments, grid=grid, **launch)
-        attention_weights_kernel[grid](*arguments, **launch)
 
     chip = chip_of(q)
-    candidates = configs(chip, q.dtype)
-    work = (chip, q.dtype, q.device, *q.stride()[:3], *features(candidates[0]), count, seqlen_k)
-    start(choose("weights", candidates, work, start))
+    candidates = configs("weights", chip, head_dim, q.element_size())
+    key = (chip, q.dtype, q.device, *q.stride()[:3], *features(candidates[0]))
+    start(choose("weights", q.device, candidates, key, (count, seqlen_k), start, neighbours))
     return weights
-
-
-def configs(chip: str, dtype: torch.dtype) -> list[Config]:
-    if chip == "interpreter":
-        return [Config(16, 16, 1, 1, precision="ieee")]
-    precision = "ieee" if chip == "gfx942" else "tf32x3"
-    if dtype == torch.float32:
-        return [
-            Config(16, 32, 4, 1, precision=precision, piece=64),
-            Config(16, 16, 4, 1, precision=precision, piece=32),
-        ]
-    return [Config(64, 64, 8, 1), Config(32, 32, 8, 1, piece=64), Config(16, 16, 4, 1, piece=32)]

@@ -1,4 +1,6 @@
-"""What launchers count with, on plain integers: Triton's own, made for kernels as well, take 5 us a call."""
+"""Arithmetic of launchers on plain integers: Triton's own, made for kernels as well, takes 5 us a call."""
+
+from collections.abc import Iterable
 
 
 def cdiv(a: int, b: int) -> int:
@@ -12,5 +14,10 @@ def next_power_of_2(n: int) -> int:
 
 
 def tile_width(size: int) -> int:
-    """Of the narrowest tile that holds so many values: a power of 2, at least the 16 of a tensor core."""
+    """The width of the narrowest tile that holds `size` values: a power of 2, at least the 16 of a tensor core."""
     return max(16, next_power_of_2(size))
+
+
+def are_multiples(unit: int, numbers: Iterable[int]) -> bool:
+    """Whether all numbers are multiples of `unit`."""
+    return not any(number % unit for number in numbers)

@@ -1,4 +1,4 @@
-"""Launch choices: the first tile that fits the chip or, on request, the fastest.
+"""Launches: the chip a tensor lies on, the first tile that fits it or, on request, the fastest, and the start.
 
 With PYNLP_AUTOTUNE=1 tiles are measured, and what was found is kept on disk and used from then on. The file is
 tiles.json in $PYNLP_CACHE_DIR, by default ~/.cache/pynlp; deleting it forgets everything.
@@ -8,50 +8,131 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
-from ..attention.configs import Config
-
-LARGEST_BLOCK = 128
-_fitting: dict[tuple, Config] = {}
-_tuned: dict[str, Config] = {}
+Config = TypeVar("Config", bound=tuple)  # a family's NamedTuple: how a kernel is cut and launched
+_fitting: dict[tuple, tuple] = {}
+_tuned: dict[str, tuple] = {}
 
 
-def choose(kernel: str, candidates: list[Config], work: tuple, start: Callable) -> Config:
+class Launch(NamedTuple):
+    """A launch that a pretence compiled instead of starting it."""
+
+    kernel: str
+    arguments: dict[str, object]  # by name, Triton's own options (num_warps, ...) included
+    compiled: CompiledKernel
+
+
+@dataclass
+class Pretence:
+    """A chip that launchers believe in, and what they did meanwhile."""
+
+    chip: str
+    fits: Callable[[CompiledKernel], bool]
+    launches: list[Launch] = field(default_factory=list)
+    rejected: list[tuple[tuple, CompiledKernel]] = field(default_factory=list)  # candidates that did not fit
+    fitting: dict[tuple, tuple] = field(default_factory=dict)
+
+
+_pretence: Pretence | None = None
+
+
+@contextmanager
+def pretend(chip: str, fits: Callable[[CompiledKernel], bool]) -> Iterator[Pretence]:
+    """Within it tensors of any device lie on `chip`; kernels are compiled for Triton's active driver, and not started.
+
+    `fits` says whether the chip can run a compiled kernel. Choices are forgotten at the end, and none is measured.
+    """
+    global _pretence
+    previous, _pretence = _pretence, Pretence(chip, fits)
+    try:
+        yield _pretence
+    finally:
+        _pretence = previous
+
+
+def chip_of(x: Tensor) -> str:
+    """The chip family that x lies on; CPU tensors run in Triton's interpreter."""
+    if _pretence is not None:
+        return _pretence.chip
+    if x.device.type != "cuda":
+        return "interpreter"
+    return "gfx942" if torch.version.hip else _nvidia_chip(x.device)
+
+
+@functools.cache
+def _nvidia_chip(device: torch.device) -> str:
+    major = torch.cuda.get_device_capability(device)[0]
+    # Consumer Blackwell (12) has neither wgmma nor tcgen05 and as little shared memory as Ada.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, compile_only: bool = False, **options) -> CompiledKernel | None:
+    """Starts a kernel; with `compile_only`, or for a pretended chip, only compiles it and returns the result.
+
+    `options` are constants by name and Triton's own: num_warps, num_stages, maxnreg.
+    """
+    if compile_only or _pretence is not None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        if not compile_only:
+            names = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+            _pretence.launches.append(Launch(kernel.__name__, names, compiled))
+        return compiled
+    kernel[grid](*arguments, **options)
+
+
+def choose(
+    kernel: str, device: torch.device, candidates: list[Config], key: tuple, sizes: tuple[int, ...], start: Callable,
+    neighbours: Callable[[Config], Iterable[Config]],
+) -> Config:  # fmt: skip
     """The first candidate that neither spills nor needs more memory than the chip has, the last one if all do.
 
-    `start(config)` launches and may be repeated, `start(config, compile_only=True)` gives the compiled kernel. `work`
-    is all that the machine code depends on, and then the two sequence lengths, which count for measurements only, by
-    their power of two.
+    `start(config)` launches and may be repeated, `start(config, compile_only=True)` gives the compiled kernel. `key`
+    is all that the machine code depends on; `sizes` count for measurements only, by their power of two, which go from
+    a config to the fastest of its `neighbours` as long as one is faster.
     """
-    *shape, seqlen_q, seqlen_k = work
-    fitting = candidates[0] if len(candidates) == 1 else _first_that_fits((kernel, *shape), candidates, start)
-    if os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):
+    fitting = candidates[0] if len(candidates) == 1 else _first_that_fits((kernel, *key), candidates, start)
+    if _pretence is not None or os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):
         return fitting
-    key = f"{_device()} | {kernel} | {shape} | {seqlen_q.bit_length()} | {seqlen_k.bit_length()}"
-    if key not in _tuned:
-        kept = _read(cache_file()).get(key)
-        _tuned[key] = Config(*kept) if kept else _descend(fitting, start, square=kernel == "table")
+    tuned = " | ".join([_name(device), kernel, str(list(key)), *(str(size.bit_length()) for size in sizes)])
+    if tuned not in _tuned:
+        kept = _read(cache_file()).get(tuned)
+        _tuned[tuned] = type(fitting)(*kept) if kept else _descend(fitting, start, neighbours)
         if not kept:  # the file is read again: another process may have added to it
-            _write(cache_file(), _read(cache_file()) | {key: _tuned[key]})
-    return _tuned[key]
+            _write(cache_file(), _read(cache_file()) | {tuned: _tuned[tuned]})
+    return _tuned[tuned]
 
 
 def _first_that_fits(key: tuple, candidates: list[Config], start: Callable) -> Config:
+    known = _fitting if _pretence is None else _pretence.fitting
     key = (*key, *candidates)
-    if key not in _fitting:
-        fit = (c for c in candidates[:-1] if fits(start(c, compile_only=True)))
-        _fitting[key] = next(fit, candidates[-1])
-    return _fitting[key]
+    if key not in known:
+        fit = (config for config in candidates[:-1] if _fits(config, start(config, compile_only=True)))
+        known[key] = next(fit, candidates[-1])
+    return known[key]
+
+
+def _fits(config: Config, compiled: CompiledKernel) -> bool:
+    if _pretence is None:
+        return fits(compiled)
+    if _pretence.fits(compiled):
+        return True
+    _pretence.rejected.append((config, compiled))
+    return False
 
 
 def fits(compiled: CompiledKernel) -> bool:
+    """Whether the current device runs a kernel, and without spills."""
     try:
         _ = compiled.run  # loads it
     except OutOfResources:
@@ -65,16 +146,16 @@ def cache_file() -> Path:
 
 
 @functools.cache
-def _device() -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+def _name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return f"{name}, Triton {triton.__version__}"
 
 
-def _descend(config: Config, start: Callable, square: bool) -> Config:
+def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Iterable[Config]]) -> Config:
     """One change at a time, as long as one helps."""
     times = {config: _time(functools.partial(start, config))}
     while True:
-        for candidate in _neighbours(config, square):
+        for candidate in neighbours(config):
             if candidate not in times:
                 try:
                     times[candidate] = _time(functools.partial(start, candidate))
@@ -84,22 +165,6 @@ def _descend(config: Config, start: Callable, square: bool) -> Config:
         if best == config:
             return config
         config = best
-
-
-def _neighbours(config: Config, square: bool) -> Iterator[Config]:
-    def block(size: int) -> int:
-        return max(16, min(size, LARGEST_BLOCK))
-
-    for factor in (0.5, 2):
-        m, n = block(int(config.block_m * factor)), block(int(config.block_n * factor))
-        shapes = [(m, n)] if square else [(m, config.block_n), (config.block_m, n)]
-        for block_m, block_n in shapes:
-            masked = min(config.masked, block_m, block_n)
-            yield config._replace(block_m=block_m, block_n=block_n, masked=masked)
-    yield config._replace(num_warps=12 - config.num_warps)  # 4 or 8
-    for stages in (config.num_stages - 1, config.num_stages + 1):
-        if 1 <= stages <= 4:
-            yield config._replace(num_stages=stages)
 
 
 def _time(run: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""Philox, a hash of counters, whose numbers any kernel can draw again, and the dropout of rows of values by it.
+"""Philox, a hash of counters, whose numbers any kernel can draw again, and dropout of rows of values with it.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: Philox4x32-10.
 """
@@ -6,7 +6,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: P
 import triton
 import triton.language as tl
 
-VALUES = tl.constexpr(8)  # of a row, that a draw decides on
+VALUES = tl.constexpr(8)  # of a draw, side by side in a row
 
 
 def dropped_parts(dropout_p: float) -> int:
@@ -44,7 +44,7 @@ def philox(seed, c0, c1, c2, c3=0):
 
 @triton.jit
 def drop(b_x, p_seed, b_row, i_d, dropped, kept_share):
-    """b_x (ROWS, COLUMNS) of rows b_row, int64, and columns i_d .., a multiple of 8, after dropout.
+    """Dropout of b_x (ROWS, COLUMNS), which has the rows b_row, int64, and the columns from i_d, a multiple of 8, on.
 
     Value (i, j) is kept if the 16 bits number j % 8 of Philox(key = seed, counters (j // 8, lower half of i, upper half
     of i, 1)) are at least `dropped`, and then divided by the share that is kept.

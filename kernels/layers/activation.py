@@ -1,6 +1,8 @@
-"""Activations with dropout in one pass, forward and backward: launchers and kernels."""
+"""Activations with dropout in one pass, forward and backward: launchers and kernels.
 
-import math
+Arguments and results of the launchers are those of the functions of the same names in the reference.
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -9,20 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv, tile_width
+from ..common.launch import launch
 from ..common.random import drop, dropped_parts
+from ..common.rows import load_block, row_strides, store_block
 
 KINDS = ("gelu", "relu", "swiglu")
-ELEMENTS = 2048  # of a program: one or two times 16 bytes a thread
+ELEMENTS = 2048  # a program's: one or two times 16 bytes a thread
 WARPS = 4
 
 
-class Features(NamedTuple):
-    """What a call computes, and how it is cut."""
+class ActivationFeatures(NamedTuple):
+    """What a call of an activation computes, and how it is cut."""
 
     D: int  # columns of the result
     KIND: str
     HAS_DROPOUT: bool
-    ALIGN: int  # the distances of rows are given in multiples of it
+    ALIGN: int  # row strides are given in multiples of it
     ROWS: int
     BLOCK_D: int
 
@@ -42,19 +46,6 @@ def _block(F: tl.constexpr):
 
 
 @triton.jit
-def _load(p_x, b_row, stride, b_column, m, F: tl.constexpr):
-    """(ROWS, BLOCK_D) in fp32."""
-    o_row = b_row[:, None] * stride * F.ALIGN
-    return tl.load(p_x + o_row + b_column[None, :], mask=m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(p_x, b_row, stride, b_column, m, b_x, F: tl.constexpr):
-    o_row = b_row[:, None] * stride * F.ALIGN
-    tl.store(p_x + o_row + b_column[None, :], b_x.to(p_x.dtype.element_ty), mask=m)
-
-
-@triton.jit
 def activation_forward_kernel(
     p_x, p_up, p_seed, p_out, stride_x, stride_up, stride_out, rows, dropped, kept_share, F: tl.constexpr,
 ):  # fmt: skip
@@ -64,16 +55,16 @@ def activation_forward_kernel(
     """
     b_row, i_d, b_column = _block(F)
     m = (b_row < rows)[:, None] & (b_column < F.D)[None, :]  # (ROWS, BLOCK_D)
-    b_x = _load(p_x, b_row, stride_x, b_column, m, F)
+    b_x = load_block(p_x, b_row, stride_x, b_column, m, F.ALIGN)
     if F.KIND == "gelu":
         b_out = b_x * _normal_cdf(b_x)
     elif F.KIND == "relu":
         b_out = tl.where(b_x < 0, 0.0, b_x)  # NaN stays
     else:
-        b_out = b_x * tl.sigmoid(b_x) * _load(p_up, b_row, stride_up, b_column, m, F)
+        b_out = b_x * tl.sigmoid(b_x) * load_block(p_up, b_row, stride_up, b_column, m, F.ALIGN)
     if F.HAS_DROPOUT:
         b_out = drop(b_out, p_seed, b_row, i_d, dropped, kept_share)
-    _store(p_out, b_row, stride_out, b_column, m, b_out, F)
+    store_block(p_out, b_row, stride_out, b_column, m, b_out, F.ALIGN)
 
 
 @triton.jit
@@ -85,8 +76,8 @@ def activation_backward_kernel(
     grad_up = grad x s; grad after dropout, phi the normal distribution's density."""
     b_row, i_d, b_column = _block(F)
     m = (b_row < rows)[:, None] & (b_column < F.D)[None, :]  # (ROWS, BLOCK_D)
-    b_x = _load(p_x, b_row, stride_x, b_column, m, F)
-    b_grad = _load(p_grad, b_row, stride_grad, b_column, m, F)
+    b_x = load_block(p_x, b_row, stride_x, b_column, m, F.ALIGN)
+    b_grad = load_block(p_grad, b_row, stride_grad, b_column, m, F.ALIGN)
     if F.HAS_DROPOUT:
         b_grad = drop(b_grad, p_seed, b_row, i_d, dropped, kept_share)
     if F.KIND == "gelu":
@@ -96,16 +87,16 @@ def activation_backward_kernel(
         b_grad_x = b_grad * (b_x > 0).to(tl.float32)
     else:
         b_share = tl.sigmoid(b_x)
-        b_up = _load(p_up, b_row, stride_up, b_column, m, F)
+        b_up = load_block(p_up, b_row, stride_up, b_column, m, F.ALIGN)
         b_grad_x = b_grad * b_up * b_share * (1 + b_x * (1 - b_share))
-        _store(p_grad_up, b_row, stride_grad_up, b_column, m, b_grad * b_x * b_share, F)
-    _store(p_grad_x, b_row, stride_grad_x, b_column, m, b_grad_x, F)
+        store_block(p_grad_up, b_row, stride_grad_up, b_column, m, b_grad * b_x * b_share, F.ALIGN)
+    store_block(p_grad_x, b_row, stride_grad_x, b_column, m, b_grad_x, F.ALIGN)
 
 
 def activation_forward(
     x: Tensor, up: Tensor | None, kind: int, dropout_p: float, dropout_seed: Tensor | None
 ) -> Tensor:
-    """As pynlp.reference.layers.activation.activation_forward."""
+    """The activation of x, (..., columns)."""
     gate, other = _halves(x, up, kind)
     out = torch.empty(gate.shape, dtype=x.dtype, device=x.device)
     _launch(activation_forward_kernel, (gate, other), dropout_seed, (out,), kind, dropout_p)
@@ -115,7 +106,7 @@ def activation_forward(
 def activation_backward(
     grad: Tensor, x: Tensor, up: Tensor | None, kind: int, dropout_p: float, dropout_seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As pynlp.reference.layers.activation.activation_backward."""
+    """The gradients of x and up."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_up = torch.empty((0,) if up is None else x.shape, dtype=x.dtype, device=x.device)
     outputs = _halves(grad_x, None if up is None else grad_up, kind)
@@ -124,6 +115,7 @@ def activation_backward(
 
 
 def _halves(x: Tensor, up: Tensor | None, kind: int) -> tuple[Tensor, Tensor | None]:
+    """The gate and up, which may be the halves of x."""
     return x.chunk(2, dim=-1) if KINDS[kind] == "swiglu" and up is None else (x, up)
 
 
@@ -132,14 +124,13 @@ def _launch(kernel, inputs: tuple, seed: Tensor | None, outputs: tuple, kind: in
         return
     columns = outputs[0].shape[-1]
     rows = outputs[0].numel() // columns
-    strides = [0 if x is None else x.view(-1, columns).stride(0) for x in (*inputs, *outputs)]
-    align = math.gcd(16, *strides)
+    align, strides = row_strides(*inputs, *outputs)
     rows_of_block, block = tile(columns)
-    features = Features(columns, KINDS[kind], dropout_p > 0, align, rows_of_block, block)
+    features = ActivationFeatures(columns, KINDS[kind], dropout_p > 0, align, rows_of_block, block)
     dropped = dropped_parts(dropout_p)
-    kernel[(cdiv(rows, rows_of_block) * cdiv(columns, block),)](
-        *inputs, seed, *outputs, *(stride // align for stride in strides), rows, dropped, 1 - dropped / 65536, features,
-        num_warps=WARPS,
+    launch(
+        kernel, (cdiv(rows, rows_of_block) * cdiv(columns, block),),
+        *inputs, seed, *outputs, *strides, rows, dropped, 1 - dropped / 65536, features, num_warps=WARPS,
     )  # fmt: skip
 
 

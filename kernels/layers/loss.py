@@ -1,7 +1,7 @@
 """Cross-entropy of a projection to the vocabulary, chunk by chunk of the rows: launcher and kernel.
 
-The products are torch.mm's, each of the three once; the kernel between them turns a chunk's logits into their gradients
-where they lie. Source: Liger Kernel (Hsu et al., arXiv 2410.10989).
+Three products, each computed once, are torch's; the kernel between them overwrites a chunk's logits by their gradients.
+Source: Liger Kernel (Hsu et al., arXiv 2410.10989).
 """
 
 from typing import NamedTuple
@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import tile_width
+from ..common.launch import launch
+from ..common.matmul import add_product
 
-LOGITS = 2**25  # of a chunk of few rows: 64 MiB of bf16
+LOGITS = 2**25  # a chunk of few rows has so many: 64 MiB of bf16
 BLOCK = 4096
 
 
-class Features(NamedTuple):
-    """What a call computes."""
+class LossFeatures(NamedTuple):
+    """What a call of the loss computes."""
 
     V: int  # entries of the vocabulary
     BLOCK: int
@@ -45,7 +47,7 @@ def cross_entropy_kernel(
     p_logits, p_bias, p_target, p_scale, p_losses,
     smoothing, ignore_index, softcap, z_loss, F: tl.constexpr,
 ):  # fmt: skip
-    """loss = (1 - e) (lse - s_target) + e mean_v (lse - s_v) + z lse^2, with the smoothing e; a program, a row.
+    """loss = (1 - e) (lse - s_target) + e mean_v (lse - s_v) + z lse^2, with the smoothing e; a program does a row.
 
     The row's logits become scale (softmax(s) (1 + 2 z lse) - e / V - (1 - e) [target]) (1 - (s / c)^2).
     """
@@ -61,7 +63,7 @@ def cross_entropy_kernel(
     for i_v in tl.range(0, F.V, F.BLOCK):
         b_v = i_v + tl.arange(0, F.BLOCK)
         b_s = _logits(p_logits, p_bias, b_v, softcap, F)
-        # Where NaN is, it stays: a maximum would lose it.
+        # NaN stays: a maximum would lose it.
         b_new = tl.where((b_s > b_m) | (b_s != b_s), b_s, b_m)
         b_pivot = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_l = b_l * tl.exp(b_m - b_pivot) + tl.exp(b_s - b_pivot)
@@ -108,7 +110,10 @@ def linear_cross_entropy(
     softcap: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As pynlp.reference.layers.loss.linear_cross_entropy."""
+    """The losses or, with row_scale, their scaled sum, and its gradients by x, weight and bias, each if needed.
+
+    Arguments are those of the reference.
+    """
     rows, targets = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     vocabulary = weight.shape[0]
     factors = weight.to(x.dtype)
@@ -121,12 +126,11 @@ def linear_cross_entropy(
     scale, largest = None, None
     if needs_gradient:
         scale = row_scale.reshape(-1)
-        if (
-            x.dtype == torch.float16 and scale.numel()
-        ):  # 1 / (number of targets) is too small for fp16: put in at the end
+        if x.dtype == torch.float16 and scale.numel():
+            # 1 / (number of targets) is too small for fp16: the gradients are multiplied by it at the end.
             largest = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
             scale = scale / largest
-    features = Features(
+    features = LossFeatures(
         V=vocabulary,
         BLOCK=min(BLOCK, tile_width(vocabulary)),
         HAS_BIAS=bias is not None,
@@ -139,7 +143,8 @@ def linear_cross_entropy(
     for first in range(0, rows.shape[0], size):
         own = slice(first, first + size)
         logits = torch.mm(rows[own], factors.T, out=chunk[: rows.shape[0] - first])
-        cross_entropy_kernel[(logits.shape[0],)](
+        launch(
+            cross_entropy_kernel, (logits.shape[0],),
             logits, bias, targets[own], None if scale is None else scale[own], losses[own],
             label_smoothing, ignore_index, softcap, z_loss, features, num_warps=max(1, min(8, features.BLOCK // 512)),
         )  # fmt: skip
@@ -158,18 +163,8 @@ def linear_cross_entropy(
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows whose logits are in memory at once: as many as keep a chip busy, few enough to be no burden.
+    """The number of rows whose logits are in memory at once: enough to keep a chip busy, and little memory.
 
-    A fourth of many: each chunk reads and writes all of the weight's gradient.
+    At least a fourth of all rows: each chunk reads and writes all of the weight's gradient.
     """
     return max(256, LOGITS // vocabulary // 128 * 128, rows // 4 // 128 * 128)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32; with CUDA, of bf16 and fp16, too, by one product that reads and writes the total."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda and not torch.version.hip:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b

@@ -1,10 +1,10 @@
 """Dropout, residual and normalisation in one pass, forward and backward: launchers and kernels.
 
-A program takes blocks of ROWS rows. Rows that fit a block are read once; those of more columns are gone over block by
-block, once for each sum that waits for another, and their parameters' gradients are sums of a kernel of their own.
+A program takes blocks of ROWS rows. Rows that fit a block are read once; longer rows are read block by block, once for
+each sum that waits for another, and a third kernel sums the gradients of their parameters. Arguments and results of the
+launchers are those of the functions of the same names in the reference.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,16 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.integers import cdiv, tile_width
+from ..common.launch import launch
 from ..common.random import drop, dropped_parts
+from ..common.rows import load_block, row_strides, store_block
 
-ELEMENTS = 2048  # of a block at least; 16 a thread
-# Of the blocks of all programs of the backward pass, each with sums of its own: enough for any chip, and not more.
+ELEMENTS = 2048  # a block has at least so many; 16 a thread
+# Elements that all programs of the backward pass sum side by side: enough for any chip, and no more partial sums.
 ALL_ELEMENTS = 2**21
-FORWARD_COLUMNS, BACKWARD_COLUMNS = 16384, 8192  # of a block at most, for the registers of a multiprocessor
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 16384, 8192  # the most that a block has, for a multiprocessor's registers
 
 
-class Features(NamedTuple):
-    """What a call computes, and how it is cut."""
+class NormFeatures(NamedTuple):
+    """What a call of a norm computes, and how it is cut."""
 
     D: int
     CENTRED: bool
@@ -30,31 +32,19 @@ class Features(NamedTuple):
     HAS_RESIDUAL: bool  # backward: the residual's gradient is not that of x
     HAS_DROPOUT: bool
     HAS_GRAD_NEW: bool
-    ALIGN: int  # the distances of rows are given in multiples of it
+    ALIGN: int  # row strides are given in multiples of it
     ROWS: int
     BLOCK_D: int
 
 
 @triton.jit
-def _load(p_x, b_row, stride, o_d, m, F: tl.constexpr):
-    """(ROWS, BLOCK_D) in fp32."""
-    o_row = b_row[:, None] * stride * F.ALIGN
-    return tl.load(p_x + o_row + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(p_x, b_row, o_d, m, b_x, F: tl.constexpr):
-    tl.store(p_x + b_row[:, None] * F.D + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=m)
-
-
-@triton.jit
 def _load_columns(p_x, o_d, F: tl.constexpr):
-    """(1, BLOCK_D) of a vector of all columns, which every program reads."""
+    """Columns o_d of a vector that every program reads: (1, BLOCK_D)."""
     return tl.load(p_x + o_d, mask=o_d < F.D, other=0.0, eviction_policy="evict_last")[None, :]
 
 
 class Sources(NamedTuple):
-    """What new is made of."""
+    """The operands of new."""
 
     p_x: tl.tensor
     p_residual: tl.tensor | None
@@ -68,14 +58,14 @@ class Sources(NamedTuple):
 
 @triton.jit
 def _new_block(sources, b_row, m_row, i_d, F: tl.constexpr):
-    """residual + dropout(x) of columns i_d .., rounded, 0 where there are none; the columns, and where they are."""
+    """new = residual + dropout(x) from column i_d on, rounded, 0 outside of the mask; its columns, and the mask."""
     o_d = i_d + tl.arange(0, F.BLOCK_D)
     m = m_row[:, None] & (o_d < F.D)[None, :]  # (ROWS, BLOCK_D)
-    b_new = _load(sources.p_x, b_row, sources.stride_x, o_d, m, F)
+    b_new = load_block(sources.p_x, b_row, sources.stride_x, o_d, m, F.ALIGN)
     if F.HAS_DROPOUT:
         b_new = drop(b_new, sources.p_seed, b_row, i_d, sources.dropped, sources.kept_share)
     if F.HAS_RESIDUAL:
-        b_new += _load(sources.p_residual, b_row, sources.stride_residual, o_d, m, F)
+        b_new += load_block(sources.p_residual, b_row, sources.stride_residual, o_d, m, F.ALIGN)
     return b_new.to(sources.p_new.dtype.element_ty).to(tl.float32), o_d, m
 
 
@@ -89,11 +79,11 @@ def _centred(b_new, b_mean, m, F: tl.constexpr):
 @triton.jit
 def _store_block(sources, p_weight, p_bias, p_y, b_new, b_mean, b_rstd, b_row, o_d, m, F: tl.constexpr):
     if F.HAS_RESIDUAL or F.HAS_DROPOUT:
-        _store(sources.p_new, b_row, o_d, m, b_new, F)
+        store_block(sources.p_new, b_row, F.D, o_d, m, b_new, 1)
     b_y = _centred(b_new, b_mean, m, F) * b_rstd[:, None] * _load_columns(p_weight, o_d, F)
     if F.HAS_BIAS:
         b_y += _load_columns(p_bias, o_d, F)
-    _store(p_y, b_row, o_d, m, b_y, F)
+    store_block(p_y, b_row, F.D, o_d, m, b_y, 1)
 
 
 @triton.jit
@@ -142,7 +132,7 @@ def norm_forward_kernel(
 
 
 class Saved(NamedTuple):
-    """What backward reads of a block of rows."""
+    """A block of rows that backward reads."""
 
     p_grad_y: tl.tensor
     p_new: tl.tensor
@@ -168,18 +158,18 @@ def _saved(p_grad_y, p_new, p_mean, p_rstd, stride_y, stride_new, i_row, end, F:
 
 @triton.jit
 def _saved_block(saved, i_d, F: tl.constexpr):
-    """The gradient of y and (new - mean) rstd, of columns i_d ..; the columns, and where they are."""
+    """The gradient of y and (new - mean) rstd from column i_d on; their columns, and their mask."""
     o_d = i_d + tl.arange(0, F.BLOCK_D)
     m = saved.m_row[:, None] & (o_d < F.D)[None, :]  # (ROWS, BLOCK_D)
-    b_grad = _load(saved.p_grad_y, saved.b_row, saved.stride_y, o_d, m, F)
-    b_new = _load(saved.p_new, saved.b_row, saved.stride_new, o_d, m, F)
+    b_grad = load_block(saved.p_grad_y, saved.b_row, saved.stride_y, o_d, m, F.ALIGN)
+    b_new = load_block(saved.p_new, saved.b_row, saved.stride_new, o_d, m, F.ALIGN)
     if F.CENTRED:
         b_new -= saved.b_mean[:, None]
     return b_grad, b_new * saved.b_rstd[:, None], o_d, m
 
 
 class Gradients(NamedTuple):
-    """What the gradients of the inputs are made of, and where they go."""
+    """The operands of the inputs' gradients, and where these are stored."""
 
     p_grad_new: tl.tensor | None
     p_seed: tl.tensor | None
@@ -199,12 +189,12 @@ def _store_gradients(
         b_grad -= b_average[:, None]
     b_grad *= saved.b_rstd[:, None]
     if F.HAS_GRAD_NEW:
-        b_grad += _load(gradients.p_grad_new, saved.b_row, gradients.stride_grad_new, o_d, m, F)
-    _store(gradients.p_grad_residual, saved.b_row, o_d, m, b_grad, F)
+        b_grad += load_block(gradients.p_grad_new, saved.b_row, gradients.stride_grad_new, o_d, m, F.ALIGN)
+    store_block(gradients.p_grad_residual, saved.b_row, F.D, o_d, m, b_grad, 1)
     if F.HAS_RESIDUAL:
         if F.HAS_DROPOUT:
             b_grad = drop(b_grad, gradients.p_seed, saved.b_row, i_d, gradients.dropped, gradients.kept_share)
-        _store(gradients.p_grad_x, saved.b_row, o_d, m, b_grad, F)
+        store_block(gradients.p_grad_x, saved.b_row, F.D, o_d, m, b_grad, 1)
 
 
 @triton.jit
@@ -213,10 +203,10 @@ def norm_backward_kernel(
     p_grad_residual, p_grad_x, p_weight_sums, p_bias_sums,
     stride_y, stride_grad_new, stride_new, rows, rows_of_program, dropped, kept_share, F: tl.constexpr,
 ):  # fmt: skip
-    """With normal = (new - mean) rstd and scaled = weight grad_y, of a program's rows one after the other:
+    """grad_new += rstd (scaled - normal mean(scaled normal) - mean(scaled)) and grad_x = dropout(grad_new).
 
-    grad_new += rstd (scaled - normal mean(scaled normal) - mean(scaled)), the last term of a CENTRED norm only, and
-    grad_x = dropout(grad_new); sums over the rows of grad_y normal for weight, of grad_y for bias.
+    normal = (new - mean) rstd, scaled = weight grad_y; the last mean is of a CENTRED norm only. A program goes through
+    its rows and sums grad_y normal for the weight's gradient, grad_y for the bias's.
     """
     ROWS: tl.constexpr = F.ROWS
     BLOCK_D: tl.constexpr = F.BLOCK_D
@@ -255,7 +245,7 @@ def norm_backward_kernel(
 
 @triton.jit
 def _store_sums(p_weight_sums, p_bias_sums, b_weight_sum, b_bias_sum, i_program, i_d, F: tl.constexpr):
-    """A program's sums over its rows; the programs' are added up when all are there."""
+    """Stores a program's sums over its rows, which the launcher adds up."""
     o_d = i_d + tl.arange(0, F.BLOCK_D)
     o_sum = i_program.to(tl.int64) * F.D + o_d
     tl.store(p_weight_sums + o_sum, tl.sum(b_weight_sum, 0), mask=o_d < F.D)
@@ -268,7 +258,7 @@ def norm_parameters_kernel(
     p_grad_y, p_new, p_mean, p_rstd, p_weight_sums, p_bias_sums, stride_y, stride_new, rows, rows_of_program,
     F: tl.constexpr,
 ):  # fmt: skip
-    """The sums of norm_backward_kernel for rows of several blocks, one of them for each program."""
+    """The sums of norm_backward_kernel for rows of several blocks; a program does one block of columns."""
     ROWS: tl.constexpr = F.ROWS
     BLOCK_D: tl.constexpr = F.BLOCK_D
     blocks: tl.constexpr = (F.D + BLOCK_D - 1) // BLOCK_D
@@ -290,7 +280,7 @@ def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, centred: bool, eps: float,
     dropout_p: float, dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As pynlp.reference.layers.norm.norm_forward."""
+    """y, new, mean and rstd; new and mean are empty where they are x and 0."""
     rows, columns = x.shape[:-1], x.shape[-1]
     changed = residual is not None or dropout_p > 0
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -301,12 +291,13 @@ def norm_forward(
         return y, new, mean, rstd
     align, strides = row_strides(x, residual)
     rows_of_block, block, warps = tile(columns, FORWARD_COLUMNS)
-    features = Features(
+    features = NormFeatures(
         D=columns, CENTRED=centred, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_DROPOUT=dropout_p > 0, HAS_GRAD_NEW=False, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
     )  # fmt: skip
     dropped = dropped_parts(dropout_p)
-    norm_forward_kernel[(cdiv(rstd.numel(), rows_of_block),)](
+    launch(
+        norm_forward_kernel, (cdiv(rstd.numel(), rows_of_block),),
         x, residual, weight, bias, dropout_seed, y, new, mean, rstd, *strides, rstd.numel(), eps,
         dropped, 1 - dropped / 65536, features, num_warps=warps,
     )  # fmt: skip
@@ -317,7 +308,7 @@ def norm_backward(
     grad_y: Tensor, grad_new: Tensor | None, new: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, centred: bool,
     dropout_p: float, dropout_seed: Tensor | None, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As pynlp.reference.layers.norm.norm_backward."""
+    """The gradients of the residual, x, weight and bias; that of x is empty where it is the residual's."""
     rows, columns = rstd.numel(), new.shape[-1]
     separate = dropout_p > 0 or new.dtype != grad_y.dtype
     grad_residual = torch.empty(new.shape, dtype=new.dtype, device=new.device)
@@ -330,28 +321,23 @@ def norm_backward(
     bias_sums = torch.empty((programs, columns if needs_bias else 0), dtype=torch.float32, device=new.device)
     if rows:
         align, strides = row_strides(grad_y, grad_new, new)
-        features = Features(
+        features = NormFeatures(
             D=columns, CENTRED=centred, HAS_BIAS=needs_bias, HAS_RESIDUAL=separate, HAS_DROPOUT=dropout_p > 0,
             HAS_GRAD_NEW=grad_new is not None, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
         )  # fmt: skip
         dropped = dropped_parts(dropout_p)
-        norm_backward_kernel[(programs,)](
+        launch(
+            norm_backward_kernel, (programs,),
             grad_y, grad_new, new, weight, mean, rstd, dropout_seed, grad_residual, grad_x, weight_sums, bias_sums,
             *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
         )  # fmt: skip
         if columns > block:
-            norm_parameters_kernel[(programs * cdiv(columns, block),)](
+            launch(
+                norm_parameters_kernel, (programs * cdiv(columns, block),),
                 grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
                 features, num_warps=warps,
             )  # fmt: skip
     return grad_residual, grad_x, weight_sums.sum(0), bias_sums.sum(0)
-
-
-def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
-    """A number that divides the distances of rows, and how often."""
-    strides = [0 if x is None else x.view(-1, x.shape[-1]).stride(0) for x in tensors]
-    align = math.gcd(16, *strides)
-    return align, [stride // align for stride in strides]
 
 
 def tile(columns: int, most: int) -> tuple[int, int, int]:

@@ -126,7 +126,7 @@ def test_splits_change_only_rounding(splits, new, monkeypatch):
 
 def test_splits_are_chosen_by_what_the_host_knows(monkeypatch):
     """Enough parts for the machine, none of few keys; the fewer rows, the more."""
-    options = kernels.Options(0, None, 1.0, -1, -1, 0.0, *[None] * 6, 0, False, 0)
+    options = kernels.DecodeOptions(0, None, 1.0, -1, -1, 0.0, *[None] * 6, 0, False, 0)
 
     def splits(batch, capacity, new=1, heads=8, **changes):
         q = torch.zeros(batch, new, heads, 64, device="meta")
@@ -287,9 +287,9 @@ def test_strides(monkeypatch):
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in (other.k_cache, other.v_cache)
     )
     x = torch.zeros(1, 2, 1, 64, device="meta")
-    assert not kernels._long(128, x.as_strided((1, 2, 1, 64), (1, 2**23, 1, 1)))
-    assert kernels._long(128, x.as_strided((1, 2, 1, 64), (1, 2**24, 1, 1)))
-    monkeypatch.setattr(kernels, "_long", lambda *_: True)
+    assert not kernels.needs_long(128, x.as_strided((1, 2, 1, 64), (1, 2**23, 1, 1)))
+    assert kernels.needs_long(128, x.as_strided((1, 2, 1, 64), (1, 2**24, 1, 1)))
+    monkeypatch.setattr(kernels, "needs_long", lambda *_: True)
     for x, y in zip(other.run(), expected, strict=True):
         assert torch.equal(x, y)
 

@@ -193,9 +193,9 @@ def test_other_tiles_give_the_same(name, monkeypatch):
 def test_offsets_within_a_tile_can_need_64_bits(monkeypatch):
     tiles(monkeypatch)
     x = torch.zeros(1, 2, 1, 64, device="meta")
-    assert not attention._long(128, x.as_strided((1, 2, 1, 64), (1, 2**23, 1, 1)))
-    assert attention._long(128, x.as_strided((1, 2, 1, 64), (1, 2**24, 1, 1)))
-    monkeypatch.setattr(attention, "_long", lambda *_: True)
+    assert not attention.needs_long(128, x.as_strided((1, 2, 1, 64), (1, 2**23, 1, 1)))
+    assert attention.needs_long(128, x.as_strided((1, 2, 1, 64), (1, 2**24, 1, 1)))
+    monkeypatch.setattr(attention, "needs_long", lambda *_: True)
     tensors, options = make_case(seqlen_q=20, seqlen_k=40, rotary_dim=8)
     check_against_oracle(tensors, options)
 

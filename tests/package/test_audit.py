@@ -1,5 +1,4 @@
-"""The machine code of the attention kernels for chips that are not here, and that the audit sees what is wrong with
-it."""
+"""The machine code of the attention kernels for chips that are not here; the audit sees what is wrong with it."""
 
 import os
 import subprocess
@@ -13,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess:
-    """Another process: the kernels of this one may belong to Triton's interpreter."""
+    """Runs Python in another process: the kernels of this one may belong to Triton's interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
@@ -23,7 +22,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("audit", "chip", "kernels"),
+    ("family", "chip", "kernels"),
     [
         ("attention", "sm_80", 11),
         ("attention", "sm_90", 24),
@@ -35,8 +34,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
         ("decode", "gfx942", 10),
     ],
 )
-def test_kernels_keep_their_limits_and_bars(audit, chip, kernels):
-    result = run_python("-m", f"benchmarks.audit.{audit}", "--chip", chip)
+def test_kernels_keep_their_limits_and_bars(family, chip, kernels):
+    result = run_python("-m", "benchmarks.audit", family, "--chip", chip)
     assert f"{kernels} kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
     assert result.returncode == 0
 
@@ -65,3 +64,26 @@ print("; ".join(row.failures))
 def test_a_bad_tile_is_found(chip, config, head_dim, dtype, complaint):
     result = run_python("-c", MISUSE.format(chip=chip, config=config, head_dim=head_dim, dtype=dtype))
     assert complaint in result.stdout, result.stdout + result.stderr[-2000:]
+
+
+def test_a_marker_that_the_sources_lack_is_refused():
+    from benchmarks.audit.report import Markers
+
+    Markers({"attention/forward.py": ("m_pair",)})
+    with pytest.raises(ValueError, match="expected 'm_renamed' in kernels/attention/forward.py"):
+        Markers({"attention/forward.py": ("m_pair", "m_renamed")})
+    with pytest.raises(ValueError, match="expected 'm_pair' in kernels/attention/moved.py"):
+        Markers({"attention/moved.py": ("m_pair",)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["moe-like"], "family: expected some of attention, decode, layers, got moe-like"),
+        (["layers", "--only", "no such case"], "--only: expected a part of a case's name, got 'no such case'"),
+    ],
+)
+def test_what_is_not_there_is_refused(arguments, complaint):
+    result = run_python("-m", "benchmarks.audit", *arguments)
+    assert result.returncode == 2
+    assert complaint in " ".join(result.stderr.split())

@@ -1,4 +1,4 @@
-"""The machine code of norms and activations for chips that are not here, and that the audit sees what is wrong."""
+"""The machine code of norms and activations for chips that are not here; the audit sees what is wrong with it."""
 
 import pytest
 from test_audit import run_python
@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 def test_kernels_keep_their_limits_and_bars():
-    result = run_python("-m", "benchmarks.audit.layers", "--chip", "sm_90", "--chip", "gfx942", "--only", "residual")
+    result = run_python("-m", "benchmarks.audit", "layers", "--chip", "sm_90", "--chip", "gfx942", "--only", "residual")
     assert "24 kernels, 0 failed" in result.stdout, result.stdout + result.stderr[-2000:]
     assert result.returncode == 0
 
