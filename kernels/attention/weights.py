@@ -120,7 +120,9 @@ def attention_weights_kernel(
     if F.HAS_LSE:
         b_lse = tl.load(p_lse + (i_b * heads + i_h) * seqlen_q + b_query, mask=m_m, other=0.0) * LOG2E
     else:
-        b_m, b_l, _ = start_of_rows(p_sinks, i_h, F.HAS_SINKS, 0, 16, BLOCK_M)
+        running = start_of_rows(p_sinks, i_h, F.HAS_SINKS, 0, 16, BLOCK_M)
+        b_m = running.b_m
+        b_l = running.b_l
         for i_n in tl.range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
             b_x = _scores(b_q, keys, rotary, score, i_n, F, BLOCK_N)
             _, b_m, b_l, _ = softmax_step(b_m, b_l, b_x)
