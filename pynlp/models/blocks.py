@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pynlp.models.config import TransformerConfig
-from pynlp.nn import FeedForward, LayerCache, LayerNorm, MultiHeadAttention, RMSNorm
+from pynlp.models.config import ADDED_POSITIONS, NORMS, TransformerConfig
+from pynlp.nn import FeedForward, LayerCache, MultiHeadAttention
 from pynlp.nn.attention import RotaryTables
 from pynlp.ops.common.checks import check, check_range, extremes
-
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-ADDED_POSITIONS = ("sinusoidal", "learned")
 
 
 class Memory(Protocol):
@@ -45,12 +42,20 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, causal: bool, cross_attention: bool, attention: Callable[..., Tensor]
+        self,
+        config: TransformerConfig,
+        *,
+        causal: bool,
+        cross_attention: bool,
+        attention: Callable[..., Tensor],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
         self.pre_norm = config.pre_norm
-        heads = dict(kv_heads=config.kv_heads, bias=False, dropout=config.dropout, attention=attention)
-        self.attention_norm = make_norm(config)
+        factory = {"device": device, "dtype": dtype}
+        heads = dict(kv_heads=config.kv_heads, bias=False, dropout=config.dropout, attention=attention, **factory)
+        self.attention_norm = make_norm(config, **factory)
         self.attention = MultiHeadAttention(
             config.embed_dim,
             config.heads,
@@ -61,14 +66,14 @@ class Block(nn.Module):
             **heads,
         )
         if cross_attention:
-            self.cross_attention_norm = make_norm(config)
+            self.cross_attention_norm = make_norm(config, **factory)
             self.cross_attention = MultiHeadAttention(config.embed_dim, config.heads, **heads)
         ffn_dim = config.ffn_dim
         if ffn_dim is None:
             ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
-        self.feed_forward_norm = make_norm(config)
+        self.feed_forward_norm = make_norm(config, **factory)
         self.feed_forward = FeedForward(
-            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False
+            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False, **factory
         )
 
     def forward(
@@ -82,14 +87,14 @@ class Block(nn.Module):
 
         `layout` are what the self-attention is to know of the tokens: key_lengths, cu_seqlens, or a cache.
         """
-        h, residual = self.around(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
+        h, residual = self.with_norm(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
         if memory is not None:
-            h, residual = self.around(
+            h, residual = self.with_norm(
                 lambda x: memory.attend(self.cross_attention, x), self.cross_attention_norm, h, residual
             )
-        return self.around(self.feed_forward, self.feed_forward_norm, h, residual)
+        return self.with_norm(self.feed_forward, self.feed_forward_norm, h, residual)
 
-    def around(
+    def with_norm(
         self, layer: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """A layer with its norm; takes and gives what `forward` does."""
@@ -115,6 +120,7 @@ class Stack(nn.Module):
         causal: Whether a token sees no later one.
         cross_attention: Whether the blocks look at a memory, too.
         attention: What the attention layers call with q, k, v, as in `pynlp.nn.MultiHeadAttention`.
+        device, dtype: Those of the parameters.
 
     Attributes:
         checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
@@ -129,24 +135,28 @@ class Stack(nn.Module):
         causal: bool,
         cross_attention: bool = False,
         attention: Callable[..., Tensor],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
         self.config = config
+        factory = {"device": device, "dtype": dtype}
         self.checkpointing = False
         scaled = config.scale_embeddings or config.positions == "sinusoidal"
         self.scale = config.embed_dim**0.5 if scaled else 1.0
         self.positions = None
         if config.positions == "sinusoidal":
-            self.positions = SinusoidalPositions(config.max_positions, config.embed_dim)
+            self.positions = SinusoidalPositions(config.max_positions, config.embed_dim, device=device)
         elif config.positions == "learned":
-            self.positions = nn.Embedding(config.max_positions, config.embed_dim)
+            self.positions = nn.Embedding(config.max_positions, config.embed_dim, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, causal=causal, cross_attention=cross_attention, attention=attention) for _ in range(layers)
+            Block(config, causal=causal, cross_attention=cross_attention, attention=attention, **factory)
+            for _ in range(layers)
         )
         for block in self.blocks:  # one set of rotary tables for all layers
             block.attention.rotary = self.blocks[0].attention.rotary
-        self.norm = make_norm(config) if config.pre_norm else None
+        self.norm = make_norm(config, **factory) if config.pre_norm else None
 
     def reset_parameters(self) -> None:
         """GPT-2's: N(0, 0.02), layers that write to the residual stream smaller by the root of their number."""
@@ -156,7 +166,7 @@ class Stack(nn.Module):
                 writes_residual = name.endswith(("out_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / writers**0.5 if writes_residual else 0.02)
 
-    def transform(
+    def forward(
         self,
         x: Tensor,
         *,
@@ -218,8 +228,8 @@ class Stack(nn.Module):
         return dict(layers=len(self.blocks), **self.blocks[0].attention.cache_shape)
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
-    return NORMS[config.norm](config.embed_dim, dropout=config.dropout)
+def make_norm(config: TransformerConfig, **factory) -> nn.Module:
+    return NORMS[config.norm](config.embed_dim, dropout=config.dropout, **factory)
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:

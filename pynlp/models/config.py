@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("swiglu", "gelu", "relu")
-POSITIONS = ("rope", "relative", "alibi", "sinusoidal", "learned", "none")
+from pynlp.nn import LayerNorm, RMSNorm, attention, feed_forward
+from pynlp.ops.common.checks import check_share
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+ACTIVATIONS = tuple(sorted(feed_forward.ACTIVATIONS, key=lambda name: name != "swiglu"))  # the default first
+ADDED_POSITIONS = ("sinusoidal", "learned")  # to the embeddings; attention has the others
+_NONE, *_IN_SCORES = attention.POSITIONS
+POSITIONS = (*_IN_SCORES, *ADDED_POSITIONS, _NONE)
 
 
 @dataclass
@@ -61,7 +66,6 @@ class TransformerConfig:
         for name in ("encoder_layers", "ffn_dim", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1 or None, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
+        check_share("dropout", self.dropout)
         if self.positions == "sinusoidal" and self.embed_dim % 2:
             raise ValueError(f"embed_dim: expected an even number with positions='sinusoidal', got {self.embed_dim}")

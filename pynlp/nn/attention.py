@@ -13,6 +13,7 @@ from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
 from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
 from pynlp.ops.attention.weights import attention_weights
+from pynlp.ops.common.checks import check_share
 
 POSITIONS = ("none", "rope", "alibi", "relative")
 
@@ -28,7 +29,8 @@ class MultiHeadAttention(nn.Module):
         kv_heads: Key/value heads, a divisor of `heads`; consecutive query heads share one. `heads` by default.
         memory_dim: Width of the memory in cross-attention; `embed_dim` by default.
         bias: Whether the four projections have one.
-        causal, window, softcap: As in `pynlp.functional.attention`.
+        causal, window, softmax_scale, softcap: Arguments of `pynlp.functional.attention`; the scale is `D ** -0.5` by
+            default.
         dropout: Share of the attention weights that is set to 0 in training.
         sinks: Whether each head has a learned score more in its softmax, of a key without a value; 0 at first.
         positions: "none", "rope", "alibi" or "relative" (T5's learned bias). The last three are for self-attention.
@@ -42,6 +44,7 @@ class MultiHeadAttention(nn.Module):
         relative_max_distance: Distance from which on all keys fall into its last bucket.
         attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
             sequences and what is in a cache go to `attention_varlen` and `attention_decode`.
+        device, dtype: Those of the weights and biases.
 
     ALiBi's slopes are a constant; assign an `nn.Parameter` to `alibi_slopes` to train them.
 
@@ -61,6 +64,7 @@ class MultiHeadAttention(nn.Module):
         bias: bool = True,
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
+        softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout: float = 0.0,
         sinks: bool = False,
@@ -84,12 +88,12 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
         if positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.embed_dim, self.heads, self.kv_heads = embed_dim, heads, kv_heads
         self.memory_dim = embed_dim if memory_dim is None else memory_dim
         self.head_dim = head_dim = embed_dim // heads
         self.causal, self.window, self.softcap, self.dropout = causal, window, softcap, dropout
+        self.softmax_scale = softmax_scale
         self.positions = positions
         self.rotary_interleaved = rotary_interleaved
         self.relative_max_distance = relative_max_distance
@@ -189,7 +193,8 @@ class MultiHeadAttention(nn.Module):
     def _options(self, rotary_offset: int | Tensor) -> dict:
         """What the attention functions take alike."""
         return dict(
-            causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks,
+            causal=self.causal, window=self.window, softmax_scale=self.softmax_scale, softcap=self.softcap,
+            sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
             rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),

@@ -11,6 +11,7 @@ from pynlp.nn.linear import Linear
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.common.checks import check_share
 
 
 class LatentAttention(nn.Module):
@@ -32,7 +33,8 @@ class LatentAttention(nn.Module):
         causal, softmax_scale: As in `pynlp.functional.attention`; the scale is `(nope_dim + rope_dim) ** -0.5`.
         dropout: Share of the attention weights that is set to 0 in training.
         norm_eps: Of the RMS norms behind both compressions.
-        rotary_base, rotary_scaling, rotary_interleaved, max_positions, attention: As in `MultiHeadAttention`.
+        rotary_base, rotary_scaling, rotary_interleaved, max_positions, attention, device, dtype: Arguments of
+            `MultiHeadAttention`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -68,8 +70,7 @@ class LatentAttention(nn.Module):
         for name, size in (*sizes.items(), ("q_rank", 1 if q_rank is None else q_rank)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.embed_dim, self.heads, self.kv_rank, self.q_rank = embed_dim, heads, kv_rank, q_rank
         self.nope_dim, self.rope_dim, self.head_dim_v = nope_dim, rope_dim, head_dim_v
         self.causal, self.dropout = causal, dropout

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pynlp.reference.common.dtypes import compute_dtype
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -20,6 +22,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_share(name: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"{name}: expected at least 0 and less than 1, got {share}")
 
 
 def rows_in_place(x: Tensor) -> Tensor:
@@ -39,10 +46,11 @@ def rows_at_one_stride(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q") -> tuple[float, Tensor | None]:
+def prepare_dropout(
+    dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q"
+) -> tuple[float, Tensor | None]:
     """The probability, and the seed as int64 `(1,)`, drawn from torch's generator if none is given."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected at least 0 and less than 1, got {dropout_p}")
+    check_share("dropout_p", dropout_p)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(
@@ -69,9 +77,9 @@ def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...
         raise ValueError(f"{name}: expected {of}'s device {like.device}, got {x.device}")
 
 
-def statistics(x: Tensor, like: Tensor) -> Tensor:
-    """Biases, tables and weights of norms are kept in fp32 (fp64 for fp64 inputs), contiguous."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+def as_fp32(x: Tensor, like: Tensor) -> Tensor:
+    """x contiguous in fp32, in which ops take biases, tables and weights of norms; in fp64 where `like` is."""
+    dtype = compute_dtype(like)
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 

@@ -7,7 +7,7 @@ from pynlp.ops.common.checks import rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.layers import argmax_and_lse as reference
 
-define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference.row_peaks, reference.row_peaks)
+define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference, triton=None, dtype_of="x")
 
 
 @torch.library.register_fake("pynlp::row_peaks", lib=LIBRARY)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pynlp.reference.common.dtypes import compute
 from pynlp.reference.common.random import attention_keeps, dropped_parts
 
 
@@ -240,10 +241,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         a, b = turned.chunk(2, dim=-1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     return torch.cat((turned, rest), dim=-1)
-
-
-def compute(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pynlp.reference.attention.attention import (
     Options,
-    compute,
     expand_heads,
     log_sum_exp,
     masked_scores,
@@ -20,6 +19,7 @@ from pynlp.reference.attention.attention import (
     visible_exp,
     weighted_sum,
 )
+from pynlp.reference.common.dtypes import compute
 
 
 def attention_append(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pynlp.reference.attention.attention import compute
+from pynlp.reference.common.dtypes import compute
 
 
 def linear_cross_entropy(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pynlp.reference.attention.attention import compute
+from pynlp.reference.common.dtypes import compute
 from pynlp.reference.common.random import dropped
 
 
