@@ -31,8 +31,7 @@ from benchmarks.measure import (
     write_json,
 )
 from pynlp import probes
-from pynlp.functional import alibi_slopes, attention, rotary_tables
-from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.functional import alibi_slopes, attention, relative_position_buckets, rotary_tables
 from pynlp.reference.attention.attention import rotate
 
 FP16 = torch.float16

@@ -1,4 +1,4 @@
-"""What is loaded: the native CPU code and its instruction set, and Triton; why something is missing."""
+"""State of the back ends: the native CPU code and its instruction set, Triton, and why one is missing."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ ISA_FEATURES = {
 }
 
 _native: ModuleType | None = None
-_isa: str | None = None  # the level in use, as the native code has it
+_isa: str | None = None  # the level in use
 _native_missing_reason: str | None = "pynlp._C was not loaded yet"
 
 
@@ -52,13 +52,13 @@ def native() -> ModuleType:
 
 
 def native_missing_reason() -> str | None:
-    """None if the native extension is loaded, else why not."""
+    """The reason why the native extension is not loaded; None if it is."""
     return _native_missing_reason
 
 
 @cache
 def triton_missing_reason() -> str | None:
-    """None if Triton can be imported, else why not."""
+    """The reason why Triton cannot be imported; None if it can."""
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""What an installation runs on: versions, devices, and for each op the back end that serves it."""
+"""Facts of an installation: versions, devices, and the back end that serves each op."""
 
 import importlib
 import platform

@@ -1,4 +1,4 @@
-"""What all transformers here are built of: a block of layers around a residual stream, and a stack of blocks.
+"""Parts of all transformers here: a block of layers around a residual stream, and a stack of blocks.
 
 Shapes: B batch, S tokens, Sk source tokens, E embed_dim.
 """
@@ -17,10 +17,10 @@ from pynlp.ops.common.checks import check, check_range, extremes
 
 
 class Memory(Protocol):
-    """What a block's cross-attention looks at."""
+    """The other side of a block's cross-attention."""
 
     def attend(self, attention: MultiHeadAttention, x: Tensor) -> Tensor:
-        """What tokens x `(B, S, E)` take from it, `(B, S, E)`."""
+        """Attention of tokens x `(B, S, E)` to the memory, `(B, S, E)`."""
         ...
 
 
@@ -83,9 +83,16 @@ class Block(nn.Module):
         memory: Memory | None,
         layout: dict[str, Tensor | LayerCache | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """With pre-norm h `(B, S, E)` is yet to be added to the residual, if there is one; post-norm has h alone.
+        """The stream behind the block, in two parts that are yet to be added up.
 
-        `layout` are what the self-attention is to know of the tokens: key_lengths, cu_seqlens, or a cache.
+        Args:
+            h: The last layer's result `(B, S, E)`.
+            residual: What to add it to; None in the first block, and always with post-norm.
+            memory: What the cross-attention looks at; None without one.
+            layout: The self-attention's arguments about tokens: key_lengths, cu_seqlens, or a cache.
+
+        Returns:
+            h and residual for the next block or the last norm.
         """
         h, residual = self.with_norm(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
         if memory is not None:
@@ -97,7 +104,7 @@ class Block(nn.Module):
     def with_norm(
         self, layer: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A layer with its norm; takes and gives what `forward` does."""
+        """A layer with its norm, of the same h and residual as `forward`."""
         if not self.pre_norm:
             return norm(layer(h), h)[0], None
         x, residual = (norm(h), h) if residual is None else norm(h, residual)
@@ -105,14 +112,14 @@ class Block(nn.Module):
 
 
 class SinusoidalPositions(RotaryTables):
-    """Sines and cosines of positions, of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
+    """Sines and cosines of positions, those of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
 
     def forward(self, positions: Tensor) -> Tensor:
         return torch.stack((self.sin[positions], self.cos[positions]), dim=-1).flatten(-2)
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, with what is done to the embeddings before them and the norm behind them.
+    """Blocks one after the other, with positions, scale and dropout of the embeddings before them and a norm behind.
 
     Args:
         config: Sizes and parts.
@@ -123,8 +130,8 @@ class Stack(nn.Module):
         device, dtype: Those of the parameters.
 
     Attributes:
-        checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
-            backward computes again: same gradients, less memory, more time. Chen et al., arXiv 1604.06174.
+        checkpointing: Whether training keeps only the inputs of each block, and backward computes the rest again: same
+            gradients, less memory, more time. Chen et al., arXiv 1604.06174.
     """
 
     def __init__(
@@ -159,7 +166,10 @@ class Stack(nn.Module):
         self.norm = make_norm(config, **factory) if config.pre_norm else None
 
     def reset_parameters(self) -> None:
-        """GPT-2's: N(0, 0.02), layers that write to the residual stream smaller by the root of their number."""
+        """Initialise weights as GPT-2, N(0, 0.02); divided by the root of their number where they write to the residual.
+
+        Source: Radford et al., 2019, section 2.3.
+        """
         writers = sum(name.endswith(("out_proj", "down_proj")) for name, _ in self.named_modules())
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -179,13 +189,13 @@ class Stack(nn.Module):
 
         Args:
             x: Their embeddings `(B, S, E)`, or packed without padding `(total, E)`.
-            key_lengths: int32 `(B,)`, the tokens of each row that are none of its padding.
+            key_lengths: int32 `(B,)`, the tokens of each row without its padding.
             cu_seqlens: int32 `(B + 1,)`, where each sequence of a packed x starts and the last one ends.
-            memories: What each block's cross-attention looks at.
-            cache: As in `Decoder.forward`.
+            memories: The memory of each block's cross-attention.
+            cache: Views of a cache, as in `Decoder.features`.
 
         Returns:
-            As x, normalised.
+            x's shape, normalised.
         """
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
@@ -205,7 +215,7 @@ class Stack(nn.Module):
         return h if self.norm is None else self.norm(h, residual)[0]
 
     def position_ids(self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[LayerCache] | None) -> Tensor:
-        """Those of x: `(S,)`, `(B, S)` with a cache, whose tokens come first, `(total,)` of a packed x."""
+        """Positions of x's tokens: `(S,)`; with a cache, whose tokens come first, `(B, S)`; packed `(total,)`."""
         new = torch.arange(x.shape[-2], device=x.device)
         longest = x.shape[-2]
         if cu_seqlens is not None:
@@ -224,7 +234,7 @@ class Stack(nn.Module):
 
     @property
     def cache_shape(self) -> dict[str, int]:
-        """What `KVCache` and `PagedKVCache` are to be made with for these blocks."""
+        """Arguments of `KVCache` and `PagedKVCache` that make them fit these blocks."""
         return dict(layers=len(self.blocks), **self.blocks[0].attention.cache_shape)
 
 
@@ -240,7 +250,7 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def check_lengths(name: str, lengths: Tensor | None, tokens: Tensor) -> None:
-    """Lengths of rows of tokens `(B, S)`."""
+    """Check lengths of rows of tokens `(B, S)`."""
     if lengths is None:
         return
     if lengths.shape != tokens.shape[:1]:

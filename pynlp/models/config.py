@@ -1,4 +1,4 @@
-"""What a transformer is made of, in numbers and names that can be written to a file."""
+"""The configuration of a transformer, in numbers and names that can be written to a file."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class TransformerConfig:
     """Sizes and parts of an `Encoder`, a `Decoder` or an `EncoderDecoder`; `dataclasses.asdict` gives plain values.
 
     Attributes:
-        layers: Blocks; of an encoder-decoder those of its decoder.
+        layers: Blocks; an encoder-decoder's decoder has so many.
         encoder_layers: Blocks of an encoder-decoder's encoder; `layers` by default.
         heads, kv_heads: Query heads, and key/value heads, a divisor of them; `heads` by default.
-        ffn_dim: Inner width of the feed-forward layers; by default 4 E, with "swiglu" 8/3 E, which is as many weights.
+        ffn_dim: Inner width of the feed-forward layers; by default 4 E, or 8/3 E with "swiglu": as many weights.
         positions: "rope", "relative" (T5's table, one a layer) or "alibi" in self-attention, see
             `pynlp.nn.MultiHeadAttention`; "sinusoidal" or "learned" (as GPT-2's), added to the embeddings; or "none".
         window: A token sees itself and this many tokens before it, in an encoder also behind it; None = all.

@@ -54,7 +54,7 @@ class EncoderDecoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's, as `Decoder`'s."""
+        """Initialise as GPT-2, like `Decoder`."""
         self.encoder.reset_parameters()
         self.decoder.reset_parameters()
         for module in (self.embedding, self.source_embedding, self.output):
@@ -66,13 +66,13 @@ class EncoderDecoder(nn.Module):
         return linear(self.features(source, source_lengths, target), self.output_weight)
 
     def features(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
-        """What the logits are a projection of.
+        """The decoder's features, of which the logits are a projection.
 
         Args:
             source: Ids `(B, S)`.
-            source_lengths: int32 `(B,)`, the tokens of each source; what is behind them is padding, which nothing sees.
-                None = all are tokens.
-            target: Ids `(B, T)`; none sees a later one, so padding behind them needs no lengths.
+            source_lengths: int32 `(B,)`, the tokens of each source; the rest is padding, which no token sees. None:
+                all are tokens.
+            target: Ids `(B, T)`; no token sees a later one, so padding at the end needs no lengths.
 
         Returns:
             `(B, T, E)`.
@@ -88,7 +88,7 @@ class EncoderDecoder(nn.Module):
         return self.encoder(embedding(source), key_lengths=source_lengths)
 
     def encode_packed(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's features of the sources' tokens, none of padding: no time is spent on it.
+        """The encoder's features of the sources' tokens alone: padding costs no time.
 
         Returns:
             `(total, E)`, and the place of each token in `source.flatten()`, int64 `(total,)`.
@@ -100,7 +100,7 @@ class EncoderDecoder(nn.Module):
         return self.encoder(embedding(source.flatten()[places]), cu_seqlens=cu_seqlens), places
 
     def embedding_of(self, source: Tensor, source_lengths: Tensor | None) -> nn.Embedding:
-        """The one of sources, after a check of them."""
+        """The embedding of sources, after a check of these."""
         check_tokens("source", source)
         check_lengths("source_lengths", source_lengths, source)
         return self.embedding if self.source_embedding is None else self.source_embedding
@@ -110,8 +110,8 @@ class EncoderDecoder(nn.Module):
 
         Args:
             target: Ids `(B, T)`.
-            memories: What each block's cross-attention looks at.
-            cache: As in `Decoder.features`, of `decoder.cache_shape`.
+            memories: The memory of each block's cross-attention.
+            cache: Views of a cache, as in `Decoder.features`, made with `decoder.cache_shape`.
         """
         check_tokens("target", target)
         return self.decoder(self.embedding(target), memories=memories, cache=cache)
@@ -123,7 +123,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether training keeps only what goes into each block of encoder and decoder; see `Decoder`."""
+        """Whether training keeps only the inputs of each block of encoder and decoder; see `Decoder`."""
         return self.decoder.checkpointing
 
     @checkpointing.setter
@@ -131,9 +131,11 @@ class EncoderDecoder(nn.Module):
         self.encoder.checkpointing = self.decoder.checkpointing = on
 
     def decoding_state(self, source: Tensor, source_lengths: Tensor | None, max_length: int) -> "EncoderDecoderState":
-        """For `pynlp.decoding`: a row a source, of up to `max_length` target tokens, prefix included; not in training.
+        """A state for `pynlp.decoding` of a model in evaluation mode, with one row a source.
 
-        Source and lengths are as in `features`.
+        Args:
+            source, source_lengths: As in `features`.
+            max_length: Most target tokens of a row, prefix included.
         """
         return EncoderDecoderState(self, source, source_lengths, max_length)
 
@@ -142,7 +144,7 @@ class EncoderDecoder(nn.Module):
 
 
 class SharedSource:
-    """Keys and values of all sources in one layer, to which rows look as to pages: a source is a page.
+    """Keys and values of all sources in one layer, each source a page that any number of rows may look at.
 
     Args:
         k, v: `(N, S, kv_heads, head_dim)`.
@@ -150,7 +152,7 @@ class SharedSource:
         lengths: int32 `(R,)`, its length.
 
     Attributes:
-        query: That of each row's last token, `(R, 1, heads, head_dim)`, as soon as the layer has attended.
+        query: The query of each row's last token, `(R, 1, heads, head_dim)`, as soon as the layer has attended.
     """
 
     def __init__(self, k: Tensor, v: Tensor, sources: Tensor, lengths: Tensor):
@@ -164,7 +166,7 @@ class SharedSource:
 
 
 class EncoderDecoderState:
-    """A `pynlp.decoding.AttentiveState` of an `EncoderDecoder`: what was written so far, and the encoded sources.
+    """A `pynlp.decoding.AttentiveState` of an `EncoderDecoder`: the tokens written so far, and the encoded sources.
 
     Each source's keys and values are computed once and stay where they are, however many rows look at them.
 
@@ -201,7 +203,7 @@ class EncoderDecoderState:
         return linear(features[:, -1], self.model.output_weight)
 
     def select(self, rows: Tensor) -> None:
-        """Row i goes on from the history of old row `rows[i]`."""
+        """Make row i a continuation of old row `rows[i]`."""
         self.cache.select(rows)
         self.sources, self.lengths = self.sources[rows], self.lengths[rows]
         self.query = None if self.query is None else self.query[rows]
@@ -215,7 +217,7 @@ class EncoderDecoderState:
         if self.query is None:
             raise ValueError("attention: expected a step before it, got none")
         keys, _ = self.keys_values[-1]
-        # Only here, where few ask, and in one layer, are a source's keys copied for each of its rows.
+        # Here, in one layer and only if asked for, a source's keys are copied for each of its rows.
         weights = attention_weights(self.query, keys[self.sources], key_lengths=self.lengths)  # (R, H, 1, S)
         padding = torch.arange(keys.shape[1], device=keys.device) >= self.lengths[:, None]
         return weights.squeeze(2).mean(1).masked_fill(padding, 1.0)

@@ -44,8 +44,8 @@ class Encoder(Stack):
 
         Args:
             tokens: Ids `(B, S)`.
-            lengths: int32 `(B,)`, the tokens of each row; what is behind them is padding, which no token sees and whose
-                own features mean nothing. All are tokens by default.
+            lengths: int32 `(B,)`, the tokens of each row; the rest is padding, which no token sees and whose features
+                mean nothing. All are tokens by default.
         """
         check_tokens("tokens", tokens)
         check_lengths("lengths", lengths, tokens)
@@ -64,8 +64,8 @@ class Decoder(Stack):
         device, dtype: Those of the parameters.
 
     Attributes:
-        checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
-            backward computes again: same gradients, less memory, more time. False at first.
+        checkpointing: Whether training keeps only the inputs of each block, and backward computes the rest again: same
+            gradients, less memory, more time. False at first.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Decoder(Stack):
         return linear(self.features(tokens, cache), self.output_weight)
 
     def features(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
-        """What the logits are a projection of.
+        """Features of tokens, of which the logits are a projection.
 
         Args:
             tokens: Ids `(B, S)`.
-            cache: What `append(S)` of a `KVCache` or `append(sequences, S)` of a `PagedKVCache` gave, made with this
-                model's `cache_shape`: the tokens then follow those that are cached. Without gradients.
+            cache: The views of a `KVCache`'s `append(S)` or a `PagedKVCache`'s `append(sequences, S)`, made with this
+                model's `cache_shape`: the tokens then follow the cached ones. Without gradients.
 
         Returns:
             `(B, S, E)`.
@@ -107,7 +107,7 @@ class Decoder(Stack):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def decoding_state(self, batch: int, max_length: int) -> "DecoderState":
-        """For `pynlp.decoding`: `batch` rows of up to `max_length` tokens, prefix included, in evaluation mode."""
+        """A state for `pynlp.decoding` of a model in evaluation mode; at most `max_length` tokens a row, prefix included."""
         return DecoderState(self, batch, max_length)
 
     def parameter_count(self) -> int:
@@ -136,5 +136,5 @@ class DecoderState:
         return linear(features[:, -1], self.model.output_weight)
 
     def select(self, rows: Tensor) -> None:
-        """Row i goes on from the history of old row `rows[i]`."""
+        """Make row i a continuation of old row `rows[i]`."""
         self.cache.select(rows)

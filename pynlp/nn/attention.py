@@ -32,7 +32,7 @@ class MultiHeadAttention(nn.Module):
         causal, window, softmax_scale, softcap: Arguments of `pynlp.functional.attention`; the scale is `D ** -0.5` by
             default.
         dropout: Share of the attention weights that is set to 0 in training.
-        sinks: Whether each head has a learned score more in its softmax, of a key without a value; 0 at first.
+        sinks: Whether each head's softmax has one learned score more, of a key without a value; 0 at first.
         positions: "none", "rope", "alibi" or "relative" (T5's learned bias). The last three are for self-attention.
         rotary_dim: Channels of a head that "rope" turns; D by default.
         rotary_base: RoPE's base.
@@ -42,8 +42,8 @@ class MultiHeadAttention(nn.Module):
         max_positions: Positions "rope" has tables for.
         relative_buckets: Rows of the table `relative_bias` of "relative".
         relative_max_distance: Distance from which on all keys fall into its last bucket.
-        attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
-            sequences and what is in a cache go to `attention_varlen` and `attention_decode`.
+        attention: Called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
+            sequences and caches go to `attention_varlen` and `attention_decode`.
         device, dtype: Those of the weights and biases.
 
     ALiBi's slopes are a constant; assign an `nn.Parameter` to `alibi_slopes` to train them.
@@ -123,7 +123,7 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch.nn.MultiheadAttention: Xavier over q, k and v as one matrix, zero biases; T5's for its table."""
+        """Initialise as torch.nn.MultiheadAttention (Xavier over q, k and v as one matrix, zero biases) and T5's table."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         together = sum(projection.out_features for projection in projections)
         for projection in projections:
@@ -151,17 +151,17 @@ class MultiHeadAttention(nn.Module):
         cu_seqlens_memory: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Each token of x looks at x, at memory, or at what is cached and x.
+        """Attention of each token of x to x, to memory, or to the cache and x.
 
         Args:
             x: `(B, Sq, E)`, or packed sequences `(total, E)`.
             memory: `(B, Sk, memory_dim)`: keys and values come from here; only with `positions="none"`. For several
                 calls with one memory: its `keys_values(memory)`.
-            key_lengths: int32 `(B,)`, the keys that are there; the padding behind them is masked.
+            key_lengths: int32 `(B,)`, each row's keys; the padding behind them is masked.
             rotary_offset: With "rope", the position of the first token, or the positions `(B, Sq)` of all; `(total,)`
                 of packed sequences. With a cache, the position of an entry's first token.
             cu_seqlens: int32 `(sequences + 1,)`, where each packed sequence of x starts and the last one ends.
-            cu_seqlens_memory: The same of a packed memory `(total_k, memory_dim)`.
+            cu_seqlens_memory: The same for a packed memory `(total_k, memory_dim)`.
             cache: This layer's part of what `append` of a `KVCache` or `PagedKVCache` gave for the tokens of x. Their
                 keys, turned by "rope", and values are written there. Without gradients.
 
@@ -191,7 +191,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(out.flatten(-2))
 
     def _options(self, rotary_offset: int | Tensor) -> dict:
-        """What the attention functions take alike."""
+        """Arguments that all attention functions take."""
         return dict(
             causal=self.causal, window=self.window, softmax_scale=self.softmax_scale, softcap=self.softcap,
             sinks=self.sinks,
@@ -210,7 +210,7 @@ class MultiHeadAttention(nn.Module):
         key_lengths: Tensor | None = None,
         rotary_offset: int | Tensor = 0,
     ) -> Tensor:
-        """How much each token of x takes of each key: for plots and checks, without dropout or gradients.
+        """The attention weights of each token of x: for plots and checks, without dropout or gradients.
 
         Args:
             rows: int32 `(rows,)`, which tokens of x; all by default.
@@ -258,7 +258,7 @@ class MultiHeadAttention(nn.Module):
 
     @property
     def cache_shape(self) -> dict[str, int]:
-        """What `KVCache` and `PagedKVCache` are to be made with for this module."""
+        """Arguments of `KVCache` and `PagedKVCache` that make them fit this module."""
         return dict(kv_heads=self.kv_heads, head_dim=self.head_dim, head_dim_v=self.head_dim)
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Norms as modules: what they normalise may be a residual and what a layer adds to it, with dropout, in one pass."""
+"""Norms as modules, which also add their input to a residual, with dropout, in the same pass."""
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class LayerNorm(_Norm):
         dim: Width of x.
         bias: Whether a learned bias is added.
         eps: Added to the variance.
-        dropout: Share of x that is set to 0 in training before it is added to a residual; without one nothing is.
+        dropout: Share of x that is set to 0 in training before it is added to a residual; alone x stays whole.
         device, dtype: Those of the weight and the bias.
 
     Raises:

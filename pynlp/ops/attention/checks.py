@@ -1,4 +1,4 @@
-"""What the public attention functions ask of their arguments; every error names the argument."""
+"""Checks of the public attention functions' arguments, and their conversion; every error names the argument."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
 
 
 def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for no limit."""
+    """The window (left, right) with -1 for no limit."""
     left, right = (None, None) if window is None else window
     for name, side in (("left", left), ("right", right)):
         if side is not None and side < 0:
@@ -96,7 +96,7 @@ def prepare_relative(
 
 
 def check_integers(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    """Lengths, places and position ids; the errors speak of int32, int64 is taken too."""
+    """Check lengths, places or position ids; errors ask for int32, int64 is taken, too."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if x.dtype not in (torch.int32, torch.int64):
@@ -118,7 +118,7 @@ def prepare_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqle
 
 
 def prepare_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
-    """Where packed sequences start and end, int32; from 0 to the total, never falling."""
+    """The places where packed sequences start and end, int32: from 0 to the total, never falling."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
     check_integers(f"cu_seqlens_{name}", cu_seqlens, tuple(cu_seqlens.shape), q)
@@ -166,7 +166,7 @@ def check_no_offset(rotary_offset: int | Tensor) -> None:
 def prepare_rotary(
     rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, seqlen_k: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """cos, sin, position ids or None, offset; of q (batch, seqlen_q, heads, head_dim)."""
+    """cos, sin, position ids or None, and the offset, for q (batch, seqlen_q, heads, head_dim)."""
     if rotary is None:
         check_no_offset(rotary_offset)
         return None, None, None, 0
@@ -191,7 +191,7 @@ def prepare_rotary(
 def prepare_packed_rotary(
     rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, total_k: int, lengths: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """As prepare_rotary, of packed sequences whose numbers of queries and of keys are `lengths`."""
+    """The result of `prepare_rotary` for packed sequences; `lengths` are their numbers of queries and of keys."""
     if rotary is None:
         check_no_offset(rotary_offset)
         return None, None, None, 0

@@ -80,10 +80,10 @@ def attention_decode(
         k_cache, v_cache: `(batch, capacity, kv_heads, head_dim)` and `(.., head_dim_v)`, or with a block table
             `(pages, page_size, kv_heads, head_dim)`; any strides with a contiguous last dimension. head_dim up to 1024.
         cache_lengths: int32 `(batch,)`, the keys of each entry that the cache holds, without `k`.
-        k, v: New keys and values `(batch, seqlen_new, kv_heads, head_dim)`, written behind those that are there; the
-            keys turned by `rotary`. `cache_lengths` is not changed: that is the caller's.
+        k, v: New keys and values `(batch, seqlen_new, kv_heads, head_dim)`, written behind the cached ones; the keys
+            turned by `rotary`. `cache_lengths` is not changed: that is left to the caller.
         block_table: int32 `(batch, pages)`, the pages of each entry in order. Entries beyond what a length needs are
-            not looked at.
+            not read.
         num_splits: Into how many parts the keys of an entry are cut, to be worked on at once; chosen by default. The
             result is the same to within rounding.
         causal: Matters for more than one new token: a query sees no later key.
@@ -170,7 +170,7 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
 
 
 def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
-    """How many keys are new."""
+    """The number of new keys."""
     if k is None and v is None:
         return 0
     for name, x, other in (("k", k, "v"), ("v", v, "k")):
@@ -188,7 +188,7 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
 
 
 def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_cache: Tensor) -> None:
-    """The entries that the lengths need must be pages of the cache."""
+    """Check that the entries which the lengths need are pages of the cache."""
     batch = cache_lengths.shape[0]
     checks.check_integers("block_table", block_table, (batch, block_table.shape[1]), k_cache)
     if block_table.numel() == 0:

@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, whatever it computes; every error names the argument."""
+"""Checks and conversions of arguments that all families share; every error names the argument."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on."""
+    """The tensors in autocast's dtype where it is on, fp64 aside."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -30,12 +30,12 @@ def check_share(name: str, share: float) -> None:
 
 
 def rows_in_place(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension."""
+    """x, copied unless its last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def rows_at_one_stride(x: Tensor) -> Tensor:
-    """x (.., columns) whose rows are contiguous and lie one after the other at a fixed distance."""
+    """x (.., columns), copied unless its rows are contiguous and all at one distance from each other."""
     if x.is_contiguous():
         return x
     strides, sizes = x.stride(), x.shape
@@ -68,7 +68,7 @@ def prepare_dropout(
 
 
 def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...]], of: str = "q") -> None:
-    """A floating-point tensor of one of these shapes, on the device of `like`, the argument called `of`."""
+    """Check for a floating-point tensor of one of these shapes on the device of `like`, the argument called `of`."""
     if tuple(x.shape) not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -101,7 +101,7 @@ def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
 
 
 def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
-    """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
+    """Raise ValueError at once on a CPU; where reading the condition would wait, assert it on the device."""
     if isinstance(condition, bool) or at_once(condition):
         if not condition:
             raise ValueError(f"{expected}, {got()}")
@@ -110,5 +110,5 @@ def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> No
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device."""
+    """Whether values of x can be read without waiting for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

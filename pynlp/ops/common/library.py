@@ -17,7 +17,7 @@ LIBRARY = torch.library.Library("pynlp", "DEF")
 
 
 class Op(NamedTuple):
-    """What is known of a declared op besides its schema.
+    """A declared op's back ends.
 
     Attributes:
         place: Number of the argument whose dtype decides.
@@ -98,11 +98,12 @@ def _reference_with_warning(name: str, op: Op) -> Callable:
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> Callable:
     """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, *grads)`.
 
-    Does what torch.library.register_autograd does, without its rebuilding of the schema in Python at every call:
-    with 16 arguments that took 90 us, more than the attention of a short sequence.
+    The result is that of torch.library.register_autograd, which rebuilds the schema in Python at every call: with 16
+    arguments that takes 90 us, more than the attention of a short sequence.
 
-    Returns the op for callers in Python: the same, but unless torch.compile traces it, it does not go through the
-    dispatcher to come back to Python, which takes 10 to 20 us.
+    Returns:
+        The op for callers in Python. Unless torch.compile traces it, a call comes to Python without a detour through
+        the dispatcher, which takes 10 to 20 us.
     """
     op = getattr(torch.ops.pynlp, name).default
 
@@ -137,7 +138,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
 
 def refuse_double_backward(name: str, what: str) -> Callable:
-    """Give `pynlp::name`, itself a backward, a gradient that is an error: `what` no second derivative. Returns it."""
+    """Give `pynlp::name`, a backward, a gradient that is an error: `what` "no second derivative". Returns the op."""
 
     def backward(ctx, *gradients):
         raise NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")

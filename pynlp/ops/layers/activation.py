@@ -86,8 +86,8 @@ def swiglu(
 
     Args:
         gate: `(.., dim)`; or `(.., 2 * dim)`, gate and up side by side, as one projection gives them.
-        up: `(.., dim)`, as gate; None where gate has both.
-        dropout_p, seed, result and errors: as of `gelu`.
+        up: `(.., dim)`, like gate; None where gate has both.
+        dropout_p, seed, result and errors: those of `gelu`.
 
     Source: Shazeer, arXiv 2002.05202.
     """
