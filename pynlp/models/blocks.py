@@ -166,7 +166,7 @@ class Stack(nn.Module):
         self.norm = make_norm(config, **factory) if config.pre_norm else None
 
     def reset_parameters(self) -> None:
-        """Initialise weights as GPT-2, N(0, 0.02); divided by the root of their number where they write to the residual.
+        """Initialise as GPT-2: N(0, 0.02), divided by the root of their number in layers that write to the stream.
 
         Source: Radford et al., 2019, section 2.3.
         """

@@ -107,7 +107,7 @@ class Decoder(Stack):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def decoding_state(self, batch: int, max_length: int) -> "DecoderState":
-        """A state for `pynlp.decoding` of a model in evaluation mode; at most `max_length` tokens a row, prefix included."""
+        """A state for `pynlp.decoding` of a model in evaluation mode: `batch` rows of at most `max_length` tokens."""
         return DecoderState(self, batch, max_length)
 
     def parameter_count(self) -> int:

@@ -123,7 +123,9 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as torch.nn.MultiheadAttention (Xavier over q, k and v as one matrix, zero biases) and T5's table."""
+        """Initialise as torch.nn.MultiheadAttention, with Xavier over q, k and v as one matrix and biases of zero, and
+        the table of relative positions as T5.
+        """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         together = sum(projection.out_features for projection in projections)
         for projection in projections:

@@ -305,7 +305,7 @@ def test_another_attention_can_be_put_in():
 @pytest.mark.parametrize("packed", [False, True])
 def test_scale_of_the_scores(packed):
     """A scale is the same as queries multiplied by its share of the usual one; in the weights, too."""
-    x = tokens(batch=1)
+    x = tokens(batch=1).double()
     modules = [MultiHeadAttention(EMBED_DIM, HEADS, softmax_scale=scale, causal=True) for scale in (None, 0.7)]
     usual, scaled = (module.double() for module in modules)
     scaled.load_state_dict(usual.state_dict())

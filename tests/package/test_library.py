@@ -2,12 +2,14 @@
 what ours is built on is seen here.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from pynlp import backends
 from pynlp.ops.common import library
 
 SCHEMA = "(Tensor x, Tensor? y, float scale, int[] sizes) -> (Tensor, Tensor)"
@@ -231,3 +233,18 @@ def test_argument_whose_dtype_decides():
         schema = getattr(torch.ops.pynlp, name).default._schema
         assert str(schema.arguments[op.place].type) == "Tensor", name
     assert library.OPS["attention_backward"].place == 2
+
+
+def test_back_end_on_a_gpu(monkeypatch):
+    """The launcher serves; the reference does for the named argument in fp64, and, with one warning, without Triton."""
+    reference, launchers = (SimpleNamespace(twin=lambda *_, name=name: name) for name in ("reference", "launcher"))
+    monkeypatch.setitem(sys.modules, "pynlp.kernels.twins", launchers)
+    kernel = library._gpu_kernel("twin", library.Op(1, "twins"), reference)
+    single, exact = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    assert kernel(exact, single) == "launcher" and kernel(single, exact) == "reference"
+    library._launchers.cache_clear()
+    monkeypatch.setattr(backends, "triton_missing_reason", lambda: "Triton is not installed")
+    with pytest.warns(UserWarning, match="pynlp.twins runs on the slow reference: Triton is not installed") as caught:
+        assert [kernel(single, single) for _ in range(3)] == ["reference"] * 3
+    assert len(caught) == 1
+    library._launchers.cache_clear()
