@@ -8,7 +8,7 @@ from pynlp.ops.common.checks import as_fp32, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.layers import linear as reference
 
-LEAST_PRODUCTS = 2**17  # below, to call an op of Python's takes longer than PyTorch's whole product
+LEAST_PRODUCTS = 2**17  # below, to call the op takes longer than PyTorch's whole product
 
 define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference, triton=None, dtype_of="x")
 
@@ -39,13 +39,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call is the op's: one that has no gradient, whose arguments are right, and not a tiny one."""
+    """Whether a call is the op's: fp32 on a CPU, without gradients, of arguments that fit, and not tiny.
+
+    Anywhere else the op would be a detour to F.linear, and hide it from autograd, autocast and torch.compile.
+    """
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and weight.dim() == 2
+        weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]
         and LEAST_PRODUCTS <= x.numel() * weight.shape[0]
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
         and type(weight) in (Tensor, nn.Parameter)  # not a quantized or a sharded one
         and weight.stride(1) == 1
