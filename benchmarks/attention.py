@@ -22,8 +22,14 @@ from tqdm import tqdm
 from benchmarks.cases import Case, Result, row, run_cases, sdpa
 from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, bars, best_times, peak_memory
 from pynlp import probes
-from pynlp.functional import alibi_slopes, attention, attention_varlen, attention_weights, rotary_tables
-from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.functional import (
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    attention_weights,
+    relative_position_buckets,
+    rotary_tables,
+)
 from pynlp.reference.attention.attention import rotate
 
 FP16 = torch.float16

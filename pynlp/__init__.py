@@ -3,9 +3,11 @@
 __version__ = "0.1.0"
 
 from pynlp import functional, probes
-from pynlp.backends import get_isa, has_bf16, info, load_native, set_isa
+from pynlp.backends import get_isa, has_bf16, set_isa
+from pynlp.info import info
+from pynlp.ops.common.library import load_native_kernels
 
 __all__ = ["functional", "get_isa", "has_bf16", "info", "probes", "set_isa"]
 
-load_native()  # after the ops are defined
-del load_native
+load_native_kernels()  # after the ops are declared
+del load_native_kernels

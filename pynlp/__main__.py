@@ -1,4 +1,4 @@
-"""`python -m pynlp`: what this installation runs on, and why."""
+"""`python -m pynlp` prints what this installation runs on, and why."""
 
 from pynlp import info
 

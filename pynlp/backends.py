@@ -1,15 +1,12 @@
-"""Which back ends are there, why one is not, and which instruction set the native CPU code uses."""
+"""State of the back ends: the native CPU code and its instruction set, Triton, and why one is missing."""
 
 import importlib
 import os
-import platform
 import warnings
 from functools import cache
 from types import ModuleType
 
 import torch
-
-from pynlp.ops.common.library import LIBRARY
 
 # Each level with the CPU features that it adds; a CPU is on a level if it has one of them.
 ISA_FEATURES = {
@@ -20,12 +17,16 @@ ISA_FEATURES = {
 }
 
 _native: ModuleType | None = None
-_isa: str | None = None  # the level in use, as the native code has it
+_isa: str | None = None  # the level in use
 _native_missing_reason: str | None = "pynlp._C was not loaded yet"
 
 
 def load_native() -> None:
-    """Load `pynlp._C`, which registers the CPU kernels; without it the reference serves, and warns that it does."""
+    """Load `pynlp._C`, which registers the CPU kernels; where that fails, `native_missing_reason` says why.
+
+    Raises:
+        ValueError: PYNLP_ISA in the environment is no level, or none of this CPU.
+    """
     global _native, _isa, _native_missing_reason
     level = os.environ.get("PYNLP_ISA")
     if level is not None and level not in ISA_FEATURES:
@@ -41,9 +42,6 @@ def load_native() -> None:
         _isa = _native.isa().name
         if level is not None:
             _set_isa("environment variable PYNLP_ISA", level)
-        return
-    for op in _op_names():
-        LIBRARY.impl(op, _reference_with_warning(op), "CPU")
 
 
 def native() -> ModuleType:
@@ -54,13 +52,13 @@ def native() -> ModuleType:
 
 
 def native_missing_reason() -> str | None:
-    """None if the native extension is loaded, else why not."""
+    """The reason why the native extension is not loaded; None if it is."""
     return _native_missing_reason
 
 
 @cache
 def triton_missing_reason() -> str | None:
-    """None if Triton can be imported, else why not."""
+    """The reason why Triton cannot be imported; None if it can."""
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:
@@ -72,6 +70,7 @@ def triton_missing_reason() -> str | None:
 
 @cache
 def warn_once(message: str) -> None:
+    """Warn with this message, in this process for the first and last time."""
     warnings.warn(message, stacklevel=3)
 
 
@@ -113,29 +112,6 @@ def set_isa(level: str) -> None:
     _set_isa("level", level)
 
 
-def info() -> dict:
-    """Versions, devices, the instruction set in use, and for each op the back end that serves it and why."""
-    return {
-        "pynlp": _version(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_missing_reason() or importlib.import_module("triton").__version__,
-        "devices": ["cpu", *(f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
-        "threads": torch.get_num_threads(),
-        "isa": {
-            "available": available_isas(),
-            "in use": get_isa() or f"none: {_native_missing_reason}",
-        },
-        "back ends": {op: {"cpu": _cpu_back_end(op), "cuda": _cuda_back_end()} for op in _op_names()},
-    }
-
-
-def _version() -> str:
-    import pynlp
-
-    return pynlp.__version__
-
-
 def _set_isa(source: str, level: str) -> None:
     global _isa
     available = available_isas()
@@ -143,39 +119,3 @@ def _set_isa(source: str, level: str) -> None:
         raise ValueError(f"{source}: expected a level of this CPU, {' or '.join(available)}, got {level!r}")
     _native.set_isa(_native.Isa.__members__[level])
     _isa = _native.isa().name
-
-
-def _op_names() -> list[str]:
-    """The ops defined in the library, without the twins that always run the reference."""
-    names = (
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("pynlp::")
-    )
-    return sorted({name for name in names if not name.endswith("_reference")})
-
-
-def _reference_with_warning(op: str):
-    reference = getattr(torch.ops.pynlp, f"{op}_reference")
-
-    def kernel(*arguments):
-        if arguments[0].dtype != torch.float64:  # there the reference is the only back end
-            warn_once(f"pynlp runs on the slow PyTorch reference on the CPU: {_native_missing_reason}")
-        return reference(*arguments)
-
-    return kernel
-
-
-def _cpu_back_end(op: str) -> str:
-    if _native is None:
-        return f"reference: {_native_missing_reason}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pynlp::{op}", "CPU"):
-        return "reference: no native kernel"
-    return f"native ({get_isa()})"
-
-
-def _cuda_back_end() -> str:
-    if not torch.cuda.is_available():
-        return "none: " + ("no GPU found" if torch.backends.cuda.is_built() else "torch is built without GPU support")
-    reason = triton_missing_reason()
-    return f"reference: {reason}" if reason else f"triton {importlib.import_module('triton').__version__}"

@@ -2,7 +2,7 @@
 
 from pynlp.ops.attention.attention import attention, attention_varlen
 from pynlp.ops.attention.decode import attention_decode
-from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
+from pynlp.ops.attention.positions import alibi_slopes, relative_position_buckets, rotary_tables
 from pynlp.ops.attention.weights import attention_weights
 from pynlp.ops.layers.activation import gelu, relu, swiglu
 from pynlp.ops.layers.linear import linear
@@ -19,6 +19,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "relative_position_buckets",
     "relu",
     "rms_norm",
     "rotary_tables",

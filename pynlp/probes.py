@@ -1,4 +1,4 @@
-"""This machine's own peaks, measured: what a kernel's speed is a share of.
+"""This machine's own peaks, measured, to give a kernel's speed as a share of them.
 
 Each takes the best of many short runs over `seconds`, on `threads` threads (by default torch's), with the instruction
 sets in use (`pynlp.set_isa`). Other load on the machine lowers the result. All raise RuntimeError without the native

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../common/isa.h"
 #include "tensors.h"
 
 namespace {
@@ -155,7 +156,18 @@ std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTenso
   return {grad_x, grad_up};
 }
 
+Tensor linear_reference(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  StableIValue stack[] = {from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pynlp::linear_reference", "", stack, TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+// Of more rows PyTorch's product is the faster one: it repacks the weight, once for all of them.
+int64_t most_rows() { return pynlp::features().avx512 ? 2048 : 128; }
+
 Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
+  if (rows_of(x) > most_rows()) return linear_reference(x, weight, bias);
   pynlp::LinearForward in{};
   in.rows = rows_of(x);
   in.columns = columns_of(x);

@@ -1,4 +1,4 @@
-"""From a model's next-token logits to sequences: greedy, beam search and sampling, for any `DecodingState`."""
+"""Greedy decoding, beam search and sampling, from the next-token logits of any `DecodingState`."""
 
 from pynlp.decoding.beam import beam_search
 from pynlp.decoding.hypotheses import Hypothesis

@@ -1,4 +1,4 @@
-"""Beam search: of each sentence the best few beginnings are kept, and extended together."""
+"""Beam search: the best few beginnings of each sentence are kept, and extended together."""
 
 import math
 from itertools import count
@@ -77,8 +77,8 @@ def beam_search(
 class _BeamSearch:
     """S unfinished sentences with W beams each, which are rows s * W + w of the state.
 
-    A beam of log probability -inf is none: the rules or the model leave a sentence fewer than W. Its row is a copy of
-    the sentence's best one, so that all have histories that are possible.
+    If the rules or the model leave a sentence fewer than W beams, the others have log probability -inf and rows that
+    copy the sentence's best one, so that all histories are possible ones.
 
     Attributes:
         finished: Hypotheses of each sentence.
@@ -134,18 +134,18 @@ class _BeamSearch:
             tokens = self.go_on(going, log_probabilities, rows, tokens)
 
     def extend(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Steps the state and ranks what may follow the beams.
+        """Step the state and rank the extensions of the beams.
 
         Returns:
-            Log probabilities, rows that are extended and tokens of the best candidates, each `(S, candidates)`, and
-            how many of them at least do not end, up to the beam size.
+            Log probabilities, extended rows and tokens of the best candidates, each `(S, candidates)`; and a number, at
+            most the beam size, of candidates that surely do not end.
         """
         logits, _, normalizer = next_logits(self.state, tokens)
         if self.coverage_penalty:
             self.coverage = self.coverage + attention_weights(self.state, len(tokens))
         allowed = self.rules.apply(logits, self.history)
         sentences, width = self.log_probabilities.shape
-        # Of one beam no more candidates are needed than may go on, and an end.
+        # One beam needs no more candidates than can be kept, and an end.
         each = min(self.beam_size + 1, logits.shape[1])
         values, tokens = largest(allowed, each)  # (S * W, each)
         values = values + (self.log_probabilities.flatten() - normalizer)[:, None]
@@ -156,7 +156,7 @@ class _BeamSearch:
         return values, first + order // each, tokens, min(self.beam_size, width * (each - 1))
 
     def finish(self, chosen: Tensor, log_probabilities: Tensor, rows: Tensor, tokens: Tensor, length: int) -> None:
-        """Makes hypotheses of the chosen candidates; all tensors are `(S, candidates)`."""
+        """Make hypotheses of the chosen candidates; all tensors are `(S, candidates)`."""
         chosen = chosen & (log_probabilities > -math.inf)
         if not chosen.any():
             return
@@ -180,16 +180,16 @@ class _BeamSearch:
         return sorted(h.score for h in found)[-self.n_best] if len(found) >= self.n_best else -math.inf
 
     def cannot_improve(self, log_probabilities: Tensor, length: int) -> Tensor:
-        """Which sentences are done, for their best unfinished hypotheses `(S,)` cannot pass the threshold.
+        """Whether each sentence is done, `(S,)`: its best unfinished hypothesis cannot pass the threshold.
 
-        A log probability only falls, and is divided by least or most where the hypothesis ends at once or as late as
-        it may; the coverage term is 0 at best.
+        A log probability only falls; its divisor is smallest if the hypothesis ends at once, largest if it ends as late
+        as it may; the coverage term is 0 at best.
         """
         best_length = self.limits if self.length_penalty > 0 else length + 1
         return log_probabilities / length_divisor(best_length, self.length_penalty) <= self.thresholds
 
     def go_on(self, going: Tensor, log_probabilities: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Lets the sentences that are done leave; returns the tokens to step with, `(S * W, 1)`."""
+        """Drop the sentences that are done; returns the tokens to step with, `(S * W, 1)`."""
         if not going.all():
             self.sentences, self.limits, self.thresholds, log_probabilities, rows, tokens = (
                 x[going] for x in (self.sentences, self.limits, self.thresholds, log_probabilities, rows, tokens)

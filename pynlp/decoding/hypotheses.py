@@ -1,4 +1,4 @@
-"""What decoding returns, and how it is scored."""
+"""Hypotheses, the results of decoding, and their scores."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ class Hypothesis(NamedTuple):
     """One sequence that decoding wrote.
 
     Attributes:
-        tokens: Without the prefix and without the end symbol.
+        tokens: The sequence without the prefix and the end symbol.
         log_probability: Natural logarithm of the model's probability of the tokens and, if it ended, the end symbol.
-        score: `log_probability` with the penalties of the beam search; the same as it elsewhere.
+        score: `log_probability` with the penalties of the beam search; elsewhere the same.
         ended: Whether the end symbol was drawn; otherwise it was cut off at `max_length`.
     """
 
@@ -22,7 +22,7 @@ class Hypothesis(NamedTuple):
 
 
 def length_divisor(length: int | Tensor, alpha: float) -> float | Tensor:
-    """What a log probability is divided by, ((5 + length) / 6) ** alpha.
+    """The divisor of a log probability, ((5 + length) / 6) ** alpha.
 
     Source: Wu et al., arXiv 1609.08144, equation 14.
     """
@@ -30,7 +30,7 @@ def length_divisor(length: int | Tensor, alpha: float) -> float | Tensor:
 
 
 def coverage_term(coverage: Tensor, beta: float) -> Tensor:
-    """What is added to a score, beta * sum_i log(min(coverage_i, 1)): `(rows, source_length)` -> `(rows,)`.
+    """The summand of a score, beta * sum_i log(min(coverage_i, 1)): `(rows, source_length)` -> `(rows,)`.
 
     Source: Wu et al., arXiv 1609.08144, equation 14.
     """

@@ -1,4 +1,4 @@
-"""What a hypothesis must keep to: how long it may be, and what it must not repeat."""
+"""Rules for hypotheses: their lengths, and what they must not repeat."""
 
 import math
 

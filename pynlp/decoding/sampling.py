@@ -1,4 +1,4 @@
-"""Decoding that writes one token at a time and never takes one back: the likeliest one, or one that is drawn."""
+"""Decoding that never takes a token back: greedy, which writes the likeliest one, and sampling, which draws it."""
 
 import math
 from collections.abc import Callable
@@ -62,14 +62,14 @@ def sample(
 ) -> list[list[Hypothesis]]:
     """`num_samples` independent hypotheses a sentence, each token drawn by its probability.
 
-    What a sentence gets depends on its own logits and random numbers alone, not on the rest of the batch. The numbers
-    of sentence i come from a generator seeded with `seed + i`: alone in a batch, with that seed, it gets the same.
+    A sentence's result depends on its own logits and random numbers alone, not on the rest of the batch. The numbers of
+    sentence i come from a generator seeded with `seed + i`: alone in a batch, with that seed, it gets the same.
 
     Args:
         state, prefix, end, max_length, min_length, no_repeat_ngram: As in `greedy`.
         temperature: Logits are divided by it; more than 0.
-        top_k: Only the k likeliest tokens, of equally likely ones the lowest.
-        top_p: Of what `top_k` leaves, only the likeliest tokens, as few as have together at least this probability.
+        top_k: Only the k likeliest tokens; the lower ones of equally likely ones.
+        top_p: Only the likeliest tokens that `top_k` leaves, as few as have together at least this probability.
         seed: Without one it is drawn from PyTorch's default generator.
 
     `log_probability` is the model's own, without temperature, top_k, top_p and rules.
@@ -106,7 +106,7 @@ def _write(
     copies: int,
     choose: Callable[[Tensor, Tensor, Tensor, int], Tensor],
 ) -> list[Hypothesis]:
-    """`copies` hypotheses a sentence, one after another.
+    """Write `copies` hypotheses of each sentence, which are neighbours in the result.
 
     Args:
         choose: Called with the logits `(rows, V)` of unfinished hypotheses, the likeliest token of each `(rows,)`,
@@ -158,7 +158,7 @@ def _write(
 
 
 def _uniform(seed: int, limits: Tensor, num_samples: int) -> Tensor:
-    """Numbers in [0, 1) for each token to draw, fp64 `(batch * num_samples, longest limit)`, of each sentence its own.
+    """Random numbers in [0, 1) for each token to draw, fp64 `(batch * num_samples, longest limit)`, by sentence.
 
     They are drawn on the CPU, so that they are the same on every device.
     """

@@ -1,4 +1,4 @@
-"""What decoding asks of a model, and how it is asked."""
+"""The interface between decoding and a model, and the checks of a model's answers."""
 
 import math
 from typing import Protocol
@@ -10,13 +10,13 @@ from pynlp.ops.layers.argmax_and_lse import row_peaks
 
 
 class DecodingState(Protocol):
-    """Sequences that a model is writing, one a row, and what it remembers of them (its cache, the encoded source).
+    """Sequences that a model is writing, one a row, with its memory of them (a cache, the encoded source).
 
     It starts with one row a sentence and nothing written.
     """
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Appends tokens to the rows' histories and returns the logits of what follows them.
+        """Append tokens to the rows' histories; returns the logits of the next token.
 
         Args:
             tokens: int64 `(rows, n)`: n = 1, but in the first call each row's whole prefix.
@@ -27,7 +27,7 @@ class DecodingState(Protocol):
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Row i goes on from the history of old row `rows[i]`.
+        """Make row i a continuation of old row `rows[i]`.
 
         Args:
             rows: int64 `(new_rows,)`. A row may be named several times (beams share a beginning) or not at all (its
@@ -37,7 +37,7 @@ class DecodingState(Protocol):
 
 
 class AttentiveState(DecodingState, Protocol):
-    """A `DecodingState` whose model attends to a source: what a coverage penalty needs."""
+    """A `DecodingState` whose model attends to a source, as a coverage penalty needs."""
 
     @property
     def attention(self) -> Tensor:
@@ -49,7 +49,7 @@ class AttentiveState(DecodingState, Protocol):
 
 
 def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows after one more step.
+    """Step the state by tokens.
 
     Returns:
         Logits `(rows, V)`, at least fp32; the likeliest token of each row, int64 `(rows,)`, of equal ones the lowest;
@@ -98,8 +98,8 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return logits.sort(dim=1, descending=True, stable=True)
     values, tokens = logits.topk(count + 1)
     if (values[:, 1:] == values[:, :-1]).any():
-        # topk leaves open how equal values are ordered, and which of them it takes. The first is put right among the
-        # few that were taken, the second in the rows where it matters by sorting the whole row.
+        # topk leaves open how equal values are ordered, and which of them it takes. The values taken are put in order
+        # here; rows where others could have been taken are sorted as a whole.
         tokens, order = tokens.sort(dim=1)
         values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
         tokens = tokens.gather(1, order)

@@ -1,4 +1,4 @@
-"""What all transformers here are built of: a block of layers around a residual stream, and a stack of blocks.
+"""Parts of all transformers here: a block of layers around a residual stream, and a stack of blocks.
 
 Shapes: B batch, S tokens, Sk source tokens, E embed_dim.
 """
@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pynlp.models.config import TransformerConfig
-from pynlp.nn import FeedForward, LayerCache, LayerNorm, MultiHeadAttention, RMSNorm
+from pynlp.models.config import ADDED_POSITIONS, NORMS, TransformerConfig
+from pynlp.nn import FeedForward, LayerCache, MultiHeadAttention
 from pynlp.nn.attention import RotaryTables
 from pynlp.ops.common.checks import check, check_range, extremes
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-ADDED_POSITIONS = ("sinusoidal", "learned")
-
 
 class Memory(Protocol):
-    """What a block's cross-attention looks at."""
+    """The other side of a block's cross-attention."""
 
     def attend(self, attention: MultiHeadAttention, x: Tensor) -> Tensor:
-        """What tokens x `(B, S, E)` take from it, `(B, S, E)`."""
+        """Attention of tokens x `(B, S, E)` to the memory, `(B, S, E)`."""
         ...
 
 
@@ -45,12 +42,20 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, causal: bool, cross_attention: bool, attention: Callable[..., Tensor]
+        self,
+        config: TransformerConfig,
+        *,
+        causal: bool,
+        cross_attention: bool,
+        attention: Callable[..., Tensor],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
         self.pre_norm = config.pre_norm
-        heads = dict(kv_heads=config.kv_heads, bias=False, dropout=config.dropout, attention=attention)
-        self.attention_norm = make_norm(config)
+        factory = {"device": device, "dtype": dtype}
+        heads = dict(kv_heads=config.kv_heads, bias=False, dropout=config.dropout, attention=attention, **factory)
+        self.attention_norm = make_norm(config, **factory)
         self.attention = MultiHeadAttention(
             config.embed_dim,
             config.heads,
@@ -61,14 +66,14 @@ class Block(nn.Module):
             **heads,
         )
         if cross_attention:
-            self.cross_attention_norm = make_norm(config)
+            self.cross_attention_norm = make_norm(config, **factory)
             self.cross_attention = MultiHeadAttention(config.embed_dim, config.heads, **heads)
         ffn_dim = config.ffn_dim
         if ffn_dim is None:
             ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
-        self.feed_forward_norm = make_norm(config)
+        self.feed_forward_norm = make_norm(config, **factory)
         self.feed_forward = FeedForward(
-            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False
+            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False, **factory
         )
 
     def forward(
@@ -78,21 +83,28 @@ class Block(nn.Module):
         memory: Memory | None,
         layout: dict[str, Tensor | LayerCache | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """With pre-norm h `(B, S, E)` is yet to be added to the residual, if there is one; post-norm has h alone.
+        """The stream behind the block, in two parts that are yet to be added up.
 
-        `layout` are what the self-attention is to know of the tokens: key_lengths, cu_seqlens, or a cache.
+        Args:
+            h: The last layer's result `(B, S, E)`.
+            residual: What to add it to; None in the first block, and always with post-norm.
+            memory: What the cross-attention looks at; None without one.
+            layout: The self-attention's arguments about tokens: key_lengths, cu_seqlens, or a cache.
+
+        Returns:
+            h and residual for the next block or the last norm.
         """
-        h, residual = self.around(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
+        h, residual = self.with_norm(lambda x: self.attention(x, **layout), self.attention_norm, h, residual)
         if memory is not None:
-            h, residual = self.around(
+            h, residual = self.with_norm(
                 lambda x: memory.attend(self.cross_attention, x), self.cross_attention_norm, h, residual
             )
-        return self.around(self.feed_forward, self.feed_forward_norm, h, residual)
+        return self.with_norm(self.feed_forward, self.feed_forward_norm, h, residual)
 
-    def around(
+    def with_norm(
         self, layer: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A layer with its norm; takes and gives what `forward` does."""
+        """A layer with its norm, of the same h and residual as `forward`."""
         if not self.pre_norm:
             return norm(layer(h), h)[0], None
         x, residual = (norm(h), h) if residual is None else norm(h, residual)
@@ -100,14 +112,14 @@ class Block(nn.Module):
 
 
 class SinusoidalPositions(RotaryTables):
-    """Sines and cosines of positions, of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
+    """Sines and cosines of positions, those of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
 
     def forward(self, positions: Tensor) -> Tensor:
         return torch.stack((self.sin[positions], self.cos[positions]), dim=-1).flatten(-2)
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, with what is done to the embeddings before them and the norm behind them.
+    """Blocks one after the other, with positions, scale and dropout of the embeddings before them and a norm behind.
 
     Args:
         config: Sizes and parts.
@@ -115,10 +127,11 @@ class Stack(nn.Module):
         causal: Whether a token sees no later one.
         cross_attention: Whether the blocks look at a memory, too.
         attention: What the attention layers call with q, k, v, as in `pynlp.nn.MultiHeadAttention`.
+        device, dtype: Those of the parameters.
 
     Attributes:
-        checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
-            backward computes again: same gradients, less memory, more time. Chen et al., arXiv 1604.06174.
+        checkpointing: Whether training keeps only the inputs of each block, and backward computes the rest again: same
+            gradients, less memory, more time. Chen et al., arXiv 1604.06174.
     """
 
     def __init__(
@@ -129,34 +142,41 @@ class Stack(nn.Module):
         causal: bool,
         cross_attention: bool = False,
         attention: Callable[..., Tensor],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ):
         super().__init__()
         self.config = config
+        factory = {"device": device, "dtype": dtype}
         self.checkpointing = False
         scaled = config.scale_embeddings or config.positions == "sinusoidal"
         self.scale = config.embed_dim**0.5 if scaled else 1.0
         self.positions = None
         if config.positions == "sinusoidal":
-            self.positions = SinusoidalPositions(config.max_positions, config.embed_dim)
+            self.positions = SinusoidalPositions(config.max_positions, config.embed_dim, device=device)
         elif config.positions == "learned":
-            self.positions = nn.Embedding(config.max_positions, config.embed_dim)
+            self.positions = nn.Embedding(config.max_positions, config.embed_dim, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, causal=causal, cross_attention=cross_attention, attention=attention) for _ in range(layers)
+            Block(config, causal=causal, cross_attention=cross_attention, attention=attention, **factory)
+            for _ in range(layers)
         )
         for block in self.blocks:  # one set of rotary tables for all layers
             block.attention.rotary = self.blocks[0].attention.rotary
-        self.norm = make_norm(config) if config.pre_norm else None
+        self.norm = make_norm(config, **factory) if config.pre_norm else None
 
     def reset_parameters(self) -> None:
-        """GPT-2's: N(0, 0.02), layers that write to the residual stream smaller by the root of their number."""
+        """Initialise as GPT-2: N(0, 0.02), divided by the root of their number in layers that write to the stream.
+
+        Source: Radford et al., 2019, section 2.3.
+        """
         writers = sum(name.endswith(("out_proj", "down_proj")) for name, _ in self.named_modules())
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 writes_residual = name.endswith(("out_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / writers**0.5 if writes_residual else 0.02)
 
-    def transform(
+    def forward(
         self,
         x: Tensor,
         *,
@@ -169,13 +189,13 @@ class Stack(nn.Module):
 
         Args:
             x: Their embeddings `(B, S, E)`, or packed without padding `(total, E)`.
-            key_lengths: int32 `(B,)`, the tokens of each row that are none of its padding.
+            key_lengths: int32 `(B,)`, the tokens of each row without its padding.
             cu_seqlens: int32 `(B + 1,)`, where each sequence of a packed x starts and the last one ends.
-            memories: What each block's cross-attention looks at.
-            cache: As in `Decoder.forward`.
+            memories: The memory of each block's cross-attention.
+            cache: Views of a cache, as in `Decoder.features`.
 
         Returns:
-            As x, normalised.
+            x's shape, normalised.
         """
         if cache is not None and len(cache) != len(self.blocks):
             raise ValueError(f"cache: expected one of {len(self.blocks)} layers, got {len(cache)}")
@@ -195,7 +215,7 @@ class Stack(nn.Module):
         return h if self.norm is None else self.norm(h, residual)[0]
 
     def position_ids(self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[LayerCache] | None) -> Tensor:
-        """Those of x: `(S,)`, `(B, S)` with a cache, whose tokens come first, `(total,)` of a packed x."""
+        """Positions of x's tokens: `(S,)`; with a cache, whose tokens come first, `(B, S)`; packed `(total,)`."""
         new = torch.arange(x.shape[-2], device=x.device)
         longest = x.shape[-2]
         if cu_seqlens is not None:
@@ -214,12 +234,12 @@ class Stack(nn.Module):
 
     @property
     def cache_shape(self) -> dict[str, int]:
-        """What `KVCache` and `PagedKVCache` are to be made with for these blocks."""
+        """Arguments of `KVCache` and `PagedKVCache` that make them fit these blocks."""
         return dict(layers=len(self.blocks), **self.blocks[0].attention.cache_shape)
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
-    return NORMS[config.norm](config.embed_dim, dropout=config.dropout)
+def make_norm(config: TransformerConfig, **factory) -> nn.Module:
+    return NORMS[config.norm](config.embed_dim, dropout=config.dropout, **factory)
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:
@@ -230,7 +250,7 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def check_lengths(name: str, lengths: Tensor | None, tokens: Tensor) -> None:
-    """Lengths of rows of tokens `(B, S)`."""
+    """Check lengths of rows of tokens `(B, S)`."""
     if lengths is None:
         return
     if lengths.shape != tokens.shape[:1]:

@@ -1,10 +1,15 @@
-"""What a transformer is made of, in numbers and names that can be written to a file."""
+"""The configuration of a transformer, in numbers and names that can be written to a file."""
 
 from dataclasses import dataclass
 
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("swiglu", "gelu", "relu")
-POSITIONS = ("rope", "relative", "alibi", "sinusoidal", "learned", "none")
+from pynlp.nn import LayerNorm, RMSNorm, attention, feed_forward
+from pynlp.ops.common.checks import check_share
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+ACTIVATIONS = tuple(sorted(feed_forward.ACTIVATIONS, key=lambda name: name != "swiglu"))  # the default first
+ADDED_POSITIONS = ("sinusoidal", "learned")  # to the embeddings; attention has the others
+_NONE, *_IN_SCORES = attention.POSITIONS
+POSITIONS = (*_IN_SCORES, *ADDED_POSITIONS, _NONE)
 
 
 @dataclass
@@ -12,10 +17,10 @@ class TransformerConfig:
     """Sizes and parts of an `Encoder`, a `Decoder` or an `EncoderDecoder`; `dataclasses.asdict` gives plain values.
 
     Attributes:
-        layers: Blocks; of an encoder-decoder those of its decoder.
+        layers: Blocks; an encoder-decoder's decoder has so many.
         encoder_layers: Blocks of an encoder-decoder's encoder; `layers` by default.
         heads, kv_heads: Query heads, and key/value heads, a divisor of them; `heads` by default.
-        ffn_dim: Inner width of the feed-forward layers; by default 4 E, with "swiglu" 8/3 E, which is as many weights.
+        ffn_dim: Inner width of the feed-forward layers; by default 4 E, or 8/3 E with "swiglu": as many weights.
         positions: "rope", "relative" (T5's table, one a layer) or "alibi" in self-attention, see
             `pynlp.nn.MultiHeadAttention`; "sinusoidal" or "learned" (as GPT-2's), added to the embeddings; or "none".
         window: A token sees itself and this many tokens before it, in an encoder also behind it; None = all.
@@ -61,7 +66,6 @@ class TransformerConfig:
         for name in ("encoder_layers", "ffn_dim", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1 or None, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
+        check_share("dropout", self.dropout)
         if self.positions == "sinusoidal" and self.embed_dim % 2:
             raise ValueError(f"embed_dim: expected an even number with positions='sinusoidal', got {self.embed_dim}")

@@ -5,12 +5,12 @@ Shapes: B batch, S tokens, E embed_dim, V vocab_size.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pynlp.models.blocks import Stack, check_lengths, check_tokens
 from pynlp.models.config import TransformerConfig
-from pynlp.models.states import DecoderState
-from pynlp.nn import LayerCache, Linear
+from pynlp.nn import KVCache, LayerCache, Linear
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.layers.linear import linear
 
@@ -21,14 +21,22 @@ class Encoder(Stack):
     Args:
         config: Its sizes and parts.
         attention: What its layers call with q, k, v; anything with the signature of `pynlp.functional.attention`.
+        device, dtype: Those of the parameters.
 
     Attributes:
         checkpointing: See `Decoder`.
     """
 
-    def __init__(self, config: TransformerConfig, *, attention: Callable[..., Tensor] = fused_attention):
-        super().__init__(config, config.layers, causal=False, attention=attention)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attention: Callable[..., Tensor] = fused_attention,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(config, config.layers, causal=False, attention=attention, device=device, dtype=dtype)
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim, device=device, dtype=dtype)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -36,12 +44,12 @@ class Encoder(Stack):
 
         Args:
             tokens: Ids `(B, S)`.
-            lengths: int32 `(B,)`, the tokens of each row; what is behind them is padding, which no token sees and whose
-                own features mean nothing. All are tokens by default.
+            lengths: int32 `(B,)`, the tokens of each row; the rest is padding, which no token sees and whose features
+                mean nothing. All are tokens by default.
         """
         check_tokens("tokens", tokens)
         check_lengths("lengths", lengths, tokens)
-        return self.transform(self.embedding(tokens), key_lengths=lengths)
+        return super().forward(self.embedding(tokens), key_lengths=lengths)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -53,16 +61,26 @@ class Decoder(Stack):
     Args:
         config: Its sizes and parts.
         attention: What its layers call with q, k, v; anything with the signature of `pynlp.functional.attention`.
+        device, dtype: Those of the parameters.
 
     Attributes:
-        checkpointing: Whether training keeps what goes into each block and nothing of what is computed inside, which
-            backward computes again: same gradients, less memory, more time. False at first.
+        checkpointing: Whether training keeps only the inputs of each block, and backward computes the rest again: same
+            gradients, less memory, more time. False at first.
     """
 
-    def __init__(self, config: TransformerConfig, *, attention: Callable[..., Tensor] = fused_attention):
-        super().__init__(config, config.layers, causal=True, attention=attention)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.output = None if config.tied_embeddings else Linear(config.embed_dim, config.vocab_size, bias=False)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attention: Callable[..., Tensor] = fused_attention,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(config, config.layers, causal=True, attention=attention, device=device, dtype=dtype)
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim, device=device, dtype=dtype)
+        self.output = None
+        if not config.tied_embeddings:
+            self.output = Linear(config.embed_dim, config.vocab_size, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
@@ -70,27 +88,53 @@ class Decoder(Stack):
         return linear(self.features(tokens, cache), self.output_weight)
 
     def features(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
-        """What the logits are a projection of.
+        """Features of tokens, of which the logits are a projection.
 
         Args:
             tokens: Ids `(B, S)`.
-            cache: What `append(S)` of a `KVCache` or `append(sequences, S)` of a `PagedKVCache` gave, made with this
-                model's `cache_shape`: the tokens then follow those that are cached. Without gradients.
+            cache: The views of a `KVCache`'s `append(S)` or a `PagedKVCache`'s `append(sequences, S)`, made with this
+                model's `cache_shape`: the tokens then follow the cached ones. Without gradients.
 
         Returns:
             `(B, S, E)`.
         """
         check_tokens("tokens", tokens)
-        return self.transform(self.embedding(tokens), cache=cache)
+        return super().forward(self.embedding(tokens), cache=cache)
 
     @property
     def output_weight(self) -> Tensor:
         """The projection of features to logits, `(V, E)`."""
         return self.embedding.weight if self.output is None else self.output.weight
 
-    def decoding_state(self, batch: int, max_length: int) -> DecoderState:
-        """For `pynlp.decoding`: `batch` rows of up to `max_length` tokens, prefix included, in evaluation mode."""
+    def decoding_state(self, batch: int, max_length: int) -> "DecoderState":
+        """A state for `pynlp.decoding` of a model in evaluation mode: `batch` rows of at most `max_length` tokens."""
         return DecoderState(self, batch, max_length)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class DecoderState:
+    """A `pynlp.decoding.DecodingState` of a `Decoder`: keys and values of the tokens written so far.
+
+    Args:
+        model: In evaluation mode if it has dropout.
+        batch: Rows at first.
+        max_length: Most tokens of a row, prefix included.
+    """
+
+    def __init__(self, model: Decoder, batch: int, max_length: int):
+        weight = model.embedding.weight
+        self.model = model
+        self.cache = KVCache(batch, max_length, **model.cache_shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits `(R, V)` of what follows tokens `(R, n)`."""
+        with torch.inference_mode():
+            features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
+        return linear(features[:, -1], self.model.output_weight)
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i a continuation of old row `rows[i]`."""
+        self.cache.select(rows)

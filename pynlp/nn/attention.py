@@ -13,6 +13,7 @@ from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
 from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
 from pynlp.ops.attention.weights import attention_weights
+from pynlp.ops.common.checks import check_share
 
 POSITIONS = ("none", "rope", "alibi", "relative")
 
@@ -28,9 +29,10 @@ class MultiHeadAttention(nn.Module):
         kv_heads: Key/value heads, a divisor of `heads`; consecutive query heads share one. `heads` by default.
         memory_dim: Width of the memory in cross-attention; `embed_dim` by default.
         bias: Whether the four projections have one.
-        causal, window, softcap: As in `pynlp.functional.attention`.
+        causal, window, softmax_scale, softcap: Arguments of `pynlp.functional.attention`; the scale is `D ** -0.5` by
+            default.
         dropout: Share of the attention weights that is set to 0 in training.
-        sinks: Whether each head has a learned score more in its softmax, of a key without a value; 0 at first.
+        sinks: Whether each head's softmax has one learned score more, of a key without a value; 0 at first.
         positions: "none", "rope", "alibi" or "relative" (T5's learned bias). The last three are for self-attention.
         rotary_dim: Channels of a head that "rope" turns; D by default.
         rotary_base: RoPE's base.
@@ -40,8 +42,9 @@ class MultiHeadAttention(nn.Module):
         max_positions: Positions "rope" has tables for.
         relative_buckets: Rows of the table `relative_bias` of "relative".
         relative_max_distance: Distance from which on all keys fall into its last bucket.
-        attention: What is called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
-            sequences and what is in a cache go to `attention_varlen` and `attention_decode`.
+        attention: Called with q, k, v; anything with the signature of `pynlp.functional.attention`. Packed
+            sequences and caches go to `attention_varlen` and `attention_decode`.
+        device, dtype: Those of the weights and biases.
 
     ALiBi's slopes are a constant; assign an `nn.Parameter` to `alibi_slopes` to train them.
 
@@ -61,6 +64,7 @@ class MultiHeadAttention(nn.Module):
         bias: bool = True,
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
+        softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout: float = 0.0,
         sinks: bool = False,
@@ -84,12 +88,12 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"kv_heads: expected a divisor of heads={heads}, got {kv_heads}")
         if positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {positions!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.embed_dim, self.heads, self.kv_heads = embed_dim, heads, kv_heads
         self.memory_dim = embed_dim if memory_dim is None else memory_dim
         self.head_dim = head_dim = embed_dim // heads
         self.causal, self.window, self.softcap, self.dropout = causal, window, softcap, dropout
+        self.softmax_scale = softmax_scale
         self.positions = positions
         self.rotary_interleaved = rotary_interleaved
         self.relative_max_distance = relative_max_distance
@@ -119,7 +123,9 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch.nn.MultiheadAttention: Xavier over q, k and v as one matrix, zero biases; T5's for its table."""
+        """Initialise as torch.nn.MultiheadAttention, with Xavier over q, k and v as one matrix and biases of zero, and
+        the table of relative positions as T5.
+        """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         together = sum(projection.out_features for projection in projections)
         for projection in projections:
@@ -147,17 +153,17 @@ class MultiHeadAttention(nn.Module):
         cu_seqlens_memory: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Each token of x looks at x, at memory, or at what is cached and x.
+        """Attention of each token of x to x, to memory, or to the cache and x.
 
         Args:
             x: `(B, Sq, E)`, or packed sequences `(total, E)`.
             memory: `(B, Sk, memory_dim)`: keys and values come from here; only with `positions="none"`. For several
                 calls with one memory: its `keys_values(memory)`.
-            key_lengths: int32 `(B,)`, the keys that are there; the padding behind them is masked.
+            key_lengths: int32 `(B,)`, each row's keys; the padding behind them is masked.
             rotary_offset: With "rope", the position of the first token, or the positions `(B, Sq)` of all; `(total,)`
                 of packed sequences. With a cache, the position of an entry's first token.
             cu_seqlens: int32 `(sequences + 1,)`, where each packed sequence of x starts and the last one ends.
-            cu_seqlens_memory: The same of a packed memory `(total_k, memory_dim)`.
+            cu_seqlens_memory: The same for a packed memory `(total_k, memory_dim)`.
             cache: This layer's part of what `append` of a `KVCache` or `PagedKVCache` gave for the tokens of x. Their
                 keys, turned by "rope", and values are written there. Without gradients.
 
@@ -187,9 +193,10 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(out.flatten(-2))
 
     def _options(self, rotary_offset: int | Tensor) -> dict:
-        """What the attention functions take alike."""
+        """Arguments that all attention functions take."""
         return dict(
-            causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks,
+            causal=self.causal, window=self.window, softmax_scale=self.softmax_scale, softcap=self.softcap,
+            sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
             rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
@@ -205,7 +212,7 @@ class MultiHeadAttention(nn.Module):
         key_lengths: Tensor | None = None,
         rotary_offset: int | Tensor = 0,
     ) -> Tensor:
-        """How much each token of x takes of each key: for plots and checks, without dropout or gradients.
+        """The attention weights of each token of x: for plots and checks, without dropout or gradients.
 
         Args:
             rows: int32 `(rows,)`, which tokens of x; all by default.
@@ -253,7 +260,7 @@ class MultiHeadAttention(nn.Module):
 
     @property
     def cache_shape(self) -> dict[str, int]:
-        """What `KVCache` and `PagedKVCache` are to be made with for this module."""
+        """Arguments of `KVCache` and `PagedKVCache` that make them fit this module."""
         return dict(kv_heads=self.kv_heads, head_dim=self.head_dim, head_dim_v=self.head_dim)
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:

@@ -1,8 +1,7 @@
-"""Keys and values of the tokens that a model has seen: memory of its own for each entry, or pages that are shared.
+"""Caches of keys and values: each entry with memory of its own, or sequences in pages that they share.
 
 A step of decoding is the same with both. `append` makes room for the new tokens and gives each layer a `LayerCache`, to
-which the layer writes its keys and values. Nothing but memory changes after that, so that all layers of a model share
-one set of lengths and pages.
+which the layer writes its keys and values. All layers of a model share one set of lengths and pages.
 """
 
 from collections import Counter
@@ -15,14 +14,14 @@ from torch import Tensor
 
 
 class LayerCache(NamedTuple):
-    """What one layer needs of a cache for one step: arguments of `pynlp.functional.attention_decode`, and two numbers.
+    """One layer's view of a cache for one step: arguments of `pynlp.functional.attention_decode`, and two facts.
 
     Attributes:
         k, v: `(batch, capacity, kv_heads, head_dim)`, `(.., head_dim_v)`; or `(pages, page_size, kv_heads, head_dim)`.
-        lengths: int32 `(batch,)`, the tokens of each entry that were there before the step.
+        lengths: int32 `(batch,)`, each entry's tokens before the step.
         block_table: int32 `(batch, pages)`, the pages of each entry in order, -1 behind the last; None where entry i is
             row i of k and v.
-        tokens: New tokens of each entry that there is room for.
+        tokens: New tokens of each entry, for which there is room.
         empty: Whether all lengths are 0: known without asking the device.
     """
 
@@ -34,7 +33,7 @@ class LayerCache(NamedTuple):
     empty: bool
 
     def check(self, dropout: float, x: Tensor, *projected: Tensor) -> None:
-        """Raises ValueError for another number of tokens than `append` was told, and for gradients or dropout wanted.
+        """Raise ValueError unless x has as many tokens as were appended, and neither gradients nor dropout are wanted.
 
         Args:
             dropout: What the layer would drop.
@@ -68,8 +67,8 @@ class KVCache:
 
     Args:
         batch, capacity: Entries, and the most tokens of each.
-        kv_heads, head_dim: Of the keys; a module's `cache_shape` names what it needs.
-        head_dim_v: Of the values; `head_dim` by default, 0 where values are channels of the keys (latent attention).
+        kv_heads, head_dim: Sizes of the keys; a module's `cache_shape` has what it needs.
+        head_dim_v: Size of the values; `head_dim` by default, 0 if they are channels of the keys (latent attention).
         layers: Layers, all of one shape.
 
     Attributes:
@@ -98,7 +97,11 @@ class KVCache:
         self._pages = list(range(batch))  # of each entry
 
     def append(self, tokens: int) -> list[LayerCache]:
-        """Room for `tokens` more tokens in every entry: what each layer needs to write and read them.
+        """Make room for `tokens` more tokens in every entry.
+
+        Returns:
+            One view a layer, in the order of the layers: `append(tokens)[0]` is the first layer's, and all there is for
+            a cache of one.
 
         Prompts of unequal lengths are padded at their ends, and the padding is cut off afterwards by `truncate`: right
         for causal models, whose tokens do not see it.
@@ -118,7 +121,7 @@ class KVCache:
         return layers
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forgets what is behind the first `lengths` tokens of each entry.
+        """Forget all but the first `lengths` tokens of each entry.
 
         Raises:
             ValueError: a length is negative or more than there is. Nothing has changed then.
@@ -130,10 +133,10 @@ class KVCache:
         self.lengths = list(lengths)
 
     def select(self, rows: Tensor) -> None:
-        """Entry i goes on from what old entry `rows[i]` has: an entry may be named several times or not at all.
+        """Make entry i a continuation of old entry `rows[i]`; an entry may be named several times or not at all.
 
-        What is named again is copied, into pages that have become free or into new memory; when more than half of the
-        pages are free they are given back. A `LayerCache` from before is of no use any more.
+        An entry named again is copied, into pages that have become free or into new memory; when more than half of the
+        pages are free they are given back. Views from before are of no use any more.
 
         Args:
             rows: int64 or int32 `(new_batch,)`.
@@ -211,13 +214,14 @@ class PagedKVCache:
         self._next = 0  # numbers are not used again, so that a stale one is always an error
 
     def allocate(self) -> int:
-        """The number of a new sequence, without tokens and pages."""
+        """Add a sequence without tokens and pages; returns its number."""
         return self._add([], 0)
 
     def append(self, sequences: Sequence[int], tokens: int) -> list[LayerCache]:
-        """Room for `tokens` more tokens in each of the sequences: what each layer needs to write and read them.
+        """Make room for `tokens` more tokens in each of the sequences; with `tokens=0` only look at them.
 
-        With `tokens=0` what is needed to read. Prompts of unequal lengths as in `KVCache.append`.
+        Returns:
+            One view a layer, as `KVCache.append`, which also says what to do with prompts of unequal lengths.
 
         Raises:
             OutOfPages: too few pages are free for all of them. The cache is as it was before.
@@ -262,9 +266,9 @@ class PagedKVCache:
         return layers
 
     def fork(self, sequence: int, length: int | None = None) -> int:
-        """The number of a new sequence that begins with the first `length` tokens of another, by default with all.
+        """Add a sequence that begins with the first `length` tokens of another, all by default; returns its number.
 
-        Takes no memory: the pages are shared.
+        It takes no memory: the pages are shared.
         """
         self._check(sequence)
         if length is None:
@@ -276,7 +280,7 @@ class PagedKVCache:
         return self._add(pages, length)
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forgets what is behind the first `length` tokens."""
+        """Forget all but the first `length` tokens."""
         self._check(sequence)
         _check_length("length", length, self._lengths[sequence])
         pages = self._pages[sequence]
@@ -285,7 +289,7 @@ class PagedKVCache:
         self._lengths[sequence] = length
 
     def free(self, sequence: int) -> None:
-        """Gives back the pages that no other sequence holds."""
+        """Give back the pages that no other sequence holds."""
         self._check(sequence)
         self._release(self._pages.pop(sequence))
         del self._lengths[sequence]
@@ -355,7 +359,7 @@ def _pools(
 
 
 def _selected(pool: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """A pool (layers, new_batch, capacity, heads, head_dim) with the first tokens of these pages."""
+    """A new pool (layers, new_batch, capacity, heads, head_dim) with the first tokens of these pages of a pool."""
     layers, _, *rest = pool.shape
     selected = pool.new_empty(layers, len(rows), *rest)
     torch.index_select(pool[:, :, :tokens], 1, rows, out=selected[:, :, :tokens])

@@ -1,8 +1,10 @@
 """The feed-forward layer as a module: two projections around `pynlp.functional.gelu`, `relu` or `swiglu`."""
 
+import torch
 from torch import Tensor, nn
 
 from pynlp.nn.linear import Linear
+from pynlp.ops.common.checks import check_share
 from pynlp.ops.layers.activation import gelu, relu, swiglu
 
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "swiglu": swiglu}
@@ -17,6 +19,7 @@ class FeedForward(nn.Module):
         activation: "gelu", "relu" or "swiglu", for which `up_proj` has 2 F rows: those of the gate, then the others.
         dropout: Share of the activations that is set to 0 in training.
         bias: Whether both projections have one.
+        device, dtype: Those of the weights and biases.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -25,7 +28,15 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, ffn_dim: int, *, activation: str = "gelu", dropout: float = 0.0, bias: bool = True
+        self,
+        embed_dim: int,
+        ffn_dim: int,
+        *,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, size in (("embed_dim", embed_dim), ("ffn_dim", ffn_dim)):
@@ -33,11 +44,10 @@ class FeedForward(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.activation, self.dropout = activation, dropout
-        self.up_proj = Linear(embed_dim, 2 * ffn_dim if activation == "swiglu" else ffn_dim, bias)
-        self.down_proj = Linear(ffn_dim, embed_dim, bias)
+        self.up_proj = Linear(embed_dim, 2 * ffn_dim if activation == "swiglu" else ffn_dim, bias, device, dtype)
+        self.down_proj = Linear(ffn_dim, embed_dim, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(.., E)` of x `(.., E)`."""

@@ -11,14 +11,15 @@ from pynlp.nn.linear import Linear
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.common.checks import check_share
 
 
 class LatentAttention(nn.Module):
     """Self-attention over compressed keys and values, with rotated channels that all heads share.
 
-    A token's key is `[rope | up-projection of its latent]`, its values another up-projection of it. Decoding does not
-    make them: `q . (W latent) = (W^T q) . latent`, so queries are projected down instead, and all heads look at the
-    latents themselves as if these were one head's keys and values.
+    A token's key is `[rope | up-projection of its latent]`, its value another up-projection of it. Decoding makes
+    neither: `q . (W latent) = (W^T q) . latent`, so it projects queries down instead, and all heads attend to the
+    latents as if these were one head's keys and values.
 
     Shapes: B batch, S tokens, E embed_dim, H heads, N nope_dim, P rope_dim, Dv head_dim_v, R kv_rank.
 
@@ -28,11 +29,12 @@ class LatentAttention(nn.Module):
         kv_rank: Width of the latent.
         nope_dim, rope_dim: Channels of a head's queries and keys without and with a position; together up to 256.
         head_dim_v: Channels of a head's values; `nope_dim` by default.
-        q_rank: Width that queries are compressed to; not at all by default.
+        q_rank: Width that queries are compressed to; they are not by default.
         causal, softmax_scale: As in `pynlp.functional.attention`; the scale is `(nope_dim + rope_dim) ** -0.5`.
         dropout: Share of the attention weights that is set to 0 in training.
-        norm_eps: Of the RMS norms behind both compressions.
-        rotary_base, rotary_scaling, rotary_interleaved, max_positions, attention: As in `MultiHeadAttention`.
+        norm_eps: eps of the RMS norms behind both compressions.
+        rotary_base, rotary_scaling, rotary_interleaved, max_positions, attention, device, dtype: Arguments of
+            `MultiHeadAttention`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -68,8 +70,7 @@ class LatentAttention(nn.Module):
         for name, size in (*sizes.items(), ("q_rank", 1 if q_rank is None else q_rank)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.embed_dim, self.heads, self.kv_rank, self.q_rank = embed_dim, heads, kv_rank, q_rank
         self.nope_dim, self.rope_dim, self.head_dim_v = nope_dim, rope_dim, head_dim_v
         self.causal, self.dropout = causal, dropout
@@ -102,7 +103,7 @@ class LatentAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Each token of x looks at x, or at what is cached and x. Arguments and result as in `MultiHeadAttention`.
+        """Attention of each token of x to x, or to the cache and x. Arguments and result are `MultiHeadAttention`'s.
 
         A token's row of the cache is its turned rope channels, then its latent.
         """
@@ -137,13 +138,13 @@ class LatentAttention(nn.Module):
         return self.out_proj(out.flatten(-2))
 
     def _keys_values(self, rope: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of each head: (B, S, H, P + N) and (B, S, H, Dv)."""
+        """Keys (B, S, H, P + N) and values (B, S, H, Dv) of all heads."""
         per_head = self.kv_up_proj(latent).unflatten(-1, (self.heads, -1))
         nope, v = per_head.split((self.nope_dim, self.head_dim_v), dim=-1)
         return torch.cat((rope.unsqueeze(-2).expand(*nope.shape[:-1], -1), nope), dim=-1), v
 
     def _decode(self, q: Tensor, rope: Tensor, latent: Tensor, cache: LayerCache, options: dict) -> Tensor:
-        """(B, Sq, H, Dv) of queries (B, Sq, H, P + N) over the cache, to which rope and latent are added first."""
+        """Attention (B, Sq, H, Dv) of q (B, Sq, H, P + N) over the cache, to which rope and latent are added first."""
         up = self.kv_up_proj.weight.unflatten(0, (self.heads, -1))
         up_k, up_v = up.split((self.nope_dim, self.head_dim_v), dim=1)  # (H, N, R), (H, Dv, R)
         q_rope, q_nope = q.split((self.rope_dim, self.nope_dim), dim=-1)
@@ -158,7 +159,7 @@ class LatentAttention(nn.Module):
 
     @property
     def cache_shape(self) -> dict[str, int]:
-        """What `KVCache` and `PagedKVCache` are to be made with for this module."""
+        """Arguments of `KVCache` and `PagedKVCache` that make them fit this module."""
         return dict(kv_heads=1, head_dim=self.rope_dim + self.kv_rank, head_dim_v=0)
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:

@@ -1,20 +1,22 @@
-"""Norms as modules: what they normalise may be a residual and what a layer adds to it, with dropout, in one pass."""
+"""Norms as modules, which also add their input to a residual, with dropout, in the same pass."""
 
 import torch
 from torch import Tensor, nn
 
+from pynlp.ops.common.checks import check_share
 from pynlp.ops.layers.norm import layer_norm, rms_norm
 
 
 class _Norm(nn.Module):
-    def __init__(self, dim: int, eps: float, dropout: float):
+    def __init__(
+        self, dim: int, eps: float, dropout: float, device: torch.device | str | None, dtype: torch.dtype | None
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        check_share("dropout", dropout)
         self.dim, self.eps, self.dropout = dim, eps, dropout
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def options(self, residual: Tensor | None) -> dict:
         dropped = self.dropout if self.training and residual is not None else 0.0
@@ -31,7 +33,8 @@ class LayerNorm(_Norm):
         dim: Width of x.
         bias: Whether a learned bias is added.
         eps: Added to the variance.
-        dropout: Share of x that is set to 0 in training before it is added to a residual; without one nothing is.
+        dropout: Share of x that is set to 0 in training before it is added to a residual; alone x stays whole.
+        device, dtype: Those of the weight and the bias.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -39,9 +42,18 @@ class LayerNorm(_Norm):
     Source: Ba et al., arXiv 1607.06450.
     """
 
-    def __init__(self, dim: int, *, bias: bool = True, eps: float = 1e-5, dropout: float = 0.0):
-        super().__init__(dim, eps, dropout)
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+    def __init__(
+        self,
+        dim: int,
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, eps, dropout, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y `(.., dim)` of x `(.., dim)`; with a residual, in x's dtype or fp32, also residual + dropout(x)."""
@@ -54,9 +66,17 @@ class RMSNorm(_Norm):
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-6, dropout: float = 0.0):
-        super().__init__(dim, eps, dropout)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, eps, dropout, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """As `LayerNorm.forward`."""
+        """The result of `LayerNorm.forward`, of the same arguments."""
         return rms_norm(x, self.weight, **self.options(residual))

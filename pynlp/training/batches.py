@@ -1,4 +1,4 @@
-"""Batches of items of near lengths, and how token ids become tensors."""
+"""Batches of items of near lengths, and tensors of token ids."""
 
 import hashlib
 import math
@@ -18,17 +18,17 @@ BUCKET_GROWTH = 1.1  # lengths in a bucket differ by at most this factor
 class Batches:
     """Items 0 to N - 1 in batches of at most `max_tokens` tokens, padding included, in another order every epoch.
 
-    The order depends on (seed, epoch) alone, so that it can be gone on with from any batch and by any number of
+    The order depends on (seed, epoch) alone, so that training can be resumed at any batch and by any number of
     processes. Items are shuffled, sorted by buckets of near lengths, cut into batches, and the batches shuffled.
 
     Args:
         lengths: Tokens of each item, or of its source and its target.
         max_tokens: Most tokens of a batch: items * longest, or items * (longest source + longest target).
-        collate: Makes what the loss is given from the numbers of a batch's items.
+        collate: Makes the loss's argument of the numbers of a batch's items.
 
     Attributes:
-        lengths: A tuple of each item.
-        summary: What decides the order, for checkpoints to compare.
+        lengths: A tuple for each item.
+        summary: The facts that decide the order, for checkpoints to compare.
 
     Raises:
         ValueError: there are no items, or one is empty or longer than `max_tokens`; the message names it.
@@ -90,7 +90,7 @@ class Batches:
 
 
 def _bucket(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Where items of these lengths stand in the order: neighbours are near in all lengths.
+    """The key by which items of these lengths are sorted: neighbours are near in all lengths.
 
     Targets rise from bucket to bucket of the sources in one and fall in the next, as batches span buckets.
     """
@@ -107,7 +107,7 @@ def pad(sequences: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tenso
 def teacher_forcing(
     sequences: Sequence[Sequence[int]], start: int, end: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a decoder reads, `start y`, what it is to say, `y end`, and their lengths: int64 `(B, S)`, same, `(B,)`.
+    """A decoder's inputs `start y`, its targets `y end`, and their lengths: int64 `(B, S)`, `(B, S)`, `(B,)`.
 
     Inputs are padded by `padding`, targets by `IGNORED`. S is one more than the longest of the sequences y.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are there wholly or not at all, whatever happens while one is written.
+"""Checkpoints: folders that are whole or absent, whatever happens while one is written.
 
 step-00001000/
     model.safetensors       weights
@@ -29,7 +29,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """The oldest first."""
+    """All checkpoints in a folder, the oldest first."""
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
@@ -51,7 +51,7 @@ def best(folder: Path) -> Path | None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Gives a model the weights of a checkpoint: their moving average if it has one.
+    """Give a model the weights of a checkpoint: their moving average if it has one.
 
     Raises:
         ValueError: they are another model's; the message names what differs.
@@ -60,7 +60,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def average_weights(paths: Sequence[Path], model: nn.Module) -> None:
-    """Gives a model the mean of the weights of several checkpoints; integer buffers are the last one's.
+    """Give a model the mean of the weights of several checkpoints; integer buffers are the last one's.
 
     Source: Vaswani et al., arXiv 1706.03762, section 6.1.
     """
@@ -84,7 +84,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     ema: nn.Module | None = None,
 ) -> Path:
-    """Writes a checkpoint beside the others; what another process that was killed left half done is cleared away.
+    """Write a checkpoint beside the others, and clear away what a killed process left half done.
 
     Raises:
         OSError: it could not be written; the earlier ones are as they were.
@@ -117,7 +117,7 @@ def save(
 
 
 def keep_only(folder: Path, step: int, last: int, best_step: int | None) -> None:
-    """Of the checkpoints up to a step, deletes all but the last few and the best."""
+    """Delete all checkpoints up to a step but the last few and the best."""
     paths = [path for path in all_checkpoints(folder) if path <= path_of(folder, step)]
     for path in paths[:-last]:
         if best_step is None or path != path_of(folder, best_step):
@@ -129,7 +129,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> None:
-    """Puts model, optimizer and moving average back into the state of a checkpoint.
+    """Put model, optimizer and moving average back into the state of a checkpoint.
 
     Raises:
         ValueError: it is of another model; the message names what differs.
@@ -157,7 +157,7 @@ def _load_module(path: Path, module: nn.Module) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """The damage of a checkpoint in words; None if it is whole."""
     try:
         sizes = read_state(path)["files"]
         for name, size in sizes.items():
@@ -170,14 +170,14 @@ def _damage(path: Path) -> str | None:
 
 
 def _delete(path: Path) -> None:
-    """Under another name first, so that what has a checkpoint's name is always whole."""
+    """Delete a checkpoint, renamed first, so that a folder with a checkpoint's name is always whole."""
     doomed = path.with_name(f"{path.name}.deleted{PARTIAL}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that after a power cut, too, a name stands for what was written under it."""
+    """Write a file or folder to the disk, so that it is whole even after a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

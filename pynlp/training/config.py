@@ -1,4 +1,4 @@
-"""How a model is trained, and how far training has come: what checkpoints hold besides tensors."""
+"""The configuration and the progress of training: what checkpoints hold besides tensors."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,22 +6,22 @@ from typing import Any
 
 from pynlp.training.schedules import WarmupCosine, WarmupInverseSquareRoot
 
-MAY_CHANGE = ("steps", "validate_every", "save_every", "keep_last", "patience")  # what is done would be the same
+MAY_CHANGE = ("steps", "validate_every", "save_every", "keep_last", "patience")  # no step does anything else for it
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained.
+    """The configuration of a training.
 
     Attributes:
         steps: Updates of the weights.
-        learning_rate: The highest one, of which `schedule` tells each step's share.
+        learning_rate: The highest one; `schedule` gives each step's share of it.
         batches_per_step: Batches whose gradients make one update, those of all processes together.
-        weight_decay: Of matrices; biases and norms have none. Loshchilov and Hutter, arXiv 1711.05101.
+        weight_decay: Decay of matrices; biases and norms have none. Loshchilov and Hutter, arXiv 1711.05101.
         clip_norm: Largest norm of all gradients together.
         bf16: Whether the loss is computed under autocast; `pynlp.has_bf16` tells where that is faster.
-        ema_decay: Of the moving average of the weights, which is then what is validated; None = no average.
-        seed: Of dropout. The order of the batches has its own.
+        ema_decay: Decay of the weights' moving average, which is then validated in their place; None = no average.
+        seed: Seed of dropout; the order of the batches has its own.
         validate_every, save_every: Steps; the last one counts as well, and each best one is saved.
         keep_last: Checkpoints; the best one is kept besides.
         patience: Validations without a better result after which training stops; None = all steps are done.
@@ -59,7 +59,7 @@ class TrainingConfig:
 
 @dataclass
 class Progress:
-    """How far training has come.
+    """The progress of a training.
 
     Attributes:
         step: Updates done.
@@ -77,14 +77,14 @@ class Progress:
 
 
 def describe(config: TrainingConfig, data: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what a step does, as JSON gives it back."""
+    """All facts that decide what a step does, as they come back from JSON."""
     schedule = {"name": type(config.schedule).__name__, **asdict(config.schedule)}
     training = {**asdict(config), "schedule": schedule}
     return json.loads(json.dumps({"training": training, "data": data, "description": description}))
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
-    """Raises ValueError, which names all fields that differ, if two descriptions are not of one training."""
+    """Raise ValueError, which names all fields that differ, unless two descriptions are of one training."""
     before, after = dict(_flat(saved)), dict(_flat(now))
     differences = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"

@@ -1,4 +1,4 @@
-"""What is written down of every step: a CSV file, a plot of it, and TensorBoard's files on request."""
+"""The log of a training: a CSV file, a plot of it, and TensorBoard's files on request."""
 
 import csv
 import os
@@ -12,11 +12,11 @@ COLUMNS = (
 
 
 class Log:
-    """A CSV file with a row a step, to which a resumed training appends; no step is in it twice.
+    """A CSV file with one row for each step, to which a resumed training appends; no step is in it twice.
 
     Args:
-        folder: Of `log.csv`, `loss.png` and `tensorboard/`.
-        step: The step that was last before this log goes on: rows behind it are dropped.
+        folder: Where `log.csv`, `loss.png` and `tensorboard/` are written.
+        step: The last step so far: later rows are dropped.
         tensorboard: Whether TensorBoard's files are written, too.
 
     Raises:
@@ -37,7 +37,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, COLUMNS)
 
     def write(self, row: dict[str, float]) -> None:
-        """One step's values by column; columns without a value stay empty."""
+        """Append one step's values by column; columns without a value stay empty."""
         self.writer.writerow(row)
         self.file.flush()
         if self.tensorboard is not None:
@@ -46,7 +46,7 @@ class Log:
                     self.tensorboard.add_scalar(name, value, row["step"])
 
     def plot(self) -> None:
-        """Training and validation loss of all steps so far, and the score if there is one."""
+        """Draw training and validation loss of all steps so far, and the score if there is one."""
         rows = read_log(self.path)
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """For the time of a `with` block, this process is one of those that torchrun started, and knows the others.
+    """Join this process with the others that torchrun started, for the time of a `with` block.
 
     Without torchrun it stays alone. NCCL on GPUs, gloo on CPUs.
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def seed_generators(*numbers: int) -> None:
-    """Seeds all of them by several numbers, any two of which would do badly as a sum."""
+    """Seed all generators by several numbers; unlike a sum of them, other numbers give other seeds."""
     draw = random.Random(" ".join(map(str, numbers)))
     torch.manual_seed(draw.getrandbits(63))
     random.seed(draw.getrandbits(63))
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """What JSON can hold."""
+    """The states of all generators, as JSON can hold them."""
     states = {"python": random.getstate(), "cpu": _text(torch.get_rng_state())}
     if device.type == "cuda":
         states["cuda"] = _text(torch.cuda.get_rng_state(device))

@@ -1,4 +1,4 @@
-"""Learning rates over time, as the factor of the highest one; for `torch.optim.lr_scheduler.LambdaLR`, too."""
+"""Learning rates over time as factors of the highest one; `torch.optim.lr_scheduler.LambdaLR` takes them, too."""
 
 import math
 from dataclasses import dataclass

@@ -44,15 +44,15 @@ class Trainer:
         model: On its device.
         loss: `loss(model, batch)` -> (sum of the loss over tokens or examples, their number). It calls `model(...)`,
             for with several processes the model is wrapped.
-        training, validation: Batches to train on, and to tell the loss of without training on them.
-        folder: Of `step-*/`, `log.csv`, `loss.png` and `tensorboard/`.
-        score: A number of the model in evaluation mode, the more the better; called in the first process.
-        description: What a checkpoint must have in common besides `config`, as the model's own configuration: JSON.
+        training, validation: Batches to train on, and batches whose loss is only measured.
+        folder: Where `step-*/`, `log.csv`, `loss.png` and `tensorboard/` are written.
+        score: Gives the model in evaluation mode a number, the more the better; called in the first process.
+        description: Facts, as JSON, that a checkpoint must share besides `config`, e.g. the model's configuration.
         tensorboard: Whether TensorBoard's files are written.
 
     Raises:
-        ValueError: the batches of a step are no multiple of the processes, there is nothing to train, or nothing that
-            patience could count.
+        ValueError: the batches of a step are no multiple of the processes, no parameter is to be trained, or
+            patience has nothing to count by.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainer:
         self.stop_asked = False
 
     def train(self, *, resume: bool = False) -> Progress:
-        """Trains for `config.steps`, or until patience is over; with `resume` from the latest checkpoint on.
+        """Train for `config.steps`, or until patience is over; with `resume` from the latest checkpoint on.
 
         Raises:
             FileExistsError, FileNotFoundError: there are checkpoints and none is to be resumed, or the reverse.
@@ -161,7 +161,7 @@ class Trainer:
             seed_generators(self.config.seed, self.progress.step, self.rank)
 
     def _groups(self) -> Iterator[list[list[int]]]:
-        """The batches of each step to come, epoch after epoch; the last step of an epoch may have fewer."""
+        """Batches of each following step, epoch after epoch; the last step of an epoch may have fewer."""
         progress = self.progress
         while True:
             batches = self.training.epoch(progress.epoch)
@@ -172,7 +172,7 @@ class Trainer:
             progress.epoch, progress.position = progress.epoch + 1, 0
 
     def _step(self, group: list[list[int]]) -> dict[str, float]:
-        """One update by a group of batches, of which this process takes its share; returns the log's row."""
+        """Update the weights by a group of batches, of which this process takes its share; returns the log's row."""
         start = time.perf_counter()
         learning_rate = self.config.learning_rate * self.config.schedule(self.progress.step)
         for parameters in self.optimizer.param_groups:
@@ -206,7 +206,7 @@ class Trainer:
         }
 
     def _backward(self, group: list[list[int]]) -> tuple[float, float]:
-        """Gradients of the sum of the loss, averaged over the processes; returns that sum and its tokens, of all."""
+        """Compute gradients of the summed loss, averaged over processes; returns sum and tokens of all processes."""
         share = group[self.rank :: self.world]
         loss, tokens = 0.0, 0.0
         # A process without a batch takes part in the exchange of gradients with zeros.
@@ -229,7 +229,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Loss and score, which leave no trace in training, not even in the random generators."""
+        """Loss and score; to compute them leaves no trace in training, not even in the random generators."""
         model = self.model if self.ema is None else self.ema.module
         generators = generator_states(self.device)
         model.eval()
@@ -286,7 +286,7 @@ class Trainer:
 
     @contextmanager
     def _ctrl_c_asks_to_stop(self) -> Iterator[None]:
-        """Where Python's own handler is in place: a program that handles or ignores Ctrl-C itself goes on to."""
+        """Take Ctrl-C as a wish to stop after the step, unless the program handles or ignores it in its own way."""
         self.stop_asked = False
         main = threading.current_thread() is threading.main_thread()
         if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

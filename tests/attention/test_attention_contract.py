@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from cases.attention import Case, evaluate, fused_attention, make_inputs
+from pynlp.kernels.attention import decode_launch, launch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from pynlp import backends
-from pynlp.functional import attention
-from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.functional import attention, relative_position_buckets
+from pynlp.reference.attention.attention import Options
 
 RICH = Case(
     2, 9, 13, 4, 2, 8, 6, causal=True, window=(5, None), softmax_scale=0.3, softcap=2.0, key_lengths=(13, 6),
@@ -23,6 +26,34 @@ def test_native_kernels_are_loaded():
     assert backends.native_missing_reason() is None
     for op in ("attention_forward", "attention_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pynlp::{op}", "CPU"), op
+
+
+def schema_of(op: str, first: int, last: int | None = None) -> list[tuple[str, str]]:
+    """Names and types of an op's arguments."""
+    arguments = getattr(torch.ops.pynlp, op).default._schema.arguments[first:last]
+    return [(argument.name, str(argument.type)) for argument in arguments]
+
+
+def test_every_back_end_has_the_options_of_the_schema():
+    options = schema_of("attention_forward", 3)
+    assert options == schema_of("attention_backward", 7, -3) == schema_of("attention_weights", 4)
+    types = {"float": float, "int": int, "bool": bool, "Optional[Tensor]": torch.Tensor | None}
+    for mirrored, schema in (
+        (Options, options),
+        (launch.Options, options),
+        (decode_launch.Options, schema_of("attention_decode", 4)),
+    ):
+        assert list(mirrored.__annotations__.items()) == [(name, types[kind]) for name, kind in schema]
+
+
+def test_the_native_code_has_the_options_of_the_schema():
+    source = (Path(__file__).parents[2] / "csrc/bindings/attention.cpp").read_text()
+    fields = re.search(r"struct Options \{(.*?)\};", source, re.DOTALL).group(1)
+    types = {"float": "double", "int": "int64_t", "bool": "bool", "Optional[Tensor]": "MaybeTensor"}
+    declared = [
+        (name, kind) for kind, names in re.findall(r"(\w+) ([\w, \n]+);", fields) for name in re.split(r",\s*", names)
+    ]
+    assert declared == [(name, types[kind]) for name, kind in schema_of("attention_forward", 3)]
 
 
 def op_arguments(dtype=torch.float32, rich=True, seqlen_q=5, requires_grad=True):

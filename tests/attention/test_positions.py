@@ -9,8 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pynlp.functional import alibi_slopes, rotary_tables
-from pynlp.ops.attention.positions import relative_position_buckets
+from pynlp.functional import alibi_slopes, relative_position_buckets, rotary_tables
 from pynlp.reference.attention.attention import bucket_of
 
 

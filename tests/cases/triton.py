@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 from pynlp.kernels.attention import launch as attention  # noqa: E402
 
-from pynlp.ops.attention.positions import relative_position_buckets  # noqa: E402
+from pynlp.functional import relative_position_buckets  # noqa: E402
 from pynlp.reference.attention import attention as reference  # noqa: E402
 from pynlp.reference.attention.attention import Options  # noqa: E402
 from pynlp.reference.common.random import attention_keeps, dropped_parts  # noqa: E402

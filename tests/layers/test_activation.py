@@ -1,15 +1,19 @@
 """GELU, ReLU and SwiGLU with dropout: values and gradients at every instruction set, and the contract."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import assert_as_accurate, outputs_and_gradients
+from pynlp.kernels.layers import activation as kernels
 from torch import Tensor
 
 from pynlp.functional import gelu, relu, swiglu
 from pynlp.reference.common.random import dropped_parts, keeps
+from pynlp.reference.layers.activation import KINDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -17,6 +21,12 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
 SEED = -98765432109876543
 SHAPES = [(3, 5, 256), (37, 100), (2, 0, 20), (5, 1), (1000, 7), (4, 1000), (130,)]
 FUSED = {"gelu": gelu, "relu": relu, "swiglu": swiglu}
+
+
+def test_every_back_end_numbers_the_kinds_alike():
+    header = (Path(__file__).parents[2] / "csrc/layers/layers.h").read_text()
+    native = re.search(r"enum class Activation \{ (.*?) \}", header).group(1).split(", ")
+    assert list(KINDS) == list(kernels.KINDS) == native
 
 
 def eager(kind: str, dropout_p: float):

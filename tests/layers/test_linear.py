@@ -21,8 +21,16 @@ SHAPES = [
     (32, 256, 256),
     (33, 130, 65),
     (100, 1030, 70),
+    (120, 2060, 9),
     (700, 300, 9),
 ]
+
+
+def ops_of(call) -> set[str]:
+    """Names of all ops in a call, those that native code calls included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.key for event in profile.key_averages()}
 
 
 @pytest.fixture
@@ -38,6 +46,11 @@ def fused_calls(monkeypatch) -> list[tuple[int, ...]]:
     return calls
 
 
+def most_rows(isa: str) -> int:
+    """The rows up to which the native kernel serves."""
+    return 128 if isa in ("portable", "avx2") else 2048
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_values(shape, bias, isa):
@@ -46,6 +59,8 @@ def test_values(shape, bias, isa):
     offset = torch.randn(outputs) if bias else None
     exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
     ours, peer = torch.ops.pynlp.linear(x, weight, offset), F.linear(x, weight, offset)
+    handed_on = "pynlp::linear_reference" in ops_of(lambda: torch.ops.pynlp.linear(x, weight, offset))
+    assert handed_on == (rows > most_rows(isa))
     assert ours.dtype == torch.float32 and ours.shape == exact.shape
     for error, missed in zip(errors(ours, exact), errors(peer, exact), strict=True):
         assert error <= 2 * missed
@@ -104,20 +119,21 @@ def test_where_pytorch_serves(fused_calls):
     assert all(map(torch.equal, ours, theirs))
     with torch.no_grad():
         assert torch.equal(layer(x[:1]), peer(x[:1]))
-        many = x.repeat(33, 1)
-        assert torch.equal(layer(many), peer(many))
         assert torch.equal(layer.double()(x.double()), peer.double()(x.double()))
         assert not fused_calls
         layer.float()(x)
-    assert fused_calls == [(64, 256)]
+        assert fused_calls == [(64, 256)]
+        many = x.repeat(33, 1)
+        assert torch.equal(layer(many), peer.float()(many))
 
 
-def test_most_rows(isa, fused_calls):
+def test_most_rows(isa):
     """With AVX2 PyTorch's product is the faster one earlier."""
-    most = 128 if isa in ("portable", "avx2") else 2048
-    for rows in (most, most + 1):
-        linear(torch.randn(rows, 256), torch.randn(256, 256))
-    assert fused_calls == [(most, 256)]
+    most, weight = most_rows(isa), torch.randn(256, 256)
+    assert "pynlp::linear_reference" not in ops_of(lambda: linear(torch.randn(most, 256), weight))
+    x = torch.randn(most + 1, 256)
+    assert "pynlp::linear_reference" in ops_of(lambda: linear(x, weight))
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
 def test_a_bad_shape_is_pytorchs_error():

@@ -390,3 +390,19 @@ def test_encoder_decoder_refuses_bad_tokens(arguments, error, message):
         model(**{"source": ids, "source_lengths": None, "target": ids, **arguments})
     with pytest.raises(ValueError, match=r"lengths: expected shape \(2,\), got \(3,\)"):
         Encoder(TransformerConfig(**SIZES))(ids, torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("model", [Encoder, Decoder, EncoderDecoder])
+def test_made_on_the_meta_device(model, positions):
+    """Weights can be given to a model that was made without memory; it then is the model that they are from."""
+    config = TransformerConfig(**SIZES, positions=positions, tied_embeddings=False, norm="layer")
+    usual = model(config).eval()
+    meta = model(config, device="meta", dtype=torch.float64).eval()
+    assert all(x.is_meta for x in meta.parameters()) and all(x.is_meta for x in meta.buffers())
+    assert {x.dtype for x in meta.parameters()} == {torch.float64}
+    weights = {name: x.double() for name, x in usual.state_dict().items()}
+    meta.to_empty(device="cpu").load_state_dict(weights)
+    tokens = torch.randint(0, config.vocab_size, (2, 5))
+    arguments = (tokens, None, tokens) if model is EncoderDecoder else (tokens,)
+    assert torch.equal(meta(*arguments), usual.double()(*arguments))

@@ -302,6 +302,22 @@ def test_another_attention_can_be_put_in():
     assert seen["causal"] and torch.equal(seen["rotary"][0], module.rotary.cos)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_scale_of_the_scores(packed):
+    """A scale is the same as queries multiplied by its share of the usual one; in the weights, too."""
+    x = tokens(batch=1).double()
+    modules = [MultiHeadAttention(EMBED_DIM, HEADS, softmax_scale=scale, causal=True) for scale in (None, 0.7)]
+    usual, scaled = (module.double() for module in modules)
+    scaled.load_state_dict(usual.state_dict())
+    options = dict(cu_seqlens=torch.tensor([0, x.shape[1]], dtype=torch.int32)) if packed else {}
+    got, weights = scaled(x[0] if packed else x, **options), scaled.weights(x)
+    with torch.no_grad():
+        usual.q_proj.weight *= 0.7 * usual.head_dim**0.5
+        usual.q_proj.bias *= 0.7 * usual.head_dim**0.5
+    torch.testing.assert_close(got, usual(x[0] if packed else x, **options))
+    torch.testing.assert_close(weights, usual.weights(x))
+
+
 def test_sinks_start_as_a_score_of_zero():
     """Values of all ones come out as the share that the sink leaves."""
     module = MultiHeadAttention(EMBED_DIM, HEADS, causal=True, sinks=True)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pynlp.nn import FeedForward, LayerNorm, RMSNorm
+from pynlp.nn import FeedForward, LatentAttention, LayerNorm, Linear, MultiHeadAttention, RMSNorm
 
 NORMS = {
     "layer": (LayerNorm(40), nn.LayerNorm(40)),
@@ -91,6 +91,33 @@ def test_feed_forward_drops_activations_in_training(activation):
     dropped = (some == 0) & active
     assert dropped.sum() / active.sum() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(some[~dropped], kept_all[~dropped] / 0.75)
+
+
+MADE = {
+    "feed-forward": lambda **where: FeedForward(8, 12, activation="swiglu", **where),
+    "layer norm": lambda **where: LayerNorm(8, **where),
+    "rms norm": lambda **where: RMSNorm(8, **where),
+    "linear": lambda **where: Linear(8, 4, **where),
+    "attention": lambda **where: MultiHeadAttention(8, 2, positions="relative", sinks=True, **where),
+    "latent attention": lambda **where: LatentAttention(8, 2, kv_rank=4, nope_dim=4, rope_dim=2, q_rank=6, **where),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_with_a_device_and_a_dtype(name):
+    torch.manual_seed(0)
+    usual = MADE[name]()
+    torch.manual_seed(0)
+    exact = MADE[name](dtype=torch.float64)
+    meta = MADE[name](device="meta", dtype=torch.bfloat16)
+    assert {p.device.type for p in usual.parameters()} == {"cpu"}
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
+    assert {p.dtype for p in exact.parameters()} == {torch.float64}
+    assert {name: p.shape for name, p in meta.named_parameters()} == {n: p.shape for n, p in usual.named_parameters()}
+    meta = meta.to_empty(device="cpu")
+    meta.load_state_dict(usual.state_dict())
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(meta.float()(x), usual(x), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,13 @@ def test_info_of_an_op_without_a_kernel(monkeypatch):
     assert pynlp.info()["back ends"]["attention_forward"]["cpu"] == "reference: no native kernel"
 
 
+def test_info_of_ops_with_and_without_a_launcher(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    served_by = {op: served["cuda"] for op, served in pynlp.info()["back ends"].items()}
+    assert served_by["linear"] == "reference: no Triton kernel"
+    assert served_by["attention_forward"] == f"triton {triton.__version__}"
+
+
 def test_every_isa_can_be_set(isa):
     assert pynlp.get_isa() == isa
     features = backends.native().features()

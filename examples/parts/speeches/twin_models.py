@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pynlp.functional
+from pynlp.functional import relative_position_buckets
 from pynlp.models import Decoder, TransformerConfig
-from pynlp.ops.attention.positions import relative_position_buckets
 
 PROMPT = "Fellow citizens"
 COMPARED_STEPS, TOLERANCE = 20, 1e-4  # largest relative difference of the losses in the first steps

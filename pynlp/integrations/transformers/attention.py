@@ -1,4 +1,4 @@
-"""transformers' AttentionInterface on `pynlp.functional.attention`, and what it falls back on.
+"""transformers' AttentionInterface on `pynlp.functional.attention`, and its fallbacks.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, G key/value heads, D head dimension.
 """
@@ -23,7 +23,7 @@ GIVEN = "its mask was given as a tensor"
 
 
 def register() -> None:
-    """Let transformers know `attn_implementation="pynlp"`; again does nothing.
+    """Make `attn_implementation="pynlp"` known to transformers; a second call does nothing.
 
     What the kernel cannot serve (a mask of one's own, a mask function other than transformers' causal, sliding-window,
     bidirectional and packed ones, gaps in the padding, `output_attentions=True`, a paged cache, head dimensions above
@@ -36,15 +36,15 @@ def register() -> None:
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function to register.
+    """The attention function that `register` registers.
 
     Args:
         module: The layer's attention module.
         query: `(B, H, Sq, D)`.
         key, value: `(B, G, Sk, D)`.
-        attention_mask: What `structured_mask` gave, a mask of the user's own, or None: `is_causal` decides.
-        options: Of transformers: dropout, scaling, softcap, s_aux (sinks), is_causal, position_bias (a dense one, or
-            the table of a patched module), output_attentions, cache. The window is in the mask.
+        attention_mask: A mask of `structured_mask`, one of the user's own, or None: `is_causal` decides.
+        options: transformers': dropout, scaling, softcap, s_aux (sinks), is_causal, position_bias (a dense one, or the
+            table of a patched module), output_attentions, cache. The window is in the mask.
 
     Returns:
         `(B, Sq, H, D)`, and the weights where `output_attentions` asks for them.
@@ -70,12 +70,12 @@ def attention_forward(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout_p: float = 0.0, **options) -> Tensor:
-    """`pynlp.functional.attention` under a mask's structure, or what does the same for packed rows or a cache.
+    """`pynlp.functional.attention` under a mask's structure, or its counterpart for packed rows or a cache.
 
     Args:
         q: `(B, Sq, H, D)`.
         k, v: `(B, Sk, G, D)`.
-        options: Of `pynlp.functional.attention`.
+        options: Options of `pynlp.functional.attention`.
 
     Returns:
         `(B, Sq, H, D)`; 0 for padding in front of a row's tokens.
@@ -100,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout_p: float = 0.
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, options: dict) -> bool:
-    """Whether one query a row is held against keys as they are, which takes no gradients."""
+    """Whether a call is a decoding step: one query a row, no gradients, keys that can be read in place."""
     tensors = (q, k, v, *(option for option in options.values() if isinstance(option, Tensor)))
     return (
         q.shape[1] == 1
@@ -112,13 +112,13 @@ def _decodes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, options: dict) -
 
 
 def _over_tokens(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], options: dict) -> Tensor:
-    """Rows laid end to end, as they lie in what a projection gives (B, S, heads, D): it is not copied."""
+    """Attention of rows laid end to end, as they lie in a projection's result (B, S, heads, D), which is not copied."""
     out = attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *cu_seqlens, **options)
     return out.unflatten(0, q.shape[:2])
 
 
 def _over_heads(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], options: dict) -> Tensor:
-    """Rows of one key/value head laid end to end, as they lie in a cache (B, G, Sk, D): it is not copied."""
+    """Attention of one key/value head's rows laid end to end, as they lie in a cache (B, G, Sk, D), not copied."""
     kv_heads = k.shape[2]
     slopes = options.get("alibi_slopes")  # (H,)
     if slopes is not None:
@@ -131,7 +131,7 @@ def _over_heads(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tenso
 
 
 def _mask_of(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Mask:
-    """What no mask means to sdpa_attention_forward: all keys, or those up to a query's own counted from the first."""
+    """The mask that None means to sdpa_attention_forward: all keys, or those up to a query's own from the first on."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     function = causal_mask_function if is_causal and query.shape[2] > 1 else bidirectional_mask_function
@@ -139,7 +139,7 @@ def _mask_of(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | No
 
 
 def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict) -> str | None:
-    """Why the kernel cannot serve a call; None if it can."""
+    """The reason why the kernel cannot serve a call; None if it can."""
     if options.get("output_attentions"):
         return WEIGHTS
     if options.get("cache") is not None:

@@ -1,8 +1,8 @@
 """The mask of a forward pass as structure, in the terms of `pynlp.functional.attention`, instead of Sq x Sk booleans.
 
-transformers asks for a mask once a forward pass, before the first layer, and says what it wants by composing small
-functions of (batch, head, query, key). The compositions that the kernel can serve are recognised here; any other one,
-and what cannot be expressed, keeps a reason and is served as a dense mask.
+transformers asks for a mask once a forward pass, before the first layer, as a composition of small functions of (batch,
+head, query, key). The compositions that the kernel can serve are recognised here; any other one keeps a reason and is
+served as a dense mask.
 
 Shapes: B batch, Sq queries, Sk keys, of which a static cache may not have written the last ones yet.
 """
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Structure:
-    """What queries see. At most one of the last three is given.
+    """The keys that queries see. At most one of the last three fields is given.
 
     Args:
         window: `(left, right)` as in `pynlp.functional.attention`; a causal one has a right of 0.
@@ -59,12 +59,12 @@ class Structure:
 class Mask(Tensor):
     """A boolean mask `(B, 1, Sq, Sk)` of which only the structure exists; True where a query sees a key.
 
-    It is a tensor because generate() and the models hand it on as one. Whoever looks inside gets the dense mask.
+    It is a tensor because generate() and the models hand it on as one. Any operation on it gets the dense mask.
 
     Args:
         shape: `(B, 1, Sq, Sk)`.
-        device: Where it would be.
-        structure: What the kernel needs, or the reason why it cannot serve this mask.
+        device: The device that the dense mask would be on.
+        structure: The structure, or the reason why the kernel cannot serve this mask.
         make_dense: Makes the dense mask.
     """
 
@@ -92,13 +92,13 @@ class Mask(Tensor):
         return torch.full(self.shape[:1], self.structure.keys, dtype=torch.int32, device=self.device)
 
     def refused(self, reason: str) -> "Mask":
-        """The same mask for whom the kernel cannot serve, for another reason than the mask."""
+        """The same mask with a reason, which is not the mask's, why the kernel cannot serve the call."""
         return Mask(self.shape, self.device, reason, lambda: self.dense)
 
     def cu_seqlens(self, copies: int, aligned: bool) -> tuple[Tensor, Tensor]:
-        """Where the sequences of `structure.rows` start in rows laid end to end, of the queries and of the keys.
+        """Starts of the sequences of `structure.rows` in rows laid end to end, those of the queries and of the keys.
 
-        Each row is there `copies` times. It makes five sequences: queries without keys, keys without queries, the
+        Each row is repeated `copies` times. It makes five sequences: queries without keys, keys without queries, the
         queries and keys that belong together, and behind them the first two again. So padding costs no work, and
         nothing has to be moved to get rid of it.
 
@@ -167,7 +167,7 @@ def structured_mask(
 
     Args:
         q_offset, kv_offset: Positions of the first query and of the first key.
-        mask_function: What is seen, padding aside.
+        mask_function: The keys that are seen, padding aside.
         attention_mask: Boolean `(B, positions)`, False where there is padding; positions beyond it are padding too.
         The others: as in transformers.masking_utils.sdpa_mask.
     """
@@ -188,7 +188,7 @@ def structured_mask(
 
 
 def _structure(batch: int, seqlen_q: int, seqlen_k: int, first_query: int, function: Callable) -> Structure | str:
-    """Of a mask without padding; `first_query` is the key that the first query stands at."""
+    """The structure of a mask without padding; `first_query` is the key that the first query stands at."""
     pattern = _recognised(function)
     if pattern is None:
         return "its mask function is none of the causal, bidirectional, sliding-window and packed ones"
@@ -209,7 +209,7 @@ def _structure(batch: int, seqlen_q: int, seqlen_k: int, first_query: int, funct
 
 
 def _with_padding(structure: Structure, attention_mask: Tensor) -> Structure | str:
-    """`attention_mask` (B, Sk or less) starts at key 0."""
+    """The structure with the padding that `attention_mask` (B, Sk or less) names, from key 0 on."""
     tokens = attention_mask[:, : structure.keys]
     missing = structure.keys - tokens.shape[1]
     if missing:
@@ -231,7 +231,7 @@ def _with_padding(structure: Structure, attention_mask: Tensor) -> Structure | s
     return replace(structure, rows=torch.stack((first, end), 1))
 
 
-# Whose closures a mask function is made of is told by their code, which all closures of one function share.
+# All closures of one function share its code: by that the parts of a mask function are recognised.
 _AND = and_masks(causal_mask_function).__code__
 _LEFT = sliding_window_overlay(1).__code__
 _BOTH = sliding_window_bidirectional_overlay(1).__code__
@@ -242,7 +242,7 @@ if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # since 5.23
 
 
 def _recognised(function: Callable) -> dict | None:
-    """What a mask function of transformers limits, of left, right and sequences; None if it is another function."""
+    """The limits left, right and sequences that a mask function of transformers sets; None for other functions."""
     if function is causal_mask_function:
         return {"right": 0}
     if function is bidirectional_mask_function:

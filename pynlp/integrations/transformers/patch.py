@@ -1,7 +1,7 @@
 """Models that add a bias to their scores, T5, BLOOM and MPT, with the bias inside the kernel.
 
-A patched module keeps its parameters and its place in the model; its class becomes the subclass that is here. What a
-subclass cannot serve, it leaves to the original.
+A patched module keeps its parameters and its place in the model; its class becomes a subclass from here, which leaves
+what it cannot serve to the original.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ from pynlp.ops.attention.positions import alibi_slopes
 
 
 class FusedT5Attention(T5Attention):
-    """T5's attention; what its layers hand on to each other is the table of biases instead of the biases."""
+    """T5's attention, whose layers hand on the table of biases to each other instead of the biases."""
 
     def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, **kwargs):
         fused = self.config._attn_implementation == NAME and _why_not(mask, kwargs.get("output_attentions")) is None
@@ -102,7 +102,7 @@ class FusedMptAttention(MptAttention):
 
 
 class FusedMptBlock(MptBlock):
-    """MPT's block, which knows that weights are asked for but does not tell its attention."""
+    """MPT's block; it hands a wish for weights, which its attention is not given, on in the mask."""
 
     def forward(self, hidden_states, position_bias, attention_mask, *args, output_attentions=False, **kwargs):
         if output_attentions and isinstance(attention_mask, Mask):
@@ -119,10 +119,10 @@ FUSED = {
 
 
 def patch(model: nn.Module) -> nn.Module:
-    """T5's relative bias, BLOOM's and MPT's ALiBi computed inside the kernel from now on, with their gradients.
+    """Let the kernel compute T5's relative bias, BLOOM's and MPT's ALiBi and their gradients from now on.
 
-    The model itself is changed; again does nothing. What the kernel cannot serve (see `register`) runs on the original
-    modules, with one warning that names the reason.
+    The model itself is changed; a second call does nothing. What the kernel cannot serve (see `register`) runs on the
+    original modules, with one warning that names the reason.
 
     Args:
         model: A T5, BLOOM or MPT of transformers, whichever its head, or a model that has one in it.
@@ -150,7 +150,7 @@ def patch(model: nn.Module) -> nn.Module:
 
 
 def _why_not(mask: Tensor | None, output_attentions: bool | None = False, causal: bool = False) -> str | None:
-    """Why a patched module leaves a call to the original; None if it does not."""
+    """The reason why a patched module leaves a call to the original; None if it does not."""
     if output_attentions:
         return WEIGHTS
     if not isinstance(mask, Mask):

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.attention import checks
-from pynlp.ops.common.checks import autocast, check_dropout, rows_in_place
-from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd, triton_launcher
+from pynlp.ops.common.checks import autocast, prepare_dropout, rows_in_place
+from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.attention import attention as reference
 from pynlp.reference.attention.attention import Options
+from pynlp.reference.common.dtypes import compute_dtype
 
 OPTIONS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, Tensor? key_lengths, "
@@ -18,34 +19,27 @@ OPTIONS = (
 )
 
 
-def _forward_triton(q, *arguments):
-    return (triton_launcher(q, "attention.launch") or reference).attention_forward(q, *arguments)
-
-
-def _backward_triton(grad_out, grad_lse, q, *arguments):
-    return (triton_launcher(q, "attention.launch") or reference).attention_backward(grad_out, grad_lse, q, *arguments)
-
-
 define(
     "attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
-    reference.attention_forward,
-    _forward_triton,
+    reference,
+    triton="attention.launch",
+    dtype_of="q",
 )
 define(
     "attention_backward",
     f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {OPTIONS}, "
     "bool needs_slopes, bool needs_table, bool needs_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.attention_backward,
-    _backward_triton,
+    reference,
+    triton="attention.launch",
+    dtype_of="q",
 )
 
 
 @torch.library.register_fake("pynlp::attention_forward", lib=LIBRARY)
 def _forward_fake(q, k, v, *options):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=statistics)
+    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute_dtype(q))
 
 
 @torch.library.register_fake("pynlp::attention_backward", lib=LIBRARY)
@@ -163,14 +157,14 @@ def attention(
     q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v)
     batch, seqlen_k = k.shape[:2]
-    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+    table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = _attention_forward(
         *map(rows_in_place, (q, k, v)),
-        q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
-        checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
-        checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
-        *checks.check_rotary(rotary, rotary_offset, q, seqlen_k), rotary_interleaved,
-        *check_dropout(dropout_p, seed, q),
+        q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
+        checks.check_softcap(softcap), checks.prepare_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
+        checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
+        *checks.prepare_rotary(rotary, rotary_offset, q, seqlen_k), rotary_interleaved,
+        *prepare_dropout(dropout_p, seed, q),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -224,8 +218,8 @@ def attention_varlen(
     q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v, packed=True)
     total_q, total_k = q.shape[0], k.shape[0]
-    cu_seqlens_q = checks.check_cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q, q)
-    cu_seqlens_k = checks.check_cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k, q)
+    cu_seqlens_q = checks.prepare_cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q, q)
+    cu_seqlens_k = checks.prepare_cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {cu_seqlens_q.shape[0] - 1}, "
@@ -233,13 +227,13 @@ def attention_varlen(
         )
     batch = cu_seqlens_q.shape[0] - 1
     lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
-    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+    table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = _attention_forward(
         *(rows_in_place(x)[None] for x in (q, k, v)),
-        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
+        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
         checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,
-        checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
-        *checks.check_packed_rotary(rotary, rotary_offset, q, total_k, lengths), rotary_interleaved,
-        *check_dropout(dropout_p, seed, q),
+        checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
+        *checks.prepare_packed_rotary(rotary, rotary_offset, q, total_k, lengths), rotary_interleaved,
+        *prepare_dropout(dropout_p, seed, q),
     )  # fmt: skip
     return (out[0], lse[0]) if return_lse else out[0]

@@ -1,4 +1,4 @@
-"""What the public attention functions ask of their arguments; every error names the argument."""
+"""Checks of the public attention functions' arguments, and their conversion; every error names the argument."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.attention.positions import relative_position_buckets
-from pynlp.ops.common.checks import check, check_dtype, check_range, check_tensor, extremes, statistics
+from pynlp.ops.common.checks import as_fp32, check, check_dtype, check_range, check_tensor, extremes
 
 MAX_HEAD_DIM = 256
 
@@ -48,8 +48,8 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
         raise ValueError(f"{name}: expected a number of heads that divides q's {heads}, got {kv_heads}")
 
 
-def check_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for no limit."""
+def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
+    """The window (left, right) with -1 for no limit."""
     left, right = (None, None) if window is None else window
     for name, side in (("left", left), ("right", right)):
         if side is not None and side < 0:
@@ -65,22 +65,22 @@ def check_softcap(softcap: float) -> float:
     return softcap
 
 
-def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+def prepare_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     if sinks is None:
         return None
     check_tensor("sinks", sinks, q, [(q.shape[-2],)])
-    return statistics(sinks, q)
+    return as_fp32(sinks, q)
 
 
-def check_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
+def prepare_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
     if alibi_slopes is None:
         return None
     heads = q.shape[-2]
     check_tensor("alibi_slopes", alibi_slopes, q, [(heads,), (batch, heads)])
-    return statistics(alibi_slopes, q)
+    return as_fp32(alibi_slopes, q)
 
 
-def check_relative(
+def prepare_relative(
     relative_bias: Tensor | None, max_distance: int, bidirectional: bool | None, causal: bool, q: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The table, and the bucket of each distance."""
@@ -92,11 +92,11 @@ def check_relative(
     check_tensor("relative_bias", relative_bias, q, [(relative_bias.shape[0], heads)])
     bidirectional = not causal if bidirectional is None else bidirectional
     buckets = relative_position_buckets(relative_bias.shape[0], max_distance, bidirectional, q.device)
-    return statistics(relative_bias, q), buckets
+    return as_fp32(relative_bias, q), buckets
 
 
 def check_integers(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    """Lengths, places and position ids; the errors speak of int32, int64 is taken too."""
+    """Check lengths, places or position ids; errors ask for int32, int64 is taken, too."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if x.dtype not in (torch.int32, torch.int64):
@@ -109,7 +109,7 @@ def int32(x: Tensor) -> Tensor:
     return x.to(torch.int32).contiguous()
 
 
-def check_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqlen_k: int) -> Tensor | None:
+def prepare_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqlen_k: int) -> Tensor | None:
     if key_lengths is None:
         return None
     check_integers("key_lengths", key_lengths, (batch,), q)
@@ -117,8 +117,8 @@ def check_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqlen_
     return int32(key_lengths)
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
-    """Where packed sequences start and end, int32; from 0 to the total, never falling."""
+def prepare_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
+    """The places where packed sequences start and end, int32: from 0 to the total, never falling."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
     check_integers(f"cu_seqlens_{name}", cu_seqlens, tuple(cu_seqlens.shape), q)
@@ -143,7 +143,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int 
     return int32(cu_seqlens)
 
 
-def check_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = rotary
     head_dim = q.shape[-1]
     if cos.dim() != 2 or not 1 <= cos.shape[1] <= head_dim // 2:
@@ -155,7 +155,7 @@ def check_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
         check_tensor(name, x, q, [tuple(cos.shape)])
         if x.requires_grad:
             raise ValueError(f"{name}: expected a table that needs no gradient, got requires_grad=True")
-    return statistics(cos, q), statistics(sin, q)
+    return as_fp32(cos, q), as_fp32(sin, q)
 
 
 def check_no_offset(rotary_offset: int | Tensor) -> None:
@@ -163,14 +163,14 @@ def check_no_offset(rotary_offset: int | Tensor) -> None:
         raise ValueError("rotary_offset: expected rotary=(cos, sin) with it, got rotary=None")
 
 
-def check_rotary(
+def prepare_rotary(
     rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, seqlen_k: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """cos, sin, position ids or None, offset; of q (batch, seqlen_q, heads, head_dim)."""
+    """cos, sin, position ids or None, and the offset, for q (batch, seqlen_q, heads, head_dim)."""
     if rotary is None:
         check_no_offset(rotary_offset)
         return None, None, None, 0
-    cos, sin = check_tables(rotary, q)
+    cos, sin = prepare_tables(rotary, q)
     batch, seqlen_q = q.shape[:2]
     if isinstance(rotary_offset, Tensor):
         check_position_ids(rotary_offset, (batch, seqlen_k), cos, q)
@@ -188,14 +188,14 @@ def check_rotary(
     return cos, sin, None, rotary_offset
 
 
-def check_packed_rotary(
+def prepare_packed_rotary(
     rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, total_k: int, lengths: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """As check_rotary, of packed sequences whose numbers of queries and of keys are `lengths`."""
+    """The result of `prepare_rotary` for packed sequences; `lengths` are their numbers of queries and of keys."""
     if rotary is None:
         check_no_offset(rotary_offset)
         return None, None, None, 0
-    cos, sin = check_tables(rotary, q)
+    cos, sin = prepare_tables(rotary, q)
     fewest, most = 0, 0  # keys beyond the queries, and keys, of any sequence
     if lengths[0].numel():
         fewest, most = extremes(lengths[1] - lengths[0])[0], extremes(lengths[1])[1]

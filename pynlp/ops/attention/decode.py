@@ -5,26 +5,20 @@ from torch import Tensor
 
 from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import at_once, check, check_dtype, check_range, extremes, rows_in_place
-from pynlp.ops.common.library import LIBRARY, define, triton_launcher
+from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.attention import decode as reference
+from pynlp.reference.common.dtypes import compute_dtype
 
 MAX_HEAD_DIM = 1024  # room for the compressed keys of latent attention
-
-
-def _append_triton(k, *arguments):
-    return (triton_launcher(k, "attention.decode_launch") or reference).attention_append(k, *arguments)
-
-
-def _decode_triton(q, *arguments):
-    return (triton_launcher(q, "attention.decode_launch") or reference).attention_decode(q, *arguments)
 
 
 define(
     "attention_append",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lengths, Tensor? block_table, "
     "Tensor? rotary_cos, Tensor? rotary_sin, SymInt rotary_offset, bool rotary_interleaved) -> ()",
-    reference.attention_append,
-    _append_triton,
+    reference,
+    triton="attention.decode_launch",
+    dtype_of="k",
 )
 define(
     "attention_decode",
@@ -33,8 +27,9 @@ define(
     "Tensor? alibi_slopes, Tensor? relative_bias, Tensor? relative_buckets, "
     "Tensor? rotary_cos, Tensor? rotary_sin, SymInt rotary_offset, bool rotary_interleaved, SymInt num_splits) "
     "-> (Tensor, Tensor)",
-    reference.attention_decode,
-    _decode_triton,
+    reference,
+    triton="attention.decode_launch",
+    dtype_of="q",
 )
 
 
@@ -45,10 +40,9 @@ def _append_fake(*arguments):
 
 @torch.library.register_fake("pynlp::attention_decode", lib=LIBRARY)
 def _decode_fake(q, k_cache, v_cache, *options):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, seqlen_q, heads, _ = q.shape
     return q.new_empty((batch, seqlen_q, heads, v_cache.shape[3])), q.new_empty(
-        (batch, heads, seqlen_q), dtype=statistics
+        (batch, heads, seqlen_q), dtype=compute_dtype(q)
     )
 
 
@@ -86,10 +80,10 @@ def attention_decode(
         k_cache, v_cache: `(batch, capacity, kv_heads, head_dim)` and `(.., head_dim_v)`, or with a block table
             `(pages, page_size, kv_heads, head_dim)`; any strides with a contiguous last dimension. head_dim up to 1024.
         cache_lengths: int32 `(batch,)`, the keys of each entry that the cache holds, without `k`.
-        k, v: New keys and values `(batch, seqlen_new, kv_heads, head_dim)`, written behind those that are there; the
-            keys turned by `rotary`. `cache_lengths` is not changed: that is the caller's.
+        k, v: New keys and values `(batch, seqlen_new, kv_heads, head_dim)`, written behind the cached ones; the keys
+            turned by `rotary`. `cache_lengths` is not changed: that is left to the caller.
         block_table: int32 `(batch, pages)`, the pages of each entry in order. Entries beyond what a length needs are
-            not looked at.
+            not read.
         num_splits: Into how many parts the keys of an entry are cut, to be worked on at once; chosen by default. The
             result is the same to within rounding.
         causal: Matters for more than one new token: a query sees no later key.
@@ -123,12 +117,12 @@ def attention_decode(
         block_table = checks.int32(block_table)
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits: expected at least 1, or None to have it chosen, got {num_splits}")
-    window_left, window_right = checks.check_window(window, causal)
+    window_left, window_right = checks.prepare_window(window, causal)
     checks.check_softcap(softcap)
-    sinks = checks.check_sinks(sinks, q)
-    slopes = checks.check_slopes(alibi_slopes, q, batch)
-    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
-    cos, sin = _check_rotary(rotary, rotary_offset, q, cache_lengths, appended)
+    sinks = checks.prepare_sinks(sinks, q)
+    slopes = checks.prepare_slopes(alibi_slopes, q, batch)
+    table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+    cos, sin = _prepare_rotary(rotary, rotary_offset, q, cache_lengths, appended)
     turn = (cos, sin, rotary_offset, rotary_interleaved)
     with torch.no_grad():
         if appended:
@@ -176,7 +170,7 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
 
 
 def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
-    """How many keys are new."""
+    """The number of new keys."""
     if k is None and v is None:
         return 0
     for name, x, other in (("k", k, "v"), ("v", v, "k")):
@@ -194,7 +188,7 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
 
 
 def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_cache: Tensor) -> None:
-    """The entries that the lengths need must be pages of the cache."""
+    """Check that the entries which the lengths need are pages of the cache."""
     batch = cache_lengths.shape[0]
     checks.check_integers("block_table", block_table, (batch, block_table.shape[1]), k_cache)
     if block_table.numel() == 0:
@@ -212,17 +206,17 @@ def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_ca
     )
 
 
-def _check_rotary(
+def _prepare_rotary(
     rotary: tuple[Tensor, Tensor] | None, rotary_offset: int, q: Tensor, cache_lengths: Tensor, appended: int
 ) -> tuple[Tensor | None, Tensor | None]:
     if rotary is None:
         checks.check_no_offset(rotary_offset)
         return None, None
-    cos, sin = checks.check_tables(rotary, q)
+    cos, sin = checks.prepare_tables(rotary, q)
     if isinstance(rotary_offset, Tensor):
         raise TypeError("rotary_offset: expected an int, the position of each entry's key 0, got a tensor")
     if cache_lengths.numel():
-        shortest, longest = checks.extremes(cache_lengths)
+        shortest, longest = extremes(cache_lengths)
         first = shortest + (appended - q.shape[1] + rotary_offset)
         check(first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query")
         last = longest + (appended + rotary_offset)

@@ -1,4 +1,4 @@
-"""What attention's positional schemes are made of: ALiBi slopes, T5 buckets, rotary tables."""
+"""Tables for attention's positional schemes: ALiBi slopes, T5 buckets, rotary tables."""
 
 import math
 from functools import lru_cache
@@ -144,8 +144,8 @@ def relative_position_buckets(
 ) -> Tensor:
     """T5's bucket of each distance `key - query` from -max_distance to max_distance, int32 `(2 max_distance + 1,)`.
 
-    Half of the buckets hold one distance each, the others grow logarithmically; from max_distance on it is the last.
-    Uni-directionally all later keys share bucket 0 with the query's own.
+    Half of the buckets hold one distance each, the others grow logarithmically; the last has all from max_distance on.
+    In one direction only, all later keys share bucket 0 with the query's own.
 
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """

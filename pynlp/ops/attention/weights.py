@@ -5,28 +5,24 @@ from torch import Tensor
 
 from pynlp.ops.attention import checks
 from pynlp.ops.attention.attention import OPTIONS
-from pynlp.ops.common.checks import autocast, check_range, check_tensor, rows_in_place, statistics
-from pynlp.ops.common.library import LIBRARY, define, triton_launcher
+from pynlp.ops.common.checks import as_fp32, autocast, check_range, check_tensor, rows_in_place
+from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.attention import weights as reference
-
-
-def _weights_triton(q, *arguments):
-    return (triton_launcher(q, "attention.weights") or reference).attention_weights(q, *arguments)
-
+from pynlp.reference.common.dtypes import compute_dtype
 
 define(
     "attention_weights",
     f"(Tensor q, Tensor k, Tensor? rows, Tensor? lse, {OPTIONS}) -> Tensor",
-    reference.attention_weights,
-    _weights_triton,
+    reference,
+    triton="attention.weights",
+    dtype_of="q",
 )
 
 
 @torch.library.register_fake("pynlp::attention_weights", lib=LIBRARY)
 def _weights_fake(q, k, rows, lse, *options):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     count = q.shape[1] if rows is None else rows.shape[0]
-    return q.new_empty((q.shape[0], q.shape[2], count, k.shape[1]), dtype=statistics)
+    return q.new_empty((q.shape[0], q.shape[2], count, k.shape[1]), dtype=compute_dtype(q))
 
 
 def attention_weights(
@@ -75,13 +71,13 @@ def attention_weights(
         rows = checks.int32(rows)
     if lse is not None:
         check_tensor("lse", lse, q, [(batch, heads, seqlen_q)])
-        lse = statistics(lse, q)
-    table, buckets = checks.check_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+        lse = as_fp32(lse, q)
+    table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     with torch.no_grad():
         return torch.ops.pynlp.attention_weights(
             *map(rows_in_place, (q, k)), rows, lse,
-            head_dim**-0.5 if softmax_scale is None else softmax_scale, *checks.check_window(window, causal),
-            checks.check_softcap(softcap), checks.check_key_lengths(key_lengths, q, batch, k.shape[1]), None, None,
-            checks.check_sinks(sinks, q), checks.check_slopes(alibi_slopes, q, batch), table, buckets,
-            *checks.check_rotary(rotary, rotary_offset, q, k.shape[1]), rotary_interleaved, 0.0, None,
+            head_dim**-0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
+            checks.check_softcap(softcap), checks.prepare_key_lengths(key_lengths, q, batch, k.shape[1]), None, None,
+            checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
+            *checks.prepare_rotary(rotary, rotary_offset, q, k.shape[1]), rotary_interleaved, 0.0, None,
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""How an op is declared, and the checks of arguments that all families share."""
+"""The declaration of ops, and the checks of arguments that all families share."""

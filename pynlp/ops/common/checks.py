@@ -1,15 +1,17 @@
-"""What every op asks of its arguments, whatever it computes; every error names the argument."""
+"""Checks and conversions of arguments that all families share; every error names the argument."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pynlp.reference.common.dtypes import compute_dtype
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on."""
+    """The tensors in autocast's dtype where it is on, fp64 aside."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -22,13 +24,18 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
+def check_share(name: str, share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"{name}: expected at least 0 and less than 1, got {share}")
+
+
 def rows_in_place(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension."""
+    """x, copied unless its last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def rows_at_one_stride(x: Tensor) -> Tensor:
-    """x (.., columns) whose rows are contiguous and lie one after the other at a fixed distance."""
+    """x (.., columns), copied unless its rows are contiguous and all at one distance from each other."""
     if x.is_contiguous():
         return x
     strides, sizes = x.stride(), x.shape
@@ -39,10 +46,11 @@ def rows_at_one_stride(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q") -> tuple[float, Tensor | None]:
+def prepare_dropout(
+    dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q"
+) -> tuple[float, Tensor | None]:
     """The probability, and the seed as int64 `(1,)`, drawn from torch's generator if none is given."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected at least 0 and less than 1, got {dropout_p}")
+    check_share("dropout_p", dropout_p)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(
@@ -60,7 +68,7 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None, x: Tensor, of: st
 
 
 def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...]], of: str = "q") -> None:
-    """A floating-point tensor of one of these shapes, on the device of `like`, the argument called `of`."""
+    """Check for a floating-point tensor of one of these shapes on the device of `like`, the argument called `of`."""
     if tuple(x.shape) not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -69,9 +77,9 @@ def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...
         raise ValueError(f"{name}: expected {of}'s device {like.device}, got {x.device}")
 
 
-def statistics(x: Tensor, like: Tensor) -> Tensor:
-    """Biases, tables and weights of norms are kept in fp32 (fp64 for fp64 inputs), contiguous."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+def as_fp32(x: Tensor, like: Tensor) -> Tensor:
+    """x contiguous in fp32, in which ops take biases, tables and weights of norms; in fp64 where `like` is."""
+    dtype = compute_dtype(like)
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
@@ -93,7 +101,7 @@ def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
 
 
 def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
-    """Raises ValueError at once on a CPU; where reading the condition would wait, it is a device-side assertion."""
+    """Raise ValueError at once on a CPU; where reading the condition would wait, assert it on the device."""
     if isinstance(condition, bool) or at_once(condition):
         if not condition:
             raise ValueError(f"{expected}, {got()}")
@@ -102,5 +110,5 @@ def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> No
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device."""
+    """Whether values of x can be read without waiting for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -2,55 +2,116 @@
 
 import importlib
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+# Private names of torch, the only ones here; tests/package/test_library.py compares what is built on them with torch's.
+from torch._C import _after_autograd_keyset, _any_requires_grad, _AutoDispatchBelowAutograd
+
+from pynlp import backends
 
 LIBRARY = torch.library.Library("pynlp", "DEF")
 
 
-def define(name: str, schema: str, reference: Callable, triton: Callable) -> None:
-    """Declare `pynlp::name` with the reference as its default kernel and a Triton launcher for GPUs.
+class Op(NamedTuple):
+    """A declared op's back ends.
 
-    `pynlp::name_reference` always runs the reference: native kernels hand it what they do not serve.
-    The native CPU kernel registers itself when `pynlp._C` is loaded.
+    Attributes:
+        place: Number of the argument whose dtype decides.
+        triton: Module in `pynlp.kernels` that has its launcher; None without one.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.define(f"{name}_reference{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, triton, "CUDA")  # ROCm answers to the same key
+
+    place: int
+    triton: str | None
 
 
-def triton_launcher(x: Tensor, module: str):
-    """The module of Triton launchers `pynlp.kernels.<module>`, or None where the reference must serve."""
-    from pynlp.backends import triton_missing_reason, warn_once
+OPS: dict[str, Op] = {}
 
-    if x.dtype == torch.float64:
-        return None
-    reason = triton_missing_reason()
+
+def define(name: str, schema: str, reference: ModuleType, *, triton: str | None, dtype_of: str) -> None:
+    """Declare `pynlp::name`; the functions of its back ends have its name, too.
+
+    The native CPU kernel registers itself when `pynlp._C` is loaded. `pynlp::name_reference` always runs the
+    reference: back ends hand it what they do not serve.
+
+    Args:
+        reference: The module with the default kernel.
+        triton: The module in `pynlp.kernels` with the launcher for GPUs; None: the reference serves them.
+        dtype_of: The argument whose dtype decides: in fp64 the reference serves the call.
+    """
+    tags = (torch.Tag.pt2_compliant_tag,)
+    arguments = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
+    op = OPS[name] = Op(arguments.index(dtype_of), triton)
+    LIBRARY.define(f"{name}{schema}", tags=(*tags, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.define(f"{name}_reference{schema}", tags=tags)
+    LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_reference", getattr(reference, name), "CompositeExplicitAutograd")
+    if triton is not None:
+        LIBRARY.impl(name, _gpu_kernel(name, op, reference), "CUDA")  # ROCm answers to the same key
+
+
+def _gpu_kernel(name: str, op: Op, reference: ModuleType) -> Callable:
+    def kernel(*arguments):
+        serves = reference if arguments[op.place].dtype == torch.float64 else _launchers(op.triton) or reference
+        return getattr(serves, name)(*arguments)
+
+    return kernel
+
+
+@cache
+def _launchers(module: str) -> ModuleType | None:
+    """The Triton launchers in `pynlp.kernels.<module>`; None without Triton, with a warning."""
+    reason = backends.triton_missing_reason()
     if reason is None:
         return importlib.import_module(f"pynlp.kernels.{module}")
-    warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
+    backends.warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
     return None
+
+
+def load_native_kernels() -> None:
+    """Load the CPU kernels of the ops declared so far; if there are none, the reference serves and warns that it does.
+
+    Raises:
+        ValueError: as `backends.load_native`.
+    """
+    backends.load_native()
+    if backends.native_missing_reason() is not None:
+        for name, op in OPS.items():
+            LIBRARY.impl(name, _reference_with_warning(name, op), "CPU")
+
+
+def _reference_with_warning(name: str, op: Op) -> Callable:
+    reference = getattr(torch.ops.pynlp, f"{name}_reference")
+
+    def kernel(*arguments):
+        if arguments[op.place].dtype != torch.float64:  # there the reference is the only back end
+            reason = backends.native_missing_reason()
+            backends.warn_once(f"pynlp runs on the slow PyTorch reference on the CPU: {reason}")
+        return reference(*arguments)
+
+    return kernel
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> Callable:
     """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, *grads)`.
 
-    Does what torch.library.register_autograd does, without its rebuilding of the schema in Python at every call:
-    with 16 arguments that took 90 us, more than the attention of a short sequence.
+    The result is that of torch.library.register_autograd, which rebuilds the schema in Python at every call: with 16
+    arguments that takes 90 us, more than the attention of a short sequence.
 
-    Returns the op for callers in Python: the same, but unless torch.compile traces it, it does not go through the
-    dispatcher to come back to Python, which takes 10 to 20 us.
+    Returns:
+        The op for callers in Python. Unless torch.compile traces it, a call comes to Python without a detour through
+        the dispatcher, which takes 10 to 20 us.
     """
     op = getattr(torch.ops.pynlp, name).default
 
     def below_autograd(keyset, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             if keyset is None:
                 return op(*arguments)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -64,7 +125,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
             return None, *backward(ctx, *grads)
 
     def kernel(keyset, *arguments):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
             return Gradient.apply(keyset, *arguments)
         return below_autograd(keyset, *arguments)
 
@@ -77,7 +138,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
 
 def refuse_double_backward(name: str, what: str) -> Callable:
-    """Give `pynlp::name`, itself a backward, a gradient that is an error: `what` no second derivative. Returns it."""
+    """Give `pynlp::name`, a backward, a gradient that is an error: `what` "no second derivative". Returns the op."""
 
     def backward(ctx, *gradients):
         raise NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")

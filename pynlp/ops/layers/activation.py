@@ -4,31 +4,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pynlp.ops.common.checks import check_dropout, check_dtype, check_tensor, rows_at_one_stride
-from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd, triton_launcher
+from pynlp.ops.common.checks import check_dtype, check_tensor, prepare_dropout, rows_at_one_stride
+from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.layers import activation as reference
 from pynlp.reference.layers.activation import KINDS
-
-
-def _forward_triton(x, *arguments):
-    return (triton_launcher(x, "layers.activation") or reference).activation_forward(x, *arguments)
-
-
-def _backward_triton(grad, *arguments):
-    return (triton_launcher(grad, "layers.activation") or reference).activation_backward(grad, *arguments)
-
 
 define(
     "activation_forward",
     "(Tensor x, Tensor? up, int kind, float dropout_p, Tensor? dropout_seed) -> Tensor",
-    reference.activation_forward,
-    _forward_triton,
+    reference,
+    triton="layers.activation",
+    dtype_of="x",
 )
 define(
     "activation_backward",
     "(Tensor grad, Tensor x, Tensor? up, int kind, float dropout_p, Tensor? dropout_seed) -> (Tensor, Tensor)",
-    reference.activation_backward,
-    _backward_triton,
+    reference,
+    triton="layers.activation",
+    dtype_of="x",
 )
 
 
@@ -93,8 +86,8 @@ def swiglu(
 
     Args:
         gate: `(.., dim)`; or `(.., 2 * dim)`, gate and up side by side, as one projection gives them.
-        up: `(.., dim)`, as gate; None where gate has both.
-        dropout_p, seed, result and errors: as of `gelu`.
+        up: `(.., dim)`, like gate; None where gate has both.
+        dropout_p, seed, result and errors: those of `gelu`.
 
     Source: Shazeer, arXiv 2002.05202.
     """
@@ -112,7 +105,7 @@ def _activation(name: str, x: Tensor, up: Tensor | None, kind: str, dropout_p: f
     check_dtype(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected shape (.., dim), got a tensor without dimensions")
-    dropout_p, seed = check_dropout(dropout_p, seed, x, of=name)
+    dropout_p, seed = prepare_dropout(dropout_p, seed, x, of=name)
     if kind == "relu" and not dropout_p:
         return F.relu(x)
     return _activation_forward(rows_at_one_stride(x), up, KINDS.index(kind), dropout_p, seed)

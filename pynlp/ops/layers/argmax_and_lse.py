@@ -1,4 +1,4 @@
-"""What decoding asks of logits, of each row at once: its likeliest token, and what makes it log probabilities."""
+"""The likeliest token of each row of logits, and the log-sum-exp that makes them log probabilities."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from pynlp.ops.common.checks import rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.layers import argmax_and_lse as reference
 
-define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference.row_peaks, reference.row_peaks)
+define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference, triton=None, dtype_of="x")
 
 
 @torch.library.register_fake("pynlp::row_peaks", lib=LIBRARY)
@@ -16,11 +16,11 @@ def _fake(x):
 
 
 def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row has its largest value, the first of equal ones, and its log-sum-exp; no gradients.
+    """The place of each row's largest value, the first of equal ones, and its log-sum-exp; no gradients.
 
     Args:
-        x: `(rows, columns)`, fp32 or fp64, of at least one column. What is the largest beside NaN is not defined; the
-            log-sum-exp is NaN then.
+        x: `(rows, columns)`, fp32 or fp64, of at least one column. In a row with NaN the place is not defined and the
+            log-sum-exp is NaN.
 
     Returns:
         int64 `(rows,)`, and `(rows,)` in x's dtype.

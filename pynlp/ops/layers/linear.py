@@ -4,14 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.backends import get_isa
-from pynlp.ops.common.checks import rows_at_one_stride, statistics
+from pynlp.ops.common.checks import as_fp32, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define
+from pynlp.reference.layers import linear as reference
 
 LEAST_PRODUCTS = 2**17  # below, to call the op takes longer than PyTorch's whole product
-FEW_ROWS, MOST_ROWS = 128, 2048  # up to which ours is faster: with any instructions, and with AVX-512
 
-define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", F.linear, F.linear)
+define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference, triton=None, dtype_of="x")
 
 
 @torch.library.register_fake("pynlp::linear", lib=LIBRARY)
@@ -20,11 +19,11 @@ def _fake(x, weight, bias):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, as F.linear, which it is for all but one case.
+    """`x @ weight.T + bias`, F.linear's result, gradients and errors.
 
-    That case is a CPU in fp32 without gradients, up to 128 rows, or 2048 with AVX-512, and a product that is not tiny
-    (2^17 terms or more): then the weight is read where it lies, each value once for 32 rows, and a row gets the same
-    bits whatever the other rows and the number of threads.
+    Where no gradient is asked for, fp32 on a CPU has a kernel of its own for up to 128 rows, or 2048 with AVX-512, and
+    2^17 terms or more: it reads the weight where it lies, each value once for 32 rows, and a row gets the same bits
+    whatever the other rows and the number of threads.
 
     Args:
         x: `(.., K)`.
@@ -34,17 +33,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `(.., N)`.
     """
-    if _served(x, weight, bias):
-        return torch.ops.pynlp.linear(rows_at_one_stride(x), weight, None if bias is None else statistics(bias, x))
+    if _is_fused(x, weight, bias):
+        return torch.ops.pynlp.linear(rows_at_one_stride(x), weight, None if bias is None else as_fp32(bias, x))
     return F.linear(x, weight, bias)
 
 
-def _served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call is the op's: fp32 on a CPU, without gradients, of arguments that fit, and not tiny.
+
+    Anywhere else the op would be a detour to F.linear, and hide it from autograd, autocast and torch.compile.
+    """
     return (
         weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]
-        and LEAST_PRODUCTS <= x.numel() * weight.shape[0] <= MOST_ROWS * weight.numel()
-        and (x.numel() <= FEW_ROWS * weight.shape[1] or get_isa() not in ("portable", "avx2"))
+        and LEAST_PRODUCTS <= x.numel() * weight.shape[0]
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))

@@ -3,15 +3,20 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import autocast, check_dtype, check_range, check_tensor, rows_at_one_stride, statistics
-from pynlp.ops.common.library import LIBRARY, define, register_autograd, triton_launcher
+from pynlp.ops.common.checks import (
+    as_fp32,
+    autocast,
+    check_dtype,
+    check_range,
+    check_share,
+    check_tensor,
+    rows_at_one_stride,
+)
+from pynlp.ops.common.library import LIBRARY, define, register_autograd
+from pynlp.reference.common.dtypes import compute_dtype
 from pynlp.reference.layers import loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def _triton(x, *arguments):
-    return (triton_launcher(x, "layers.loss") or reference).linear_cross_entropy(x, *arguments)
 
 
 define(
@@ -19,14 +24,15 @@ define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? row_scale, "
     "bool needs_x, bool needs_weight, bool needs_bias, "
     "float label_smoothing, int ignore_index, float softcap, float z_loss) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.linear_cross_entropy,
-    _triton,
+    reference,
+    triton="layers.loss",
+    dtype_of="x",
 )
 
 
 @torch.library.register_fake("pynlp::linear_cross_entropy", lib=LIBRARY)
 def _fake(x, weight, bias, target, row_scale, needs_x, needs_weight, needs_bias, *options):
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exact = compute_dtype(x)
     return (
         x.new_empty(target.shape if row_scale is None else (), dtype=exact),
         x.new_empty(x.shape if needs_x else (0,), dtype=reference.gradient_dtype(x)),
@@ -109,15 +115,14 @@ def linear_cross_entropy(
         raise TypeError(f"weight: expected x's dtype {x.dtype} or float32, got {weight.dtype}")
     if bias is not None:
         check_tensor("bias", bias, x, [(weight.shape[0],)], of="x")
-        bias = statistics(bias, x)
+        bias = as_fp32(bias, x)
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected dtype int64, got {target.dtype}")
     if target.device != x.device:
         raise ValueError(f"target: expected x's device {x.device}, got {target.device}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected at least 0 and less than 1, got {label_smoothing}")
+    check_share("label_smoothing", label_smoothing)
     for name, value in (("softcap", softcap), ("z_loss", z_loss)):
         if not value >= 0:
             raise ValueError(f"{name}: expected 0 (none) or a positive number, got {value}")
@@ -127,7 +132,7 @@ def linear_cross_entropy(
     check_range("target", target.where(counts, 0), 0, weight.shape[0] - 1)
     row_scale, needs = None, [False] * 3
     if reduction != "none":
-        row_scale = counts.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        row_scale = counts.to(compute_dtype(x))
         if reduction == "mean":
             row_scale = row_scale / counts.sum().clamp_min(1)
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]

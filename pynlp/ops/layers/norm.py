@@ -3,32 +3,25 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import check_dropout, check_dtype, check_tensor, rows_at_one_stride, statistics
-from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd, triton_launcher
+from pynlp.ops.common.checks import as_fp32, check_dtype, check_tensor, prepare_dropout, rows_at_one_stride
+from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.layers import norm as reference
-
-
-def _forward_triton(x, *arguments):
-    return (triton_launcher(x, "layers.norm") or reference).norm_forward(x, *arguments)
-
-
-def _backward_triton(grad_y, *arguments):
-    return (triton_launcher(grad_y, "layers.norm") or reference).norm_backward(grad_y, *arguments)
-
 
 define(
     "norm_forward",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, bool centred, float eps, "
     "float dropout_p, Tensor? dropout_seed) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.norm_forward,
-    _forward_triton,
+    reference,
+    triton="layers.norm",
+    dtype_of="x",
 )
 define(
     "norm_backward",
     "(Tensor grad_y, Tensor? grad_new, Tensor new, Tensor weight, Tensor mean, Tensor rstd, bool centred, "
     "float dropout_p, Tensor? dropout_seed, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.norm_backward,
-    _backward_triton,
+    reference,
+    triton="layers.norm",
+    dtype_of="grad_y",
 )
 
 
@@ -153,7 +146,7 @@ def _norm(x, weight, bias, residual, centred, eps, dropout_p, seed):
     if not eps >= 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
     y, new, _, _ = _norm_forward(
-        rows_at_one_stride(x), residual, statistics(weight, x), None if bias is None else statistics(bias, x),
-        centred, eps, *check_dropout(dropout_p, seed, x, of="x"),
+        rows_at_one_stride(x), residual, as_fp32(weight, x), None if bias is None else as_fp32(bias, x),
+        centred, eps, *prepare_dropout(dropout_p, seed, x, of="x"),
     )  # fmt: skip
     return y if residual is None else (y, new)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pynlp.reference.common.dtypes import compute
 from pynlp.reference.common.random import attention_keeps, dropped_parts
 
 
@@ -97,7 +98,7 @@ def _entries(q: Tensor) -> Tensor:
 
 
 def _sequences(q: Tensor, options: Options):
-    """Of each packed sequence: its number (1,), the slices of its queries and keys, and its own options."""
+    """The number (1,) of each packed sequence, the slices of its queries and keys, and its own options."""
     starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
     lengths, slopes, positions = options.key_lengths, options.alibi_slopes, options.rotary_positions
     for i in range(len(starts_q) - 1):
@@ -111,7 +112,7 @@ def _sequences(q: Tensor, options: Options):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, o: Options, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """`entry` (B,): the numbers of the batch entries, which dropout counts by."""
+    """out and lse of a batch; `entry` (B,) are its entries' numbers, by which dropout counts."""
     scores, _ = masked_scores(*rotate_queries_and_keys(q, k, o), o)
     lse = log_sum_exp(scores, o.sinks)  # (B, H, Sq)
     weights, _ = dropped(visible_exp(scores, lse), o, entry)
@@ -186,13 +187,13 @@ def masked_scores(q: Tensor, k: Tensor, o: Options) -> tuple[Tensor, Tensor]:
 
 
 def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """(B, H, Sq): of each row of scores, and its head's sink as one score more."""
+    """The log-sum-exp (B, H, Sq) of each row of scores, its head's sink as one score more."""
     lse = torch.logsumexp(scores, dim=-1)
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 
 def dropped(probabilities: Tensor, o: Options, entry: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The probabilities times their factor, and the factor: 0 or, of those that dropout keeps, 1 / (share kept)."""
+    """The probabilities times their factor, and the factor: 0 where dropped, else 1 / (share kept)."""
     if o.dropout_p == 0:
         return probabilities, 1.0
     keeps = attention_keeps(o.dropout_seed, o.dropout_p, entry, *probabilities.shape[1:])
@@ -242,17 +243,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
-def compute(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, S, G, D) -> (B, S, H, D): consecutive query heads share a key/value head."""
+    """x (B, S, G, D) as (B, S, H, D): consecutive query heads share a key/value head."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def sum_groups(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, S, H, D) -> (B, S, G, D)."""
+    """Sums (B, S, G, D) of x (B, S, H, D) over the query heads of each key/value head."""
     return x if x.shape[2] == kv_heads else x.unflatten(2, (kv_heads, -1)).sum(3)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pynlp.reference.attention.attention import (
     Options,
-    compute,
     expand_heads,
     log_sum_exp,
     masked_scores,
@@ -20,6 +19,7 @@ from pynlp.reference.attention.attention import (
     visible_exp,
     weighted_sum,
 )
+from pynlp.reference.common.dtypes import compute
 
 
 def attention_append(
@@ -27,14 +27,14 @@ def attention_append(
     v: Tensor,  # (B, S, G, Dv)
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_lengths: Tensor,  # (B,) int32: keys that are there already
+    cache_lengths: Tensor,  # (B,) int32: keys in the cache already
     block_table: Tensor | None,
     rotary_cos: Tensor | None,  # (positions, R / 2)
     rotary_sin: Tensor | None,
     rotary_offset: int,
     rotary_interleaved: bool,
 ) -> None:
-    """Writes k, turned by the angles of their positions, and v behind the keys that are there."""
+    """Write k, turned by the angles of their positions, and v behind the cached keys and values."""
     entry = torch.arange(k.shape[0], device=k.device)[:, None]
     place = cache_lengths.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # (B, S)
     if rotary_cos is not None:
@@ -52,7 +52,7 @@ def attention_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     cache_lengths: Tensor,  # (B,) int32
-    appended: int,  # keys there are besides: an entry has cache_lengths + appended
+    appended: int,  # further keys of each entry, behind its cache_lengths
     block_table: Tensor | None,
     softmax_scale: float,
     window_left: int,
@@ -66,11 +66,11 @@ def attention_decode(
     rotary_sin: Tensor | None,
     rotary_offset: int,
     rotary_interleaved: bool,
-    num_splits: int,  # a matter of speed alone
+    num_splits: int,  # matters for speed alone
 ) -> tuple[Tensor, Tensor]:
     """softmax(scores) v over each entry's keys, its last query standing at its last key; and the log-sum-exp.
 
-    (B, S, H, Dv) in q's dtype, (B, H, S) fp32 or fp64. The keys in the cache are turned already.
+    Shapes (B, S, H, Dv) in q's dtype and (B, H, S) fp32 or fp64. The keys in the cache are turned already.
     """
     batch, seqlen_q, heads, _ = q.shape
     out = q.new_zeros(batch, seqlen_q, heads, v_cache.shape[3])

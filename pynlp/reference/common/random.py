@@ -25,12 +25,12 @@ def philox(counters: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def dropped_parts(dropout_p: float) -> int:
-    """How many of 65536 values a 16-bit random number must fall among to drop its element."""
+    """The number, of 65536, below which a 16-bit random number drops its element."""
     return min(round(dropout_p * 65536), 65535)
 
 
 def attention_keeps(seed: Tensor, dropout_p: float, entry: Tensor, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """Which attention weights dropout keeps: (entries, H, Sq, Sk) booleans for the batch entries `entry`.
+    """The attention weights that dropout keeps: (entries, H, Sq, Sk) booleans for the batch entries `entry`.
 
     Weight (b, h, i, j) has the 16 bits number j % 8 of Philox(key seed, counters (j // 8, i, b H + h, 0)).
     """
@@ -48,7 +48,7 @@ def attention_keeps(seed: Tensor, dropout_p: float, entry: Tensor, heads: int, s
 
 
 def keeps(seed: Tensor, dropout_p: float, rows: int, columns: int) -> Tensor:
-    """Which values of a row dropout keeps: (rows, columns) booleans.
+    """The values of each row that dropout keeps: (rows, columns) booleans.
 
     Value (i, j) has the 16 bits number j % 8 of Philox(key seed, counters (j // 8, low half of i, high half of i, 1)).
     """

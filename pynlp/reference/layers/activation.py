@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pynlp.reference.attention.attention import compute
+from pynlp.reference.common.dtypes import compute
 from pynlp.reference.common.random import dropped
 
 KINDS = ("gelu", "relu", "swiglu")

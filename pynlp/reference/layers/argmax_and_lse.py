@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row of `(rows, columns)` has its largest value, int64 `(rows,)`, and its log-sum-exp `(rows,)`."""
+    """The place of the largest value in each row of x (rows, columns), int64 (rows,), and the log-sum-exp (rows,)."""
     return x.max(dim=1).indices, x.logsumexp(dim=1)

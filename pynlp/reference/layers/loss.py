@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pynlp.reference.attention.attention import compute
+from pynlp.reference.common.dtypes import compute
 
 
 def linear_cross_entropy(
@@ -22,7 +22,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses (..); or their sum weighted by `row_scale`, and the gradients of that sum that are needed.
 
-    Gradients of x and weight come in their dtypes, but of fp16 in fp32: these have yet to be scaled up.
+    Gradients of x and weight come in their dtypes, those of fp16 in fp32, as a gradient scaler will multiply them.
     loss = (1 - smoothing) (lse - s_target) + smoothing mean_v (lse - s_v) + z_loss lse^2, s the logits, 0 if ignored.
     """
     rows, scores_of = compute(x), compute(weight.to(x.dtype))
@@ -58,4 +58,5 @@ def linear_cross_entropy(
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x's gradient is returned in."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype

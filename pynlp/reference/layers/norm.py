@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pynlp.reference.attention.attention import compute
+from pynlp.reference.common.dtypes import compute
 from pynlp.reference.common.random import dropped
 
 
@@ -18,7 +18,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = norm(new), new = residual + dropout(x), and the mean and 1 / deviation of the rows of new.
 
-    y has x's dtype, new that of the residual; new is empty where it is x itself, and the mean where it is not used.
+    y has x's dtype, new the residual's; new is empty where it is x itself, the mean where it is not used.
     """
     new = dropped(compute(x), dropout_p, dropout_seed)
     if residual is not None:
@@ -46,7 +46,7 @@ def norm_backward(
     dropout_seed: Tensor | None,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x, weight and bias; that of x is empty where it is that of the residual."""
+    """Gradients of residual, x, weight and bias; x's is empty where it equals the residual's."""
     values, grad = compute(new), compute(grad_y)
     centre = (values - mean[..., None]) if centred else values
     normal = centre * rstd[..., None]

@@ -1,0 +1,250 @@
+"""The gradients of ops, against what torch.library.register_autograd makes of the same functions: a torch that changes
+what ours is built on is seen here.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pynlp import backends
+from pynlp.ops.common import library
+
+SCHEMA = "(Tensor x, Tensor? y, float scale, int[] sizes) -> (Tensor, Tensor)"
+
+
+def twin(x, y, scale, sizes):
+    return x * scale if y is None else x * y * scale, x.detach().sum(-1)
+
+
+def setup_context(ctx, inputs, output):
+    x, y, ctx.scale, _ = inputs
+    ctx.save_for_backward(x, y)
+
+
+def backward(ctx, grad, grad_sum):
+    x, y = ctx.saved_tensors
+    grad = grad * ctx.scale
+    return grad if y is None else grad * y, None if y is None else (grad * x).sum_to_size(y.shape), None, None
+
+
+def failing(ctx, *grads):
+    raise ArithmeticError("no gradient today")
+
+
+def too_few(ctx, *grads):
+    return grads[:1]
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Declares an op of `twin` as pynlp's ops are declared; gives what callers in Python call."""
+    scratch = torch.library.Library("pynlp", "FRAGMENT")
+    monkeypatch.setattr(library, "LIBRARY", scratch)
+    monkeypatch.setattr(library, "OPS", {})
+
+    def declare(backward):
+        library.define("twin", SCHEMA, SimpleNamespace(twin=twin), triton=None, dtype_of="x")
+        torch.library.register_fake("pynlp::twin", twin, lib=scratch)
+        return library.register_autograd("twin", setup_context, backward)
+
+    yield declare
+    scratch._destroy()
+
+
+@pytest.fixture
+def torchs():
+    """The same by torch alone."""
+    scratch = torch.library.Library("pynlp_twins", "DEF")
+
+    def declare(backward):
+        scratch.define(f"twin{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+        scratch.impl("twin", twin, "CompositeExplicitAutograd")
+        torch.library.register_fake("pynlp_twins::twin", twin, lib=scratch)
+        torch.library.register_autograd("pynlp_twins::twin", backward, setup_context=setup_context, lib=scratch)
+        return torch.ops.pynlp_twins.twin.default
+
+    yield declare
+    scratch._destroy()
+
+
+@pytest.fixture
+def both(ours, torchs):
+    """Calls to compare: ours from Python, ours from the dispatcher, torch's."""
+    return ours(backward), torch.ops.pynlp.twin.default, torchs(backward)
+
+
+def outcome(call):
+    """What a call gives, or the type of its error."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(call, both):
+    *ours, expected = (outcome(lambda op=op: call(op)) for op in both)
+    for other in ours:
+        if isinstance(expected, type):
+            assert other is expected
+        else:
+            torch.testing.assert_close(other, expected, rtol=0, atol=0)
+
+
+def inputs(x_grad=True, y_grad=True):
+    torch.manual_seed(0)
+    return torch.randn(3, 4, requires_grad=x_grad), torch.randn(4, requires_grad=y_grad)
+
+
+@pytest.mark.parametrize("x_grad", [False, True])
+@pytest.mark.parametrize("y_grad", [False, True])
+def test_gradients(both, x_grad, y_grad):
+    def call(op):
+        x, y = inputs(x_grad, y_grad)
+        out, sums = op(x, y, 0.5, [1, 2])
+        assert out.requires_grad == sums.requires_grad == (x_grad or y_grad)
+        if x_grad or y_grad:
+            (out.square().sum() + sums.sum()).backward()
+        return out.detach(), [t.grad if t.grad is not None else torch.tensor(torch.nan) for t in (x, y)][:x_grad]
+
+    assert_same(call, both)
+
+
+def test_an_argument_that_is_none_and_one_output_of_two(both):
+    def call(op):
+        x, _ = inputs()
+        return torch.autograd.grad(op(x, None, 2.0, [])[0].sum(), x)
+
+    assert_same(call, both)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(both, mode):
+    def call(op):
+        with mode():
+            results = op(*inputs(), 0.5, [])
+        assert not any(result.requires_grad for result in results)
+        return [result.clone() for result in results]
+
+    assert_same(call, both)
+
+
+@pytest.mark.parametrize("wrong", [failing, too_few])
+def test_errors_of_a_backward(ours, torchs, wrong):
+    def call(op):
+        x, y = inputs()
+        op(x, y, 0.5, [])[0].sum().backward()
+
+    both = ours(wrong), torch.ops.pynlp.twin.default, torchs(wrong)
+    assert isinstance(outcome(lambda: call(both[-1])), type)
+    assert_same(call, both)
+
+
+def test_what_was_saved_and_then_written_to_is_an_error(both):
+    def call(op):
+        x, y = inputs()
+        x = x.clone()
+        out, _ = op(x, y, 0.5, [])
+        x.mul_(2)
+        out.sum().backward()
+
+    assert outcome(lambda: call(both[-1])) is RuntimeError
+    assert_same(call, both)
+
+
+def test_checkpointing_hooks_and_second_gradients(both):
+    def checkpointed(op):
+        x, y = inputs()
+        out = checkpoint(lambda x, y: op(x, y, 0.5, [])[0], x, y, use_reentrant=False)
+        return torch.autograd.grad(out.square().sum(), (x, y))
+
+    def hooked(op):
+        x, y = inputs()
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.clone()) or t, lambda t: t):
+            out, _ = op(x, y, 0.5, [])
+        return seen, torch.autograd.grad(out.sum(), (x, y))
+
+    def twice(op):
+        x, y = inputs()
+        grad, _ = torch.autograd.grad(op(x, y, 0.5, [])[0].pow(3).sum(), (x, y), create_graph=True)
+        return torch.autograd.grad(grad.sum(), (x, y))
+
+    for call in (checkpointed, hooked, twice):
+        assert_same(call, both)
+
+
+def test_compiled(both):
+    def call(op):
+        torch._dynamo.reset()
+        x, y = inputs()
+        compiled = torch.compile(lambda x, y: op(x, y, 0.5, [])[0].square(), fullgraph=True, backend="aot_eager")
+        return torch.autograd.grad(compiled(x, y).sum(), (x, y))
+
+    assert_same(call, both)
+
+
+def test_functional_transforms(both):
+    def loss(op):
+        return lambda x, y: op(x, y, 0.5, [])[0].square().sum()
+
+    def over_rows(function):
+        return torch.vmap(function, in_dims=(0, None))
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.functionalize, over_rows):
+        assert_same(lambda op, transform=transform: transform(loss(op))(*inputs(False, False)), both)
+
+
+def test_forward_mode(both):
+    def call(op):
+        x, y = inputs(False, False)
+        with torch.autograd.forward_ad.dual_level():
+            op(torch.autograd.forward_ad.make_dual(x, x), y, 0.5, [])
+
+    assert_same(call, both)
+
+
+def test_opcheck(ours):
+    ours(backward)
+    results = torch.library.opcheck(torch.ops.pynlp.twin.default, (*inputs(), 0.5, [1]))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_modes_see_the_op(both):
+    """A dispatch mode, as profilers and counters of FLOPs are, is shown the op and not what it consists of."""
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name().split("::")[1])
+            return function(*args, **kwargs or {})
+
+    for op in both:
+        names, tensors = [], inputs()
+        with Seen():
+            op(*tensors, 0.5, [])
+        assert names == ["twin"]
+
+
+def test_argument_whose_dtype_decides():
+    """Each op names one, and the arguments before it are not always tensors of that dtype."""
+    for name, op in library.OPS.items():
+        schema = getattr(torch.ops.pynlp, name).default._schema
+        assert str(schema.arguments[op.place].type) == "Tensor", name
+    assert library.OPS["attention_backward"].place == 2
+
+
+def test_back_end_on_a_gpu(monkeypatch):
+    """The launcher serves; the reference does for the named argument in fp64, and, with one warning, without Triton."""
+    reference, launchers = (SimpleNamespace(twin=lambda *_, name=name: name) for name in ("reference", "launcher"))
+    monkeypatch.setitem(sys.modules, "pynlp.kernels.twins", launchers)
+    kernel = library._gpu_kernel("twin", library.Op(1, "twins"), reference)
+    single, exact = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    assert kernel(exact, single) == "launcher" and kernel(single, exact) == "reference"
+    library._launchers.cache_clear()
+    monkeypatch.setattr(backends, "triton_missing_reason", lambda: "Triton is not installed")
+    with pytest.warns(UserWarning, match="pynlp.twins runs on the slow reference: Triton is not installed") as caught:
+        assert [kernel(single, single) for _ in range(3)] == ["reference"] * 3
+    assert len(caught) == 1
+    library._launchers.cache_clear()
