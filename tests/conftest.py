@@ -18,7 +18,7 @@ import pynlp
 from pynlp import backends
 
 # A skip for any other reason counts as a failure: see `pytest_sessionfinish`.
-KNOWN_SKIPS = ("needs a GPU", "needs the Debian packages")
+KNOWN_SKIPS = ("needs a GPU", "needs the interpreter, which a GPU replaces", "needs the Debian packages")
 
 hypothesis.settings.register_profile(
     "pynlp", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]

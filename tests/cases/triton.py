@@ -13,6 +13,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 triton = pytest.importorskip("triton")
 
+from cases import interpreter  # noqa: E402
 from pynlp.kernels.attention import launch as attention  # noqa: E402
 
 from pynlp.ops.attention.positions import relative_position_buckets  # noqa: E402
@@ -24,6 +25,7 @@ if not GPU:
     for function in (attention.attention_forward_kernel, triton.language.sum):
         if type(function).__name__ != "InterpretedFunction":
             raise RuntimeError("Triton was imported before conftest.py chose its interpreter: set TRITON_INTERPRET=1")
+    interpreter.hasten()
 
 GUARD = 64  # elements
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_slopes", "grad_table", "grad_sinks")
