@@ -34,7 +34,7 @@ def restore() -> None:
 
 
 def once_a_launch(patch_lang):
-    """patch_lang that patches, at a launch, both names by which helpers know the language, and nothing until its end."""
+    """patch_lang that patches both names by which helpers know the language at a launch, and then nothing."""
     both_names = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     scopes = []
 

@@ -1,4 +1,4 @@
-"""The hastened interpreter of Triton: the bits of Triton's own, whose place it leaves to a version that is not known."""
+"""The hastened interpreter of Triton: the same bits, and an unknown version keeps its own."""
 
 import pytest
 import torch
