@@ -58,12 +58,22 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=backends.available_isas() or ["reference"])
+@pytest.fixture
 def isa(request):
-    """Each instruction set of this CPU in turn; without the extension, which test_build.py refuses, the reference."""
+    """The instruction set in use; without the extension, which test_build.py refuses, the reference."""
     if request.param != "reference":
         pynlp.set_isa(request.param)
     return request.param
+
+
+def pytest_generate_tests(metafunc):
+    """Tests with `isa` run at the best one of this CPU; at the lesser ones too if marked, or if PYNLP_EVERY_ISA=1."""
+    if "isa" not in metafunc.fixturenames:
+        return
+    *lesser, best = backends.available_isas() or ["reference"]
+    every = metafunc.definition.get_closest_marker("every_isa") or os.environ.get("PYNLP_EVERY_ISA") == "1"
+    lesser = [pytest.param(level, marks=pytest.mark.lesser_isa) for level in lesser] if every else []
+    metafunc.parametrize("isa", [*lesser, best], indirect=True)
 
 
 def pytest_collection_modifyitems(items):

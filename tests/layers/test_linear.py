@@ -38,6 +38,7 @@ def fused_calls(monkeypatch) -> list[tuple[int, ...]]:
     return calls
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_values(shape, bias, isa):

@@ -67,6 +67,7 @@ def test_info_of_an_op_without_a_kernel(monkeypatch):
     assert pynlp.info()["back ends"]["attention_forward"]["cpu"] == "reference: no native kernel"
 
 
+@pytest.mark.every_isa
 def test_every_isa_can_be_set(isa):
     assert pynlp.get_isa() == isa
     features = backends.native().features()

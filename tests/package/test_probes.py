@@ -10,6 +10,7 @@ CLOCK = 6.5e9  # no CPU's is higher
 FMA_A_CYCLE = {"portable": 16, "avx2": 32, "avx512": 64, "avx512_bf16_vnni": 64}
 
 
+@pytest.mark.every_isa
 def test_peak_of_every_isa(isa):
     peak = probes.peak_fma(1)
     assert FMA_A_CYCLE[isa] / 32 * 1e9 < peak < FMA_A_CYCLE[isa] * CLOCK
@@ -30,6 +31,7 @@ def test_wider_vectors_are_faster():
         assert probes.peak_fma(1) > 1.3 * narrow
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("probe", [probes.read_bandwidth, probes.copy_bandwidth])
 def test_bandwidth_of_every_isa(probe, isa):
     assert 1e9 < probe(1, size=2**26) < 1e12
