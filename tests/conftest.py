@@ -76,12 +76,16 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("isa", [*lesser, best], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    """Marks what runs in Triton's interpreter and what cannot run; files with slow tests come first, lest they be last."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.stem.endswith("_triton"):
+            item.add_marker(pytest.mark.triton)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 def pytest_collection_finish(session):

@@ -159,7 +159,7 @@ def test_no_test_is_skipped_in_silence(silent, processes, tmp_path):
     if silent:
         (tmp_path / "tests" / silent).write_text(SILENT[silent])
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    command += ["-n", processes] if processes > 1 else []
+    command += ["-n", processes, "--dist", "worksteal"] if processes > 1 else []
     done = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
     assert done.returncode == (1 if silent else 0), done.stdout
     assert ("did not run, for no known reason" in done.stdout) == bool(silent)

@@ -7,7 +7,10 @@ from cases.triton import GPU, NAMES, make_case, run_kernels, tiles, triton
 from triton import language as tl
 from triton.runtime import interpreter
 
-pytestmark = pytest.mark.skipif(GPU, reason="needs the interpreter, which a GPU replaces")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(GPU, reason="needs the interpreter, which a GPU replaces"),
+]
 
 
 @pytest.fixture
