@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Marks what is in Triton's interpreter and what cannot run; files with slow tests come first, lest they end last."""
+    """Marks what is interpreted and what cannot run; files with slow tests come first, lest they end last."""
     for item in items:
         if item.path.stem.endswith("_triton"):
             item.add_marker(pytest.mark.triton)
