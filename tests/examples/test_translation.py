@@ -224,7 +224,7 @@ def test_two_processes_under_torchrun(tsv, trained, tmp_path, capsys):
     words = ["train", "--output", tmp_path / "two", "--corpus", tsv, "--steps", 6, *TINY]
     command = [*launcher, EXAMPLES / "translation.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("reference:") == 5
     two, one = ([row["tokens"] for row in read_log(folder / "log.csv")] for folder in (tmp_path / "two", trained))
