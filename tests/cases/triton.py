@@ -271,7 +271,7 @@ def plain_sequence(q, k, v, options, i):
 
 
 def largest_error(x, exact):
-    """Of the finite values; what is infinite must be so in both."""
+    """The largest error of the finite values; what is infinite must be so in both."""
     assert x.shape == exact.shape
     if x.numel() == 0:
         return 0.0
