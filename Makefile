@@ -1,12 +1,12 @@
-# make demo | translate | bench | test | fuzz | sanitize: each is complete on a fresh machine. It creates .venv, installs
-# what constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
+# make demo | translate | bench | check | test | nightly | fuzz | sanitize: each is complete on a fresh machine. It creates
+# .venv, installs what constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 APT := apt-get install -y python3-venv python3-dev g++
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo translate bench test fuzz sanitize lint install clean FORCE
+.PHONY: demo translate bench check test nightly fuzz sanitize lint install clean FORCE
 
 demo: install
 	$(PY) examples/language_model.py
@@ -25,25 +25,37 @@ bench: install build/.models
 	$(PY) -m benchmarks.models.transformers_generate
 	$(PY) -m benchmarks.audit
 
+PYTEST := $(PY) -m pytest
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal --durations=15
+
+# All that the continuous integration runs.
 test: install build/.models lint
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=15
+	$(PYTEST) $(PARALLEL)
+
+# What takes two minutes, of one family, FAMILY=attention, or of all: nothing slow, in Triton's interpreter, or once more
+# at a lesser instruction set.
+FAMILY ?= $(filter-out common,$(notdir $(wildcard kernels/[a-z]*)))
+check: install lint
+	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package -m "not slow and not triton and not lesser_isa"
+
+# What takes too long for every change: all tests at every instruction set, all kernels on all chips.
+nightly: test sanitize fuzz
+	PYNLP_EVERY_ISA=1 $(PYTEST) $(PARALLEL) -m lesser_isa
+	$(PY) -m benchmarks.audit
 
 # Calls drawn at random, other ones every time: so many of each op, and so many that must be refused.
 fuzz: install
-	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PY) -m pytest -s -o faulthandler_timeout=0 tests/fuzz/test_fuzz.py
+	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PYTEST) -s -o faulthandler_timeout=0 tests/fuzz
 
-# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own, at every instruction set.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: install
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-base build/sanitize \
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib .venv/bin/pytest -q \
-		tests/attention/test_attention.py tests/attention/test_attention_contract.py tests/attention/test_attention_invariants.py \
-		tests/attention/test_attention_varlen.py tests/attention/test_attention_decode.py tests/attention/test_attention_weights.py \
-		tests/attention/test_attention_offsets.py tests/layers/test_norm.py tests/layers/test_activation.py tests/layers/test_loss.py \
-		tests/layers/test_linear.py tests/layers/test_argmax_and_lse.py tests/package/test_random.py tests/nn/test_cache.py tests/fuzz/test_fuzz.py \
-		-k "not compile"
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYNLP_EVERY_ISA=1 .venv/bin/pytest -q \
+		$(patsubst %,tests/%,$(FAMILY) nn/test_cache.py package/test_random.py fuzz) \
+		-m "not triton" -k "not compile and not memory"
 
 lint: install
 	$(PY) -m ruff check .

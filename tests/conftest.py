@@ -1,4 +1,4 @@
-"""What all tests share, and the rule that a test which silently does not run fails the run."""
+"""What all tests share; in `cases/silence.py`, the rule that a test which silently does not run fails the run."""
 
 import os
 import signal
@@ -17,16 +17,12 @@ if not torch.cuda.is_available():
 import pynlp
 from pynlp import backends
 
-# A skip for any other reason counts as a failure: see `pytest_sessionfinish`.
-KNOWN_SKIPS = ("needs a GPU", "needs the Debian packages")
+pytest_plugins = ["cases.silence"]
 
 hypothesis.settings.register_profile(
     "pynlp", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("pynlp")
-
-_not_run: dict[str, str] = {}  # what was collected or asked for, and why it did not run
-_selected: set[str] = set()
 
 
 @pytest.fixture(autouse=True)
@@ -58,66 +54,31 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=backends.available_isas() or ["reference"])
+@pytest.fixture
 def isa(request):
-    """Each instruction set of this CPU in turn; without the extension, which test_build.py refuses, the reference."""
+    """The instruction set in use; without the extension, which test_build.py refuses, the reference."""
     if request.param != "reference":
         pynlp.set_isa(request.param)
     return request.param
 
 
+def pytest_generate_tests(metafunc):
+    """Tests with `isa` run at the best one of this CPU; at the lesser ones too if marked, or if PYNLP_EVERY_ISA=1."""
+    if "isa" not in metafunc.fixturenames:
+        return
+    *lesser, best = backends.available_isas() or ["reference"]
+    every = metafunc.definition.get_closest_marker("every_isa") or os.environ.get("PYNLP_EVERY_ISA") == "1"
+    lesser = [pytest.param(level, marks=pytest.mark.lesser_isa) for level in lesser] if every else []
+    metafunc.parametrize("isa", [*lesser, best], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    """Marks what is interpreted and what cannot run; files with slow tests come first, lest they end last."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.stem.endswith("_triton"):
+            item.add_marker(pytest.mark.triton)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-def pytest_collection_finish(session):
-    _selected.update(item.nodeid for item in session.items)
-
-
-def pytest_collectreport(report):
-    if report.nodeid.endswith(".py") and report.passed and not report.result:
-        _not_run[report.nodeid] = "no tests in it"
-    if report.skipped:
-        _not_run[report.nodeid] = str(report.longrepr[2])
-
-
-def pytest_runtest_logreport(report):
-    if report.skipped and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if not any(known in reason for known in KNOWN_SKIPS):
-            _not_run[report.nodeid] = reason
-        _selected.discard(report.nodeid)
-    elif report.when == "call" or report.failed:
-        _selected.discard(report.nodeid)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_node_collection_finished(node, ids):
-    _selected.update(ids)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    _not_run.update(getattr(node, "workeroutput", {}).get("not_run", {}))
-
-
-def pytest_sessionfinish(session, exitstatus):
-    if hasattr(session.config, "workeroutput"):  # a worker of several: where they meet it is judged
-        session.config.workeroutput["not_run"] = _not_run
-        return
-    if exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
-        return
-    _not_run.update((nodeid, "collected, but it never ran") for nodeid in _selected)
-    if _not_run:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter):
-    if _not_run:
-        terminalreporter.section("tests that did not run, for no known reason", red=True)
-        for nodeid, reason in _not_run.items():
-            terminalreporter.write_line(f"{nodeid}: {reason}")
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)

@@ -11,6 +11,7 @@ from cases.attention import (
     fused_attention,
     make_inputs,
 )
+from cases.pairs import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -84,6 +85,7 @@ def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", FEATURES + COMBINED, ids=str)
 def test_features(case, dtype, isa):
@@ -96,13 +98,12 @@ def test_head_dims(head_dim, dtype, isa):
     assert_accurate(Case(seqlen_q=70, seqlen_k=75, head_dim=head_dim, kv_heads=2, causal=True), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("seqlen_k", LENGTHS)
-@pytest.mark.parametrize("seqlen_q", LENGTHS)
+@every_pair(seqlen_q=LENGTHS, seqlen_k=LENGTHS, dtype=[torch.float32, torch.bfloat16])
 def test_lengths(seqlen_q, seqlen_k, dtype):
     assert_accurate(Case(1, seqlen_q, seqlen_k, 2, 1, 16, causal=True, alibi="heads"), dtype)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lengths_at_every_isa(length, dtype, isa):
@@ -114,6 +115,7 @@ def test_long(dtype):
     assert_accurate(Case(1, 2048, 2048, 2, 1, 64, causal=True), dtype)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("scale", [0.0, 0.001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_nearly_equal_weights(dtype, scale, isa):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases.attention import eager_attention, errors
+from cases.pairs import every_pair
 
 from pynlp import backends
 from pynlp.functional import attention, attention_decode, rotary_tables
@@ -143,10 +144,8 @@ def step_of(name, *arguments):
     return Step(FEATURES[name], *arguments)
 
 
-@dtypes
-@pytest.mark.parametrize("new", [1, 3, 20])
-@pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.every_isa
+@every_pair(name=list(FEATURES), page_size=[None, 16], new=[1, 3, 20], dtype=DTYPES)
 def test_features(name, page_size, new, dtype, isa):
     step = step_of(name, dtype, new, page_size)
     step.check(step.run())

@@ -178,7 +178,7 @@ def test_values_that_are_channels_of_the_keys(place, dtype, dim, monkeypatch):
 
 
 def places(step, entry, keys):
-    """Of an entry's keys: the rows of a cache that is flat in its first two dimensions."""
+    """The rows at which an entry's keys lie in a cache that is flat in its first two dimensions."""
     if step.block_table is None:
         return {entry * step.k_cache.shape[1] + key for key in keys}
     return {

@@ -89,6 +89,7 @@ def one_by_one(tensors, options, cu_seqlens_q, cu_seqlens_k):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_sequence_as_if_alone(name, dtype, isa):

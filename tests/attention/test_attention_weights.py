@@ -34,6 +34,7 @@ def test_native_kernel_is_loaded():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("pynlp::attention_weights", "CPU")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights(case, dtype, isa):

@@ -120,7 +120,7 @@ def assert_same_logits(actual, expected):
 
 
 def assert_same_gradients(fused, eager, actual, expected):
-    """Of the mean square of the logits; each parameter's, by norm."""
+    """Compares each parameter's gradient of the logits' mean square, by norm."""
     actual.square().mean().backward()
     expected.square().mean().backward()
     theirs = dict(eager.named_parameters())

@@ -13,6 +13,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 triton = pytest.importorskip("triton")
 
+from cases import interpreter  # noqa: E402
 from pynlp.kernels.attention import launch as attention  # noqa: E402
 
 from pynlp.functional import relative_position_buckets  # noqa: E402
@@ -24,6 +25,7 @@ if not GPU:
     for function in (attention.attention_forward_kernel, triton.language.sum):
         if type(function).__name__ != "InterpretedFunction":
             raise RuntimeError("Triton was imported before conftest.py chose its interpreter: set TRITON_INTERPRET=1")
+    interpreter.hasten()
 
 GUARD = 64  # elements
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_slopes", "grad_table", "grad_sinks")
@@ -269,7 +271,7 @@ def plain_sequence(q, k, v, options, i):
 
 
 def largest_error(x, exact):
-    """Of the finite values; what is infinite must be so in both."""
+    """The largest error of the finite values; what is infinite must be so in both."""
     assert x.shape == exact.shape
     if x.numel() == 0:
         return 0.0

@@ -23,7 +23,7 @@ def toy_logits(history):
 
 @cache
 def toy_attention(history):
-    """Of 2 to 4 source tokens, by the prefix's first token: little, so that some stay uncovered."""
+    """Weights of 2 to 4 source tokens, as the prefix's first token says; little, so that some stay uncovered."""
     generator = torch.Generator().manual_seed(hash(history) % 2**63 + 1)
     return torch.randn(2 + history[0] % 3, generator=generator, dtype=torch.float64).softmax(0) / 2
 

@@ -32,7 +32,7 @@ def distribution(history, min_length, temperature, top_k, top_p, no_repeat_ngram
 
 
 def probabilities(prefix, max_length, **options):
-    """Of each (tokens, ended) there is."""
+    """The probability of each (tokens, ended) that can be drawn."""
     found, unfinished = {}, {(): 1.0}
     for _ in range(max_length):
         longer = {}
@@ -82,7 +82,7 @@ def test_frequencies_are_probabilities(changed):
 
 @pytest.mark.parametrize("spread, least, most", [(2.5, 20, 60), (1.5, 70, 150)])
 def test_the_nucleus_of_a_large_vocabulary(spread, least, most):
-    """Of all rows that are drawn at once, all tokens of the nucleus and no others are drawn."""
+    """Rows drawn at once give all tokens of the nucleus, and no others."""
     torch.manual_seed(3)
     row = (spread * torch.randn(200)).round(decimals=1)  # with equal ones
 

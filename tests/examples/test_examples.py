@@ -27,7 +27,7 @@ SMALL = ["--context", "64", "--speeches", "6"]
 def run(*arguments, **options):
     return subprocess.run(
         [sys.executable, LANGUAGE_MODEL, *map(str, arguments)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **options,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_ctrl_c_saves_the_model(tmp_path):
             assert character, f"ended early: {seen}"
             seen += character
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_to_the_bit(folder, tmp_path, m
         assert (parts / name).read_text() == (whole / name).read_text(), name
     weights = [(latest(path) / "model.safetensors").read_bytes() for path in (whole, parts)]
     assert weights[0] == weights[1]
-    # Resumed again it has nothing to train, and samples what it is told to.
+    # Resumed again it has nothing to train, and samples from the prompt.
     run("two", folder, parts, "--steps", 8, "--resume", "--prompt", "Our country", "--top-k", 1)
     assert (parts / "sample.txt").read_text().startswith("Our country")
 

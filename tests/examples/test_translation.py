@@ -169,7 +169,7 @@ def test_trains_in_bf16_where_there_are_instructions_for_it(has_bf16, tsv, tmp_p
     run("train", "--corpus", tsv, "--steps", 2, *TINY, folder=tmp_path)
     assert f"training in {'bf16' if has_bf16 else 'fp32'}" in capsys.readouterr().out
     assert load_options(tmp_path).bf16 == read_state(latest(tmp_path))["description"]["training"]["bf16"] == has_bf16
-    monkeypatch.setattr(translation, "has_bf16", lambda device: not has_bf16)  # gone on with on another machine
+    monkeypatch.setattr(translation, "has_bf16", lambda device: not has_bf16)  # continued on another machine
     run("train", "--resume", folder=tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resuming_changes_no_bit(tsv, tmp_pat
     )
     translation.prepare(tmp_path / "whole", options, torch.device("cpu"))
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    run("train", "--resume", folder=tmp_path / "whole")  # also a training that never began is gone on with
+    run("train", "--resume", folder=tmp_path / "whole")  # also a training that never began
 
     batches = iter(range(100))
     plain = translation.collate
@@ -224,7 +224,7 @@ def test_two_processes_under_torchrun(tsv, trained, tmp_path, capsys):
     words = ["train", "--output", tmp_path / "two", "--corpus", tsv, "--steps", 6, *TINY]
     command = [*launcher, EXAMPLES / "translation.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("reference:") == 5
     two, one = ([row["tokens"] for row in read_log(folder / "log.csv")] for folder in (tmp_path / "two", trained))

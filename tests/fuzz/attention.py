@@ -30,7 +30,7 @@ class Call:
     used: str  # of the results, by what comes afterwards
 
     def inputs(self) -> tuple[dict, dict]:
-        """Those of make_inputs, laid out in memory and of the dtypes as drawn."""
+        """What make_inputs gives, in the layouts and dtypes that were drawn."""
         tensors, options = make_inputs(self.case, self.dtype, self.seed)
         for name, layout in zip("qkv", self.layouts, strict=False):
             tensors[name] = layout(tensors[name])

@@ -80,7 +80,7 @@ def answers(function: Callable, tensors: dict[str, Tensor], options: dict, wante
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: dict[str, Tensor], weights) -> dict[str, Tensor]:
-    """Of what is used of the results; the graph is kept."""
+    """The gradients of those results that are used; the graph is kept."""
     if not leaves:
         return {}
     # Where only v is wanted, eager PyTorch's lse is no part of any graph.
@@ -148,7 +148,7 @@ def above(results: dict, expected: dict, missed: dict, kept: dict) -> list[str]:
 
 
 def errors_close_by(oracle, tensors: dict[str, Tensor], options: dict, wanted, weights, seed: int) -> dict:
-    """Of PyTorch's path on inputs that are a few percent off: as large as on these, but rounded otherwise."""
+    """Errors of PyTorch's path on inputs a few percent off: as large as on these, but rounded otherwise."""
     generator = torch.Generator().manual_seed(seed)
     moved = {
         name: (x * (1 + 0.05 * torch.randn(x.shape, generator=generator, dtype=torch.float64))).to(x.dtype)

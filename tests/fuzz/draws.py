@@ -51,7 +51,7 @@ machines = strategies.builds(
 
 @strategies.composite
 def features(draw, head_dim: int) -> dict:
-    """Those of Case that all ops share and that do not hang on lengths."""
+    """The fields of Case that all ops share and that do not depend on lengths."""
     far = strategies.sampled_from((2**31 - 1, 2**31, 2**40, 2**62))
     side = maybe | strategies.integers(0, 100) | strategies.integers(0, 8) | far
     rotary_dim = 2 * draw(strategies.just(0) | strategies.integers(0, head_dim // 2))
@@ -103,12 +103,12 @@ def padded_cases(draw) -> Case:
 
 
 def one_of_packed(x: Tensor) -> Tensor:
-    """As q, k and v come out of one projection."""
+    """x in the middle of three, like k out of one projection of q, k and v."""
     return torch.stack((torch.full_like(x, math.nan), x, torch.full_like(x, math.nan)), dim=-3)[..., 1, :, :]
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """Between heads, odd, and with one before the first."""
+    """x with odd gaps between heads, and one before the first."""
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), math.nan)
     wide[..., 3:-2] = x
     return wide[..., 3:-2]
@@ -127,12 +127,12 @@ def channels_apart(x: Tensor) -> Tensor:
 
 
 def one_head(x: Tensor) -> Tensor:
-    """That stands for all: stride 0."""
+    """One head in the place of all: stride 0."""
     return x[..., :1, :].expand_as(x)
 
 
 def one_entry(x: Tensor) -> Tensor:
-    """Or one row, of packed sequences."""
+    """One entry in the place of all, or one row of packed sequences."""
     return x[:1].expand_as(x)
 
 

@@ -28,12 +28,6 @@ from pynlp.integrations.transformers import Mask
 from pynlp.reference.common.random import attention_keeps, dropped_parts
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So little work is slower with more."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def no_dense_mask(monkeypatch):
     """Nobody may ask for the dense mask, which no fallback goes without."""

@@ -30,12 +30,6 @@ from pynlp.integrations.transformers import patch
 from pynlp.integrations.transformers.masks import structured_mask
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So little work is slower with more."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def fallbacks():
     """The messages of the fallbacks in a test, each told once."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import assert_as_accurate, outputs_and_gradients
+from cases.pairs import every_pair
 from pynlp.kernels.layers import activation as kernels
 from torch import Tensor
 
@@ -50,19 +51,15 @@ def fused(kind: str, dropout_p: float):
     return lambda x, *up: FUSED[kind](x, *up, dropout_p=dropout_p, seed=SEED)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "relu"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.every_isa
+@every_pair(kind=["gelu", "relu"], shape=SHAPES, dtype=[FP32, BF16, FP16], dropout_p=[0.0, 0.3])
 def test_values_and_gradients(kind, shape, dtype, dropout_p, isa):
     x = (torch.randn(shape) * 3).to(dtype)
     assert_as_accurate(fused(kind, dropout_p), eager(kind, dropout_p), {"x": x})
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.every_isa
+@every_pair(packed=[True, False], shape=SHAPES, dtype=[FP32, BF16, FP16], dropout_p=[0.0, 0.3])
 def test_swiglu(packed, shape, dtype, dropout_p, isa):
     *rows, columns = shape
     gate = (torch.randn(*rows, (2 if packed else 1) * columns) * 3).to(dtype)
@@ -74,6 +71,7 @@ def test_swiglu(packed, shape, dtype, dropout_p, isa):
     assert_as_accurate(function, eager("swiglu", dropout_p), tensors)
 
 
+@pytest.mark.every_isa
 def test_every_float_of_a_range(isa):
     """GELU and its slope over 14 standard deviations, to 2 units in the last place of max(1, |x|)."""
     x = torch.linspace(-14, 14, 20001, requires_grad=True)
@@ -85,6 +83,7 @@ def test_every_float_of_a_range(isa):
     assert ((ours - expected).abs() / size).max() <= 2 * torch.finfo(FP32).eps
 
 
+@pytest.mark.every_isa
 def test_values_at_the_ends(isa):
     infinity, nan = float("inf"), float("nan")
     x = torch.tensor([0.0, -0.0, 40.0, -40.0, 1e30, -1e30, infinity, nan])

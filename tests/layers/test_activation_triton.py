@@ -114,7 +114,7 @@ def test_one_row_and_none(rows):
 @pytest.mark.parametrize("dropout_p", [0.001, 0.4, 0.99999])
 @pytest.mark.parametrize("columns", [20, 2056])
 def test_the_values_that_the_reference_drops(columns, dropout_p):
-    """Of a ReLU of ones, forward and backward."""
+    """A ReLU of ones shows them, forward and backward."""
     x = torch.ones(40, columns, device=DEVICE)
     seed = torch.tensor([SEED], device=DEVICE)
     expected = keeps(seed, dropout_p, 40, columns) / (1 - dropped_parts(dropout_p) / 65536)

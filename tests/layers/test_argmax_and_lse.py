@@ -10,6 +10,7 @@ from pynlp.ops.layers.argmax_and_lse import row_peaks
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 64, 255, 1000, 8000])
 def test_values(columns, isa):
     x = torch.randn(37, columns) * 5

@@ -51,6 +51,7 @@ def most_rows(isa: str) -> int:
     return 128 if isa in ("portable", "avx2") else 2048
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_values(shape, bias, isa):
@@ -127,6 +128,7 @@ def test_where_pytorch_serves(fused_calls):
         assert torch.equal(layer(many), peer.float()(many))
 
 
+@pytest.mark.every_isa
 def test_most_rows(isa):
     """With AVX2 PyTorch's product is the faster one earlier."""
     most, weight = most_rows(isa), torch.randn(256, 256)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import assert_as_accurate, outputs_and_gradients
+from cases.pairs import every_pair
 from torch import Tensor
 
 from pynlp.functional import linear_cross_entropy
@@ -44,6 +45,7 @@ def targets_of(rows, vocabulary, ignored=0.2) -> Tensor:
     return target.masked_fill(torch.rand(rows) < ignored, -100)
 
 
+DTYPES = [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)]  # of x and of the weight
 SHAPES = [((7,), 20, 33), ((3, 5), 64, 300), ((300,), 96, 129), ((1, 1), 7, 2), ((260,), 33, 1000)]
 OPTIONS = [
     dict(),
@@ -55,13 +57,10 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"), [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], ids=str
-)
-def test_values_and_gradients(shape, dtype, weight_dtype, options, isa):
-    rows, dim, vocabulary = shape
+@pytest.mark.every_isa
+@every_pair(shape=SHAPES, dtypes=DTYPES, options=OPTIONS)
+def test_values_and_gradients(shape, dtypes, options, isa):
+    (rows, dim, vocabulary), (dtype, weight_dtype) = shape, dtypes
     tensors = tensors_of(rows, dim, vocabulary, dtype, weight_dtype, bias=dim % 2 == 0)
     target = targets_of(rows, vocabulary, 0.2 if len(rows) < 2 else 0.0)
 

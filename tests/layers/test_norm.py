@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import assert_as_accurate, outputs_and_gradients
+from cases.pairs import every_pair
 from torch import Tensor
 
 from pynlp.functional import layer_norm, rms_norm
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SEED = 12345678901234567
+# Of x and of the residual.
+DTYPES = [(FP32, None), (FP32, FP32), (BF16, None), (BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)]
 SHAPES = [(3, 5, 256), (37, 100), (2, 0, 20), (5, 1), (1000, 7), (4, 1000), (130,), (2, 2050)]
 
 
@@ -52,15 +55,10 @@ def tensors_of(shape, dtype, kind="layer", residual=None, bias=True, mean=0.0) -
     return tensors
 
 
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "residual"),
-    [(FP32, None), (FP32, FP32), (BF16, None), (BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)],
-    ids=str,
-)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_values_and_gradients(kind, shape, dtype, residual, dropout_p, isa):
+@pytest.mark.every_isa
+@every_pair(kind=["layer", "rms"], shape=SHAPES, dtypes=DTYPES, dropout_p=[0.0, 0.3])
+def test_values_and_gradients(kind, shape, dtypes, dropout_p, isa):
+    dtype, residual = dtypes
     assert_as_accurate(fused(kind, dropout_p), eager(kind, dropout_p), tensors_of(shape, dtype, kind, residual))
 
 

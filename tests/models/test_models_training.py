@@ -28,7 +28,7 @@ def batch():
 
 
 def loss_of(model):
-    """Of the next token, from one fixed batch."""
+    """The next token's loss on one fixed batch."""
     torch.manual_seed(1)
     source, target = batch()
     if isinstance(model, EncoderDecoder):
@@ -93,7 +93,7 @@ def test_dropout_is_in_every_place_and_only_in_training(pre_norm):
 @pytest.mark.parametrize("kind", [Encoder, Decoder, EncoderDecoder])
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_checkpointing_gives_the_same_bits(kind, pre_norm):
-    """With dropout; and each block is computed twice."""
+    """Dropout included; and each block is computed twice."""
     model = kind(TransformerConfig(**SIZES, dropout=0.2, pre_norm=pre_norm, positions="relative"))
     source, target = batch()
     calls = []
@@ -121,7 +121,7 @@ def test_checkpointing_gives_the_same_bits(kind, pre_norm):
 
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_autocast_to_bf16(pre_norm):
-    """As near to fp32 as bf16 is; with pre-norm all that is added up is fp32."""
+    """bf16 may miss fp32 by its rounding; with pre-norm all that is added up is fp32."""
     model = EncoderDecoder(TransformerConfig(**SIZES, dropout=0.1, pre_norm=pre_norm)).eval()
     source, target = batch()
 
@@ -166,7 +166,7 @@ def test_shared_and_own_matrices(tied):
 
 
 def test_names_of_a_decoders_weights():
-    """Those in files that were saved before."""
+    """Saved files have these names."""
     layers = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"]
     layers += ["attention_norm", "feed_forward_norm", "feed_forward.up_proj", "feed_forward.down_proj"]
     names = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}

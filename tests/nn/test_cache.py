@@ -17,7 +17,7 @@ def rows(batch, tokens, heads=KV_HEADS, head_dim=HEAD_DIM):
 
 
 def filled(cache):
-    """With NaN wherever nothing has been written."""
+    """The cache, NaN wherever nothing has been written."""
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     return cache

@@ -332,7 +332,7 @@ def test_sinks_start_as_a_score_of_zero():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_drops_weights_in_training_only(packed):
-    """Of one key each, with a value of ones: a head gives 0 where it is dropped, 1 / (1 - p) where it is not."""
+    """Rows of one key, whose value is ones: a head gives 0 where it is dropped, 1 / (1 - p) where it is not."""
     module = MultiHeadAttention(EMBED_DIM, HEADS, dropout=0.25, bias=False)
     with torch.no_grad():
         module.v_proj.weight.fill_(1)
@@ -355,7 +355,7 @@ def test_dropout_drops_weights_in_training_only(packed):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_sequences_are_as_each_alone(name):
-    """With the gradients; one of the sequences is empty."""
+    """Gradients too; one of the sequences is empty."""
     module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])
     lengths = [5, 0, 1, 7]
     alone = [tokens(1, length, requires_grad=True) for length in lengths]
@@ -506,7 +506,7 @@ def test_weights(variant):
 
 
 def test_weights_of_a_memory():
-    """As torch.nn.MultiheadAttention gives them."""
+    """The weights are those of torch.nn.MultiheadAttention."""
     theirs = nn.MultiheadAttention(EMBED_DIM, HEADS, batch_first=True).eval()
     x, memory = tokens(), tokens(seqlen=17)
     _, expected = theirs(x, memory, memory, average_attn_weights=False)

@@ -69,7 +69,7 @@ def test_bytes_of_a_cached_token():
 
 @torch.no_grad()
 def test_decoding_compiles_without_a_graph_break():
-    """Of the steps of one token, only the first is compiled."""
+    """Only the first of the steps of one token is compiled."""
     torch._dynamo.reset()
     module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS["rope"])
     compiled = torch.compile(module, fullgraph=True)

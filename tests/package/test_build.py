@@ -146,21 +146,25 @@ SILENT = {
     "test_module.py": "import pytest\npytest.importorskip('no_such_module')\ndef test_two(): pass\n",
     "test_parameters.py": "import pytest\n@pytest.mark.parametrize('x', [])\ndef test_three(x): pass\n",
 }
-HONEST = "import pytest\ndef test_four(): pass\n@pytest.mark.gpu\ndef test_five(): pass\n"
+HONEST = "import pytest\ndef test_four(): pass\n@pytest.mark.skip(reason='needs a GPU')\ndef test_five(): pass\n"
+
+
+def test_the_rule_against_silence_holds_for_this_run(pytestconfig):
+    assert pytestconfig.pluginmanager.hasplugin("cases.silence")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("silent", [None, *SILENT])
 def test_no_test_is_skipped_in_silence(silent, processes, tmp_path):
-    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_honest.py").write_text(HONEST)
     if silent:
         (tmp_path / "tests" / silent).write_text(SILENT[silent])
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    command += ["-n", processes] if processes > 1 else []
-    done = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "cases.silence", "-p", "xdist"]
+    command += ["-n", processes, "--dist", "worksteal"] if processes > 1 else []
+    alone = dict(PYTHONPATH=str(ROOT / "tests"), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    done = run(*command, cwd=tmp_path, check=False, **alone)
     assert done.returncode == (1 if silent else 0), done.stdout
     assert ("did not run, for no known reason" in done.stdout) == bool(silent)
     assert not silent or f"tests/{silent}" in done.stdout.split("no known reason")[1]

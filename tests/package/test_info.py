@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,7 @@ def test_info_of_ops_with_and_without_a_launcher(monkeypatch):
     assert served_by["attention_forward"] == f"triton {triton.__version__}"
 
 
+@pytest.mark.every_isa
 def test_every_isa_can_be_set(isa):
     assert pynlp.get_isa() == isa
     features = backends.native().features()
@@ -116,17 +118,15 @@ def test_isa_from_the_environment():
 
 
 def test_threads_follow_torch():
-    """With one thread, attention takes no more CPU time than time."""
-    import time
-
+    """One thread: all CPU time that attention takes is the calling thread's."""
     q = torch.randn(1, 1024, 8, 64)
     torch.set_num_threads(1)
     pynlp.functional.attention(q, q, q)
-    wall, cpu = time.perf_counter(), time.process_time()
+    own, cpu = time.thread_time(), time.process_time()
     for _ in range(5):
         pynlp.functional.attention(q, q, q)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    assert cpu <= 1.15 * wall
+    own, cpu = time.thread_time() - own, time.process_time() - cpu
+    assert cpu <= 1.15 * own
     assert pynlp.info()["threads"] == 1
 
 
@@ -135,9 +135,9 @@ import sys, time
 import torch
 known, watched = set(sys.modules), []
 sys.addaudithook(lambda event, _: event.startswith(("socket.", "subprocess.", "os.system")) and watched.append(event))
-start = time.perf_counter()
+start = time.process_time()
 import pynlp
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = {name.split(".")[0] for name in set(sys.modules) - known}
 assert not torch.cuda.is_initialized() and not watched, watched
 print(seconds, *sorted(new - set(sys.stdlib_module_names)))
@@ -145,12 +145,12 @@ print(seconds, *sorted(new - set(sys.stdlib_module_names)))
 
 
 def test_import_is_light():
-    """Beside torch: under 150 ms, no module of another package, no network, no process, no GPU driver."""
+    """Beside torch: under 150 ms of CPU time, no module of another package, no network, no process, no GPU driver."""
     seconds = []
     for _ in range(5):
-        time, *packages = output_of(IMPORT).split()
+        taken, *packages = output_of(IMPORT).split()
         assert packages == ["pynlp"]
-        seconds.append(float(time))
+        seconds.append(float(taken))
         if seconds[-1] < 0.15:
             break
     assert min(seconds) < 0.15

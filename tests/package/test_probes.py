@@ -10,6 +10,7 @@ CLOCK = 6.5e9  # no CPU's is higher
 FMA_A_CYCLE = {"portable": 16, "avx2": 32, "avx512": 64, "avx512_bf16_vnni": 64}
 
 
+@pytest.mark.every_isa
 def test_peak_of_every_isa(isa):
     peak = probes.peak_fma(1)
     assert FMA_A_CYCLE[isa] / 32 * 1e9 < peak < FMA_A_CYCLE[isa] * CLOCK
@@ -22,14 +23,20 @@ def test_peak_of_every_isa(isa):
         assert 2.5 * peak < int8 < 256 * CLOCK
 
 
+def best(probe, *arguments, **options):
+    """The most of several measurements: what else runs on the machine only takes from it."""
+    return max(probe(*arguments, **options) for _ in range(5))
+
+
 def test_wider_vectors_are_faster():
     if "avx2" in backends.available_isas():
         pynlp.set_isa("portable")
-        narrow = probes.peak_fma(1)
+        narrow = best(probes.peak_fma, 1)
         pynlp.set_isa("avx2")
-        assert probes.peak_fma(1) > 1.3 * narrow
+        assert best(probes.peak_fma, 1) > 1.3 * narrow
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("probe", [probes.read_bandwidth, probes.copy_bandwidth])
 def test_bandwidth_of_every_isa(probe, isa):
     assert 1e9 < probe(1, size=2**26) < 1e12
@@ -38,12 +45,12 @@ def test_bandwidth_of_every_isa(probe, isa):
 
 def test_small_buffers_stay_in_cache():
     """What fits the first-level cache is read faster than memory: the loop does not limit the probe."""
-    assert probes.read_bandwidth(1, size=2**14) > 1.2 * probes.read_bandwidth(1, size=2**28)
+    assert best(probes.read_bandwidth, 1, size=2**14) > 1.2 * best(probes.read_bandwidth, 1, size=2**28)
 
 
 def test_threads_add_up():
-    one = probes.peak_fma(1)
-    assert 0.7 * one < probes.peak_fma(2, seconds=0.5) < 2.5 * one
+    one = best(probes.peak_fma, 1)
+    assert 0.7 * one < best(probes.peak_fma, 2, seconds=0.5) < 2.5 * one
 
 
 def test_bad_arguments():

@@ -32,6 +32,7 @@ def dropped_weights(seed, dropout_p, batch=2, heads=3, seqlen_q=37, seqlen_k=61,
     return attention(q, k, v, dropout_p=dropout_p, seed=seed).transpose(1, 2) * seqlen_k  # (B, H, Sq, Sk)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 0x123456789ABCDEF])
 def test_the_kernel_drops_what_philox_says(seed, isa):
     """Weight (b, h, i, j): 16 bits number j % 8 of the words of counters (j // 8, i, b H + h, 0), key seed."""

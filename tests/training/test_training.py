@@ -54,7 +54,7 @@ def plain_training(model, sentences, batches, config):
 
 
 def test_accumulated_batches_train_as_one_batch_does(tmp_path):
-    """With clipping, decay of the matrices, the schedule and the moving average, over several epochs, in fp64."""
+    """Clipping, decay of the matrices, schedule and moving average included; over several epochs, in fp64."""
     sentences = make_sentences(50)
     batches = make_batches(sentences)
     assert len(batches.epoch(0)) % 3  # so that the last step of an epoch has fewer

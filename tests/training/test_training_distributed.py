@@ -61,7 +61,7 @@ def test_two_processes_train_as_one(tmp_path):
     done = subprocess.run(
         [*command, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = read_csv(tmp_path / "one")

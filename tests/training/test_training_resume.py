@@ -118,7 +118,7 @@ resumable(Path({str(tmp_path)!r}), interrupting(make_sentences(60), 3)).train()
 print("goes on")
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 130, done.stderr
     assert "Interrupted: all of it is saved in" in done.stderr
     assert "goes on" not in done.stdout and "Traceback" not in done.stderr
