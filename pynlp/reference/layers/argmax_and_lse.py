@@ -3,6 +3,6 @@
 from torch import Tensor
 
 
-def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_and_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """Where each row of `(rows, columns)` has its largest value, int64 `(rows,)`, and its log-sum-exp `(rows,)`."""
     return x.max(dim=1).indices, x.logsumexp(dim=1)
