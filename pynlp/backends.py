@@ -11,9 +11,9 @@ import torch
 # Each level with the CPU features that it adds; a CPU is on a level if it has one of them.
 ISA_FEATURES = {
     "portable": (),
-    "avx2": ("avx2",),
+    "avx2": ("avx2", "avx_vnni"),
     "avx512": ("avx512",),
-    "avx512_bf16_vnni": ("avx512_bf16", "avx512_vnni"),
+    "avx512_bf16_vnni": ("avx512_bf16", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"),
 }
 
 _native: ModuleType | None = None

@@ -21,8 +21,18 @@ def peak_bf16_dot(threads: int | None = None, *, seconds: float = 0.2) -> float:
 
 
 def peak_int8_dot(threads: int | None = None, *, seconds: float = 0.2) -> float:
-    """int8 operations/s of dot products of four (vpdpbusd); 0.0 if the ISA in use lacks them."""
+    """int8 operations/s of dot products of four (vpdpbusd, or vpmaddubsw and vpmaddwd); 0.0 below AVX2."""
     return _measure("peak_int8_dot", threads, seconds)
+
+
+def peak_bf16_tile(threads: int | None = None, *, seconds: float = 0.2) -> float:
+    """bf16 FLOP/s of AMX's products of tiles (tdpbf16ps), which no kernel uses yet; 0.0 if the ISA lacks them."""
+    return _measure("peak_bf16_tile", threads, seconds)
+
+
+def peak_int8_tile(threads: int | None = None, *, seconds: float = 0.2) -> float:
+    """int8 operations/s of AMX's products of tiles (tdpbusd), which no kernel uses yet; 0.0 if the ISA lacks them."""
+    return _measure("peak_int8_tile", threads, seconds)
 
 
 def read_bandwidth(threads: int | None = None, *, seconds: float = 0.3, size: int = 2**28) -> float:

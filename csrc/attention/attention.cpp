@@ -1,27 +1,33 @@
-// Picks the kernels by the CPU's features and the dtype.
 #include "attention.h"
 
 #include "../common/isa.h"
-#include "kernels.h"
+#include "table.h"
 
 namespace pynlp {
 namespace {
 
-const AttentionKernels& kernels_for([[maybe_unused]] Dtype dtype) {
+constexpr Variant<AttentionKernels> VARIANTS[] = {
 #if defined(__x86_64__)
-  const Features f = features();
-  if (f.avx512_bf16 && dtype == Dtype::bfloat16) return attention_avx512_bf16;
-  if (f.avx512) return attention_avx512;
-  if (f.avx2) return attention_avx2;
+    {&attention_avx512_bf16, &Features::avx512_bf16, true},
+    {&attention_avx512, &Features::avx512},
+    {&attention_avx2, &Features::avx2},
 #endif
-  return attention_portable;
-}
+    {&attention_portable},
+};
 
 }  // namespace
 
-void attention_append(const AttentionAppend& problem) { kernels_for(problem.dtype).append(problem); }
-void attention_forward(const AttentionForward& problem) { kernels_for(problem.dtype).forward(problem); }
-void attention_backward(const AttentionBackward& problem) { kernels_for(problem.dtype).backward(problem); }
-void attention_weights(const AttentionWeights& problem) { kernels_for(problem.dtype).weights(problem); }
+void attention_append(const AttentionAppend& problem) {
+  pick(VARIANTS, &AttentionKernels::append, problem.dtype)(problem);
+}
+void attention_forward(const AttentionForward& problem) {
+  pick(VARIANTS, &AttentionKernels::forward, problem.dtype)(problem);
+}
+void attention_backward(const AttentionBackward& problem) {
+  pick(VARIANTS, &AttentionKernels::backward, problem.dtype)(problem);
+}
+void attention_weights(const AttentionWeights& problem) {
+  pick(VARIANTS, &AttentionKernels::weights, problem.dtype)(problem);
+}
 
 }  // namespace pynlp

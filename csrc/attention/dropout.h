@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../simd/random.h"
-#include "blocks.h"
+#include "attention.h"
 
 namespace pynlp {
 namespace {

@@ -5,7 +5,10 @@
 #pragma once
 
 #include "../common/parallel.h"
+#include "../simd/memory.h"
 #include "dropout.h"
+#include "rows.h"
+#include "visibility.h"
 
 namespace pynlp {
 namespace {
@@ -60,7 +63,7 @@ class Forward {
 
   struct Scratch {
     int32_t *queries, *rows, *keys, *values;  // packed
-    float *scores, *out, *maximum, *sum, *line;
+    float *room, *scores, *out, *maximum, *sum, *line;
     int32_t *weights, *random;
     int32_t* spoiled;  // keys of the block whose value row is not finite
     Scratch(const Forward& f, Arena& arena) {
@@ -69,6 +72,7 @@ class Forward {
       rows = arena.take<int32_t>(longest * larger(f.words_, f.columns_));
       keys = arena.take<int32_t>(f.block_keys_ * f.words_);
       values = arena.take<int32_t>(f.block_keys_ * f.columns_);
+      room = arena.take<float>(E::PAIR == 2 ? 256 : 0);
       scores = arena.take<float>(f.block_keys_ * QUERIES);
       weights = arena.take<int32_t>(f.block_keys_ * QUERIES);
       random = arena.take<int32_t>(f.in_.dropped ? Keeps::size(f.block_keys_, QUERIES) : 0);
@@ -95,8 +99,8 @@ class Forward {
     for (int64_t i = first; i < last; i += QUERIES) {
       prefetch_share(k, v, keys.first, keys, i - first, last - first);
       for (int64_t next = i + QUERIES; next < smaller(i + 2 * QUERIES, last); ++next) q.prefetch(next);
-      pack_rows<E>(q, i, smaller(i + QUERIES, last), QUERIES, s.rows);
-      transpose(s.rows, words_, s.queries + (i - first) * words_, QUERIES, QUERIES, words_);
+      pack_columns<E>(q, i, smaller(i + QUERIES, last), QUERIES, words_, s.room, s.rows,
+                      s.queries + (i - first) * words_, QUERIES);
     }
     const int64_t padded = round_up(last - first, QUERIES);
     memset(s.out, 0, padded * columns_ * sizeof(float));
@@ -147,14 +151,14 @@ class Forward {
   int64_t pack_block(const Scratch& s, const Visibility& visible, const Rows& k, const Rows& v, Range block,
                      Range queries) const {
     const int64_t padded = round_up(block.last - block.first, 2);
-    if (!k.in_place(E::PAIR)) pack_rows<E>(k, block.first, block.last, padded, s.keys);
+    if (!k.in_place(E::PAIR)) pack_rows<E>(k, block.first, block.last, padded, words_, s.room, s.keys);
     int64_t spoiled = 0;
     const Range all = visible.of_all(queries.first, queries.last);
     if (block.first < all.first || block.last > all.last)
       for (int64_t j = block.first; j < block.last; ++j)
         if (!v.finite(j)) s.spoiled[spoiled++] = static_cast<int32_t>(j);
     if constexpr (E::PAIR == 1) {
-      pack_rows<E>(v, block.first, block.last, padded, s.values);
+      pack_rows<E>(v, block.first, block.last, padded, columns_, s.room, s.values);
       for (int64_t n = 0; n < spoiled; ++n) memset(s.values + (s.spoiled[n] - block.first) * columns_, 0, columns_ * 4);
     } else {
       static const uint16_t zeros[256] = {};
@@ -165,7 +169,7 @@ class Forward {
       };
       for (int64_t j = block.first; j < block.last; j += 2) {
         const uint16_t* even = row(j);
-        pair_row(even, row(j + 1), in_.head_dim_v, columns_, s.values + (j - block.first) / 2 * columns_);
+        pack_pair(even, row(j + 1), in_.head_dim_v, columns_, s.values + (j - block.first) / 2 * columns_);
       }
     }
     return spoiled;

@@ -1,22 +1,30 @@
-// The kernels of each instruction set, all from the same source (forward.h, decode.h, backward.h, weights.h).
+// The kernels of attention for the target that the including file chose.
 #pragma once
 
-#include "attention.h"
+#include "backward.h"
+#include "decode.h"
+#include "forward.h"
+#include "table.h"
+#include "weights.h"
 
 namespace pynlp {
+namespace {
 
-struct AttentionKernels {
-  void (*append)(const AttentionAppend& problem);
-  void (*forward)(const AttentionForward& problem);
-  void (*backward)(const AttentionBackward& problem);
-  void (*weights)(const AttentionWeights& problem);
-};
-
-extern const AttentionKernels attention_portable;
-#if defined(__x86_64__)
-extern const AttentionKernels attention_avx2;
-extern const AttentionKernels attention_avx512;
-extern const AttentionKernels attention_avx512_bf16;  // takes bf16 only
+#if PYNLP_BF16
+using Factor = Bf16;
+#else
+using Factor = Fp32;
 #endif
 
+constexpr AttentionKernels KERNELS = {
+    append,
+    [](const AttentionForward& problem) {
+      Forward<Factor>(problem).run();
+      Decode(problem).run();
+    },
+    [](const AttentionBackward& problem) { Backward<Factor>(problem).run(); },
+    [](const AttentionWeights& problem) { Weights(problem).run(); },
+};
+
+}  // namespace
 }  // namespace pynlp

@@ -1,7 +1,8 @@
 // Scores of a few queries against blocks of keys: channels in the lanes, each key read once for several heads.
 #pragma once
 
-#include "blocks.h"
+#include "rows.h"
+#include "visibility.h"
 
 namespace pynlp {
 namespace {
@@ -50,12 +51,12 @@ struct BlockRows {
 };
 
 // How rows are read: as they are, for the best weights, or as factors, for those that backward computes again.
-using RowReader = void (Rows::*)(int64_t row, float* to) const;
+using ReadRow = void (Rows::*)(int64_t row, float* to) const;
 
 // The keys, or the values, of all heads of a sequence.
 class HeadRows {
  public:
-  HeadRows(RowReader read, Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
+  HeadRows(ReadRow read, Rows (*rows_of)(const AttentionInputs&, const Sequence&, int64_t), const View& view,
            const AttentionInputs& in, const Sequence& sequence)
       : read_(read),
         rows_of_(rows_of),
@@ -64,7 +65,7 @@ class HeadRows {
         first_(rows_of(in, sequence, 0)),
         head_bytes_(view.head_stride * first_.value_size()),
         row_bytes_(view.row_stride * first_.value_size()),
-        in_place_(!first_.cos && first_.head_dim % LANES == 0 && (PYNLP_F16C || first_.dtype != Dtype::float16)) {}
+        in_place_(!first_.cos && first_.columns % LANES == 0 && (PYNLP_F16C || first_.dtype != Dtype::float16)) {}
 
   // Where the rows of the first head are.
   const char** locate(Range keys, const char** rows) const {
@@ -97,18 +98,18 @@ class HeadRows {
  private:
   BlockRows widened(int64_t head, Range block, const BlockRows& narrow, float* room, const char** room_rows) const {
     const Rows rows = rows_of_(in_, sequence_, head);
-    const int64_t size = round_up(rows.head_dim, LANES);
+    const int64_t size = round_up(rows.columns, LANES);
     for (int64_t n = 0; n < block.last - block.first; ++n) {
       float* row = room + n * size;
       room_rows[n] = reinterpret_cast<const char*>(row);
-      narrow.fetch(n, 0, rows.head_dim * rows.value_size());
+      narrow.fetch(n, 0, rows.columns * rows.value_size());
       (rows.*read_)(block.first + n, row);
-      for (int64_t d = rows.head_dim; d < size; ++d) row[d] = 0;
+      for (int64_t d = rows.columns; d < size; ++d) row[d] = 0;
     }
     return {room_rows, room_rows, room_rows, 0, Dtype::float32};
   }
 
-  RowReader read_;
+  ReadRow read_;
   Rows (*rows_of_)(const AttentionInputs&, const Sequence&, int64_t);
   const AttentionInputs& in_;
   const Sequence& sequence_;
@@ -119,7 +120,7 @@ class HeadRows {
 
 class Scorer {
  public:
-  Scorer(RowReader read, const AttentionInputs& in) : size(round_up(in.head_dim, LANES)), read_(read), in_(in) {}
+  Scorer(ReadRow read, const AttentionInputs& in) : size(round_up(in.head_dim, LANES)), read_(read), in_(in) {}
 
   // Query i of a head, turned and padded, to[0 .. size - 1].
   void read_query(const Sequence& sequence, int64_t head, int64_t i, float* to) const {
@@ -203,7 +204,7 @@ class Scorer {
     for (int r = 0; r < ROWS; ++r) memcpy(products + r * SCORES, lanes + r * AT_ONCE, AT_ONCE * sizeof(float));
   }
 
-  RowReader read_;
+  ReadRow read_;
   const AttentionInputs& in_;
 };
 

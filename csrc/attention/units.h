@@ -2,7 +2,8 @@
 // of queries. Blocks and tiles are numbered through, one unit after the other.
 #pragma once
 
-#include "blocks.h"
+#include "../simd/memory.h"
+#include "visibility.h"
 
 namespace pynlp {
 namespace {

@@ -34,7 +34,7 @@ struct Options {
 
 void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
           int64_t largest_head = 256) {
-  in.dtype = dtype_of(q);
+  in.dtype = float_dtype_of(q);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "pynlp.attention: expected q, k and v of one dtype");
   in.q = view(q, "q");

@@ -24,7 +24,7 @@ pynlp::RowsIn rows_in(const Tensor& x, const char* name) {
     rows *= x.size(i);
   }
   STD_TORCH_CHECK(fit || x.numel() == 0, "pynlp: ", name, ": expected contiguous rows, all at one stride");
-  return {x.const_data_ptr(), stride, dtype_of(x)};
+  return {x.const_data_ptr(), stride, float_dtype_of(x)};
 }
 
 void check_like(const Tensor& x, const Tensor& like, const char* name) {
@@ -47,7 +47,7 @@ pynlp::RowDropout dropout_of(double dropout_p, const MaybeTensor& seed) {
 
 Tensor like(const Tensor& x, ScalarType dtype) { return output(x, x.sizes(), dtype); }
 Tensor nothing(const Tensor& x) { return empty(x, {0}); }
-pynlp::RowsOut rows_out(Tensor& x) { return {x.mutable_data_ptr(), dtype_of(x)}; }
+pynlp::RowsOut rows_out(Tensor& x) { return {x.mutable_data_ptr(), float_dtype_of(x)}; }
 float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor residual, Tensor weight, MaybeTensor bias,
@@ -187,14 +187,14 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> row_peaks(Tensor x) {
+std::tuple<Tensor, Tensor> argmax_and_lse(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 2 && columns_of(x) > 0 && x.scalar_type() == ScalarType::Float,
                   "pynlp: x: expected float32 (rows, columns)");
-  Tensor place = empty(x, {x.size(0)}, ScalarType::Long);
+  Tensor argmax = empty(x, {x.size(0)}, ScalarType::Long);
   Tensor lse = empty(x, {x.size(0)});
-  pynlp::row_peaks(
-      {x.size(0), columns_of(x), rows_in(x, "x"), static_cast<int64_t*>(place.mutable_data_ptr()), floats(lse)});
-  return {place, lse};
+  pynlp::argmax_and_lse(
+      {x.size(0), columns_of(x), rows_in(x, "x"), static_cast<int64_t*>(argmax.mutable_data_ptr()), floats(lse)});
+  return {argmax, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor weight, MaybeTensor bias,
@@ -247,6 +247,6 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   PYNLP_IMPL(m, activation_forward);
   PYNLP_IMPL(m, activation_backward);
   PYNLP_IMPL(m, linear);
-  PYNLP_IMPL(m, row_peaks);
+  PYNLP_IMPL(m, argmax_and_lse);
   PYNLP_IMPL(m, linear_cross_entropy);
 }

@@ -13,9 +13,13 @@ namespace {
 py::dict as_dict(const pynlp::Features& f) {
   py::dict features;
   features["avx2"] = f.avx2;
+  features["avx_vnni"] = f.avx_vnni;
   features["avx512"] = f.avx512;
-  features["avx512_bf16"] = f.avx512_bf16;
   features["avx512_vnni"] = f.avx512_vnni;
+  features["avx512_bf16"] = f.avx512_bf16;
+  features["amx_tile"] = f.amx_tile;
+  features["amx_int8"] = f.amx_int8;
+  features["amx_bf16"] = f.amx_bf16;
   return features;
 }
 
@@ -38,6 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_fma", &pynlp::peak_fma, py::arg("threads"), py::arg("seconds"), unlocked);
   m.def("peak_bf16_dot", &pynlp::peak_bf16_dot, py::arg("threads"), py::arg("seconds"), unlocked);
   m.def("peak_int8_dot", &pynlp::peak_int8_dot, py::arg("threads"), py::arg("seconds"), unlocked);
+  m.def("peak_bf16_tile", &pynlp::peak_bf16_tile, py::arg("threads"), py::arg("seconds"), unlocked);
+  m.def("peak_int8_tile", &pynlp::peak_int8_tile, py::arg("threads"), py::arg("seconds"), unlocked);
   m.def("read_bandwidth", &pynlp::read_bandwidth, py::arg("threads"), py::arg("seconds"), py::arg("bytes"), unlocked);
   m.def("copy_bandwidth", &pynlp::copy_bandwidth, py::arg("threads"), py::arg("seconds"), py::arg("bytes"), unlocked);
 }

@@ -29,7 +29,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-inline pynlp::Dtype dtype_of(const Tensor& x) {
+// The dtype of a tensor of floats, which all kernels so far take.
+inline pynlp::Dtype float_dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return pynlp::Dtype::float32;
@@ -75,19 +76,23 @@ inline int32_t dropped_parts(double dropout_p) {
   return static_cast<int32_t>(std::min(65535.0, std::nearbyint(dropout_p * 65536)));
 }
 
-// Hands a call whose first argument is in fp64 to the reference, which has the same schema.
-inline bool reference_serves(const char* op, StableIValue* stack) {
+// Hands a call to the reference, which has the same schema, if the tensor that is its argument number ARGUMENT, counted
+// from 0, is in fp64.
+template <int ARGUMENT = 0>
+bool reference_serves(const char* op, StableIValue* stack) {
+  const auto tensor = torch::stable::detail::to<AtenTensorHandle>(stack[ARGUMENT]);
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
   if (dtype != aoti_torch_dtype_float64()) return false;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
   return true;
 }
 
-// Makes the function `name` the kernel of pynlp::name.
-#define PYNLP_IMPL(library, name)                                                                          \
-  (library).impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {                       \
-    if (!reference_serves("pynlp::" #name "_reference", stack)) TORCH_BOX (&name)(stack, inputs, outputs); \
+// Makes the function `name` the kernel of pynlp::name. A last argument tells which argument's dtype decides whether the
+// reference serves a call: by default the first one's.
+#define PYNLP_IMPL(library, name, ...)                                                                                  \
+  (library).impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {                                    \
+    if (!reference_serves<__VA_ARGS__>("pynlp::" #name "_reference", stack)) TORCH_BOX (&name)(stack, inputs, outputs); \
   })
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The dtypes that the kernels take.
+// The dtypes of what kernels read and write.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,18 @@
 
 namespace pynlp {
 
-enum class Dtype { float32, bfloat16, float16 };
+enum class Dtype { float32, bfloat16, float16, int8, uint8 };
 
-PYNLP_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+PYNLP_INLINE int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16:
+      return 2;
+    default:
+      return 1;
+  }
+}
 
 }  // namespace pynlp

@@ -4,10 +4,13 @@
 #include "../common/parallel.h"
 #include "../simd/math.h"
 #include "../simd/memory.h"
-#include "rows.h"
+#include "../simd/rows.h"
+#include "dropout.h"
 
 namespace pynlp {
 namespace {
+
+constexpr int64_t TASK_ROWS = 16;
 
 class Activate {
  public:

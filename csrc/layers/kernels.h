@@ -1,25 +1,33 @@
-// The kernels of each instruction set, all from the same source (norm.h, activation.h, linear.h, peak.h, loss.h).
+// The kernels of the layers for the target that the including file chose.
 #pragma once
 
-#include "layers.h"
+#include "activation.h"
+#include "argmax_and_lse.h"
+#include "linear.h"
+#include "loss.h"
+#include "norm.h"
+#include "table.h"
 
 namespace pynlp {
+namespace {
 
-struct LayerKernels {
-  void (*norm_forward)(const NormForward& problem);
-  void (*norm_backward)(const NormBackward& problem);
-  void (*activation_forward)(const ActivationForward& problem);
-  void (*activation_backward)(const ActivationBackward& problem);
-  void (*linear_forward)(const LinearForward& problem);
-  void (*row_peaks)(const RowPeaks& problem);
-  void (*linear_cross_entropy)(const LinearCrossEntropy& problem);
+constexpr LayerKernels KERNELS = {
+    [](const NormForward& problem) { Norm(problem).run(); },
+    [](const NormBackward& problem) { NormGradient(problem).run(); },
+    [](const ActivationForward& problem) { Activate(problem).run(); },
+    [](const ActivationBackward& problem) { ActivateGradient(problem).run(); },
+    [](const LinearForward& problem) { Linear(problem).run(); },
+    [](const ArgmaxAndLse& problem) { FindArgmaxAndLse(problem).run(); },
+    [](const LinearCrossEntropy& problem) {
+#if PYNLP_BF16
+      if (problem.x.dtype == Dtype::bfloat16) {
+        Loss<Bf16>(problem).run();
+        return;
+      }
+#endif
+      Loss<Fp32>(problem).run();
+    },
 };
 
-extern const LayerKernels layers_portable;
-#if defined(__x86_64__)
-extern const LayerKernels layers_avx2;
-extern const LayerKernels layers_avx512;
-extern const LayerKernels layers_avx512_bf16;
-#endif
-
+}  // namespace
 }  // namespace pynlp

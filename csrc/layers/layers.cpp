@@ -1,30 +1,34 @@
-// Picks the kernels by the CPU's features.
 #include "layers.h"
 
 #include "../common/isa.h"
-#include "kernels.h"
+#include "table.h"
 
 namespace pynlp {
 namespace {
 
-const LayerKernels& kernels() {
+constexpr Variant<LayerKernels> VARIANTS[] = {
 #if defined(__x86_64__)
-  const Features f = features();
-  if (f.avx512_bf16) return layers_avx512_bf16;
-  if (f.avx512) return layers_avx512;
-  if (f.avx2) return layers_avx2;
+    {&layers_avx512_bf16, &Features::avx512_bf16},
+    {&layers_avx512, &Features::avx512},
+    {&layers_avx2, &Features::avx2},
 #endif
-  return layers_portable;
-}
+    {&layers_portable},
+};
 
 }  // namespace
 
-void norm_forward(const NormForward& problem) { kernels().norm_forward(problem); }
-void norm_backward(const NormBackward& problem) { kernels().norm_backward(problem); }
-void activation_forward(const ActivationForward& problem) { kernels().activation_forward(problem); }
-void activation_backward(const ActivationBackward& problem) { kernels().activation_backward(problem); }
-void linear_forward(const LinearForward& problem) { kernels().linear_forward(problem); }
-void row_peaks(const RowPeaks& problem) { kernels().row_peaks(problem); }
-void linear_cross_entropy(const LinearCrossEntropy& problem) { kernels().linear_cross_entropy(problem); }
+void norm_forward(const NormForward& problem) { pick(VARIANTS, &LayerKernels::norm_forward)(problem); }
+void norm_backward(const NormBackward& problem) { pick(VARIANTS, &LayerKernels::norm_backward)(problem); }
+void activation_forward(const ActivationForward& problem) {
+  pick(VARIANTS, &LayerKernels::activation_forward)(problem);
+}
+void activation_backward(const ActivationBackward& problem) {
+  pick(VARIANTS, &LayerKernels::activation_backward)(problem);
+}
+void linear_forward(const LinearForward& problem) { pick(VARIANTS, &LayerKernels::linear_forward)(problem); }
+void argmax_and_lse(const ArgmaxAndLse& problem) { pick(VARIANTS, &LayerKernels::argmax_and_lse)(problem); }
+void linear_cross_entropy(const LinearCrossEntropy& problem) {
+  pick(VARIANTS, &LayerKernels::linear_cross_entropy)(problem);
+}
 
 }  // namespace pynlp

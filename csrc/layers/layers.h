@@ -1,20 +1,9 @@
 // What stands between attention and matrix products, on the CPU: what the ops hand to the kernels. No torch here.
 #pragma once
 
-#include "../common/dtype.h"
+#include "../common/rows.h"
 
 namespace pynlp {
-
-// Rows of contiguous values, `stride` elements from one to the next; no data: there is none.
-struct RowsIn {
-  const void* data;
-  int64_t stride;
-  Dtype dtype;
-};
-struct RowsOut {  // contiguous
-  void* data;
-  Dtype dtype;
-};
 
 // Which values are dropped: (i, j) has the 16 bits number j % 8 of Philox(seed; j / 8, i's halves, 1).
 struct RowDropout {
@@ -88,16 +77,16 @@ struct LinearForward {
 };
 
 // Where each row has its largest value, the first of equal ones, and the logarithm of its sum of exponentials.
-struct RowPeaks {
+struct ArgmaxAndLse {
   int64_t rows, columns;
-  RowsIn x;        // fp32
-  int64_t* place;  // (rows,)
-  float* lse;      // (rows,)
+  RowsIn x;         // fp32
+  int64_t* argmax;  // (rows,)
+  float* lse;       // (rows,)
 };
 
 void linear_cross_entropy(const LinearCrossEntropy& problem);
 void linear_forward(const LinearForward& problem);
-void row_peaks(const RowPeaks& problem);
+void argmax_and_lse(const ArgmaxAndLse& problem);
 void norm_forward(const NormForward& problem);
 void norm_backward(const NormBackward& problem);
 void activation_forward(const ActivationForward& problem);

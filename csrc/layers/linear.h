@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../common/parallel.h"
-#include "../gemm/tile.h"
+#include "../gemm/pack.h"
 #include "../simd/memory.h"
 #include "layers.h"
 
@@ -43,29 +43,24 @@ class Linear {
   // Rows of x for which rows of the weight are turned; 16 lanes keep up with the memory if one of them is in use.
   static constexpr int64_t FEW = PYNLP_AVX512 ? 0 : TILE_ROWS;
 
-  const float* weight(int64_t row) const {
-    return static_cast<const float*>(in_.weight.data) + row * in_.weight.stride;
-  }
-  const int32_t* x(int64_t row) const { return static_cast<const int32_t*>(in_.x.data) + row * in_.x.stride; }
   int32_t* panel_of_x(int64_t panel) const { return static_cast<int32_t*>(x_.data) + panel * PANEL * depth_; }
 
   // Up to PANEL rows as columns, with zeros up to whole vectors.
-  static void pack(const void* from, int64_t stride, int64_t count, int64_t columns, int32_t* to) {
-    const int32_t* words = static_cast<const int32_t*>(from);
-    const int64_t lanes = round_up(count, LANES), depth = round_up(columns, LANES);
-    if (count < lanes || columns < depth) {
-      int32_t* rows = static_cast<int32_t*>(thread_scratch(lanes * depth * sizeof(float)));
-      memset(rows, 0, lanes * depth * sizeof(float));
-      for (int64_t r = 0; r < count; ++r) copy_row(rows + r * depth, words + r * stride, 4 * columns);
-      words = rows;
-      stride = depth;
-    }
-    transpose(words, stride, to, PANEL, lanes, depth);
+  static void pack(const FloatRows& rows, int64_t first, int64_t count, int32_t* to) {
+    const int64_t lanes = round_up(count, LANES), words = row_words<Fp32>(rows.columns);
+    int32_t* room = static_cast<int32_t*>(thread_scratch(lanes * words * sizeof(int32_t)));
+    pack_columns<Fp32>(rows, first, first + count, lanes, words, nullptr, room, to, PANEL);
   }
 
   void pack_x(int64_t panel) const {
     const int64_t first = panel * PANEL;
-    pack(x(first), in_.x.stride, smaller(PANEL, in_.rows - first), in_.columns, panel_of_x(panel));
+    pack({in_.x, in_.columns}, first, smaller(PANEL, in_.rows - first), panel_of_x(panel));
+  }
+
+  // `columns` columns of the weight, from column k on.
+  FloatRows weight(int64_t k, int64_t columns) const {
+    const RowsIn& all = in_.weight;
+    return {{static_cast<const float*>(all.data) + k, all.stride, all.dtype}, columns};
   }
 
   // BLOCK rows of the weight by a chunk of x.
@@ -77,7 +72,7 @@ class Linear {
       const int64_t tokens = smaller(PANEL, in_.rows - panel * PANEL), lanes = round_up(tokens, LANES);
       for (int64_t k = 0; k < in_.columns; k += DEPTH) {
         const auto product = k == 0 ? matmul<Fp32, Into::overwrite> : matmul<Fp32, Into::add>;
-        product(count, lanes, smaller(DEPTH, in_.columns - k), weight(first) + k, in_.weight.stride, 1,
+        product(count, lanes, smaller(DEPTH, in_.columns - k), weight(k, DEPTH).row(first), in_.weight.stride, 1,
                 panel_of_x(panel) + k * PANEL, PANEL, products, PANEL, nullptr);
       }
       transpose(reinterpret_cast<int32_t*>(products), PANEL, reinterpret_cast<int32_t*>(rows), BLOCK,
@@ -95,9 +90,10 @@ class Linear {
       const int64_t some = smaller(PANEL, count - n), lanes = round_up(some, LANES);
       for (int64_t k = 0; k < in_.columns; k += DEPTH) {
         const int64_t depth = smaller(DEPTH, in_.columns - k);
-        pack(weight(first + n) + k, in_.weight.stride, some, depth, turned);
+        pack(weight(k, depth), first + n, some, turned);
         const auto product = k == 0 ? matmul<Fp32, Into::overwrite> : matmul<Fp32, Into::add>;
-        product(in_.rows, lanes, depth, x(0) + k, in_.x.stride, 1, turned, PANEL, rows + n, BLOCK, nullptr);
+        product(in_.rows, lanes, depth, static_cast<const float*>(in_.x.data) + k, in_.x.stride, 1, turned, PANEL,
+                rows + n, BLOCK, nullptr);
       }
     }
     for (int64_t t = 0; t < in_.rows; ++t) write(t, first, count, rows + t * BLOCK);

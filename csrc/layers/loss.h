@@ -9,47 +9,15 @@
 #pragma once
 
 #include "../common/parallel.h"
+#include "../gemm/pack.h"
 #include "../simd/math.h"
-#include "../gemm/tile.h"
 #include "../simd/memory.h"
-#include "rows.h"
+#include "layers.h"
 
 namespace pynlp {
 namespace {
 
 constexpr int64_t PANEL = TILE_VECTORS * LANES;  // columns of a product
-
-// A row as words of E, with zeros up to `words`.
-template <class E>
-void pack_row(const RowsIn& in, int64_t row, int64_t columns, int64_t words, float* room, int32_t* to) {
-  if constexpr (E::PAIR == 1) {
-    read_row(in.dtype, row_of(in, row), columns, reinterpret_cast<float*>(to));
-  } else if (in.dtype == Dtype::bfloat16) {
-    copy_row(to, row_of(in, row), 2 * columns);
-  } else {
-    read_row(in.dtype, row_of(in, row), columns, room);
-    float_to_bf16(room, columns, reinterpret_cast<uint16_t*>(to));
-  }
-  const int64_t bytes = columns * 4 / E::PAIR;
-  memset(reinterpret_cast<char*>(to) + bytes, 0, 4 * words - bytes);
-}
-
-// Rows as the right-hand side of a sum over rows: panels of PANEL columns, words of E along the rows. `count` is a
-// multiple of PAIR; a row has `words` words.
-template <class E>
-void pack_panels(const int32_t* rows, int64_t words, int64_t count, int64_t columns, int32_t* to) {
-  for (int64_t column = 0; column < columns; column += PANEL) {
-    for (int64_t row = 0; row < count; row += E::PAIR, to += PANEL) {
-      if constexpr (E::PAIR == 1) {
-        for (int64_t n = 0; n < PANEL; n += LANES) store(to + n, load(rows + row * words + column + n));
-      } else {
-        const uint16_t* even = reinterpret_cast<const uint16_t*>(rows + row * words) + column;
-        const uint16_t* odd = even + 2 * words;
-        for (int64_t n = 0; n < PANEL; ++n) to[n] = even[n] | static_cast<uint32_t>(odd[n]) << 16;
-      }
-    }
-  }
-}
 
 template <class E>
 class Loss {
@@ -123,17 +91,12 @@ class Loss {
   void pack_tokens(int64_t panel) {
     const Scratch s = take_scratch<Scratch>(*this);
     int32_t* rows = words_of(token_rows_) + panel * PANEL * words_;
-    for (int64_t n = 0; n < PANEL; ++n) {
-      const int64_t token = panel * PANEL + n;
-      if (token < count_)
-        pack_row<E>(in_.x, first_ + token, in_.dim, words_, s.room, rows + n * words_);
-      else
-        memset(rows + n * words_, 0, 4 * words_);
-    }
+    const int64_t first = first_ + panel * PANEL, last = smaller(first + PANEL, first_ + count_);
+    pack_rows<E>(FloatRows{in_.x, in_.dim}, first, last, PANEL, words_, s.room, rows);
     transpose(rows, words_, words_of(token_columns_) + panel * PANEL * words_, PANEL, PANEL, words_);
     if (!in_.grad_weight.data) return;
     // Of each panel of columns, the rows of these tokens.
-    pack_panels<E>(rows, words_, PANEL, width_, s.panels);
+    pack_panels<E>(rows, words_, PANEL, width_, PANEL, s.panels);
     constexpr int64_t OWN = PANEL / E::PAIR * PANEL;
     for (int64_t column = 0; column < width_ / PANEL; ++column)
       copy_row(words_of(token_panels_) + column * (padded_ / E::PAIR) * PANEL + panel * OWN, s.panels + column * OWN,
@@ -142,15 +105,13 @@ class Loss {
 
   // Rows of a block of the weight as words, where they are or in scratch; zeros behind the last one, up to a pair.
   const int32_t* weight_rows(int64_t first, int64_t count, const Scratch& s, int64_t* stride) const {
-    if (in_.weight.dtype == (E::PAIR == 1 ? Dtype::float32 : Dtype::bfloat16) && in_.dim == width_ &&
-        in_.weight.stride % E::PAIR == 0 && count % E::PAIR == 0) {
-      *stride = in_.weight.stride / E::PAIR;
-      return reinterpret_cast<const int32_t*>(row_of(in_.weight, first));
+    const FloatRows weight{in_.weight, in_.dim};
+    if (weight.in_place(E::PAIR) && in_.dim == width_ && count % E::PAIR == 0) {
+      *stride = weight.stride / E::PAIR;
+      return weight.words(first, E::PAIR);
     }
     *stride = words_;
-    for (int64_t n = 0; n < count; ++n)
-      pack_row<E>(in_.weight, first + n, in_.dim, words_, s.room, s.rows + n * words_);
-    if (count % E::PAIR) memset(s.rows + count * words_, 0, 4 * words_);
+    pack_rows<E>(weight, first, first + count, round_up(count, E::PAIR), words_, s.room, s.rows);
     return s.rows;
   }
 
@@ -277,7 +238,7 @@ class Loss {
       if (!in_.grad_x.data) continue;
       int64_t stride;
       const int32_t* rows = weight_rows(first, count, s, &stride);
-      pack_panels<E>(rows, stride, even, width_, s.panels);
+      pack_panels<E>(rows, stride, even, width_, PANEL, s.panels);
       for (int64_t column = 0; column < panels; ++column)
         matmul<E, Into::add>(padded_, PANEL, even / E::PAIR, along_rows, 1, CHUNK,
                              s.panels + column * (even / E::PAIR) * PANEL, PANEL, partial + column * PANEL, width_);

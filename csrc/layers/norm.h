@@ -4,7 +4,8 @@
 #include "../common/parallel.h"
 #include "../simd/math.h"
 #include "../simd/memory.h"
-#include "rows.h"
+#include "../simd/rows.h"
+#include "dropout.h"
 
 namespace pynlp {
 namespace {
@@ -14,20 +15,20 @@ constexpr int64_t SUMMED = 16 * LANES;
 
 // How many rows a task takes: by their number alone, so that the bits of the weights' gradients, which a task sums, do
 // not depend on the threads.
-constexpr int64_t MOST_TASKS = 64;
-inline int64_t task_rows(int64_t rows) { return larger(TASK_ROWS, (rows + MOST_TASKS - 1) / MOST_TASKS); }
+constexpr int64_t LEAST_ROWS = 16, MOST_TASKS = 64;
+inline int64_t task_rows(int64_t rows) { return larger(LEAST_ROWS, (rows + MOST_TASKS - 1) / MOST_TASKS); }
 
 template <int COUNT>
-struct Rows {
+struct Count {
   static constexpr int count = COUNT;
 };
 
-// work(first, Rows<how many>) for the rows from `first` to `last`, MOST at a time or one: side by side, the sums of one
-// do not wait for those of another. What a row gives is the same alone.
+// work(first, Count<how many>) for the rows from `first` to `last`, MOST at a time or one: side by side, the sums of one
+// row do not wait for those of another. A row's result does not depend on its neighbours.
 template <int MOST, class Work>
 PYNLP_INLINE void in_groups(int64_t first, int64_t last, const Work& work) {
-  for (; first + MOST <= last; first += MOST) work(first, Rows<MOST>{});
-  for (; first < last; ++first) work(first, Rows<1>{});
+  for (; first + MOST <= last; first += MOST) work(first, Count<MOST>{});
+  for (; first < last; ++first) work(first, Count<1>{});
 }
 
 // work(r) for each of COUNT rows, unrolled: arrays of sums by r are registers.
@@ -52,7 +53,7 @@ PYNLP_INLINE void over_row(int64_t size, const Work& work) {
 struct Ahead {
   const char* row;
   int64_t bytes;  // of a value
-  Ahead(const RowsIn& in, int64_t i) : row(row_of(in, i)), bytes(bytes_of(in.dtype)) {}
+  Ahead(const RowsIn& in, int64_t i) : row(in.row(i)), bytes(bytes_of(in.dtype)) {}
   void prefetch(int64_t d) const { __builtin_prefetch(row + d * bytes); }
 };
 

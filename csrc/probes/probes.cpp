@@ -24,15 +24,25 @@ double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
-const ProbeLoops& loops() {
-#if defined(__x86_64__)
-  const Features f = features();
-  if (f.avx512_bf16 || f.avx512_vnni) return PROBES_AVX512_BF16_VNNI;
-  if (f.avx512) return PROBES_AVX512;
-  if (f.avx2) return PROBES_AVX2;
+// int8 products come before bf16: a CPU that has both has its own loop of each.
+constexpr Variant<ProbeLoops> VARIANTS[] = {
+#if PYNLP_COMPILES_AMX
+    {&probes_amx_int8, &Features::amx_int8},
+    {&probes_amx_bf16, &Features::amx_bf16},
 #endif
-  return PROBES_PORTABLE;
-}
+#if defined(__x86_64__)
+    {&probes_avx512_vnni, &Features::avx512_vnni},
+    {&probes_avx512_bf16, &Features::avx512_bf16},
+    {&probes_avx512, &Features::avx512},
+#endif
+#if PYNLP_COMPILES_AMX
+    {&probes_avx_vnni, &Features::avx_vnni},
+#endif
+#if defined(__x86_64__)
+    {&probes_avx2, &Features::avx2},
+#endif
+    {&probes_portable},
+};
 
 // Where all threads meet; they yield meanwhile, as there may be more of them than cores.
 class Barrier {
@@ -94,7 +104,8 @@ double best_rate(int threads, double seconds, const std::function<double(int)>& 
   return best;
 }
 
-double peak(double (*loop)(int64_t), int threads, double seconds) {
+double peak(double (*ProbeLoops::*rounds)(int64_t), int threads, double seconds) {
+  const auto loop = pick(VARIANTS, rounds);
   if (loop == nullptr) return 0;
   constexpr int64_t ROUNDS = 200000;  // about 2 ms: long beside the barrier, short beside a scheduler's slice
   return best_rate(threads, seconds, [&](int) { return loop(ROUNDS); });
@@ -122,19 +133,17 @@ size_t share(size_t bytes, int threads) { return std::max<size_t>(bytes / thread
 
 }  // namespace
 
-double peak_fma(int threads, double seconds) { return peak(loops().fma, threads, seconds); }
-double peak_bf16_dot(int threads, double seconds) {
-  return features().avx512_bf16 ? peak(loops().bf16_dot, threads, seconds) : 0;
-}
-double peak_int8_dot(int threads, double seconds) {
-  return features().avx512_vnni ? peak(loops().int8_dot, threads, seconds) : 0;
-}
+double peak_fma(int threads, double seconds) { return peak(&ProbeLoops::fma, threads, seconds); }
+double peak_bf16_dot(int threads, double seconds) { return peak(&ProbeLoops::bf16_dot, threads, seconds); }
+double peak_int8_dot(int threads, double seconds) { return peak(&ProbeLoops::int8_dot, threads, seconds); }
+double peak_bf16_tile(int threads, double seconds) { return peak(&ProbeLoops::bf16_tile, threads, seconds); }
+double peak_int8_tile(int threads, double seconds) { return peak(&ProbeLoops::int8_tile, threads, seconds); }
 
 double read_bandwidth(int threads, double seconds, size_t bytes) {
   const size_t part = share(bytes, threads);
   const Buffer from(part * threads);
-  return best_rate(threads, seconds, [&, &loop = loops()](int thread) {
-    loop.read(from.data() + thread * part, static_cast<int64_t>(part));
+  return best_rate(threads, seconds, [&, read = pick(VARIANTS, &ProbeLoops::read)](int thread) {
+    read(from.data() + thread * part, static_cast<int64_t>(part));
     return static_cast<double>(part);
   });
 }
@@ -142,8 +151,8 @@ double read_bandwidth(int threads, double seconds, size_t bytes) {
 double copy_bandwidth(int threads, double seconds, size_t bytes) {
   const size_t part = share(bytes, threads);
   const Buffer from(part * threads), to(part * threads);
-  return best_rate(threads, seconds, [&, &loop = loops()](int thread) {
-    loop.copy(from.data() + thread * part, to.data() + thread * part, static_cast<int64_t>(part));
+  return best_rate(threads, seconds, [&, copy = pick(VARIANTS, &ProbeLoops::copy)](int thread) {
+    copy(from.data() + thread * part, to.data() + thread * part, static_cast<int64_t>(part));
     return 2.0 * static_cast<double>(part);
   });
 }

@@ -1,4 +1,4 @@
-// The probes' inner loops of one ISA.
+// The probes' inner loops, and the variants of them.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,34 @@
 namespace pynlp {
 
 struct ProbeLoops {
-  // Run so many rounds; return the operations done. Null where the ISA has no such instruction.
+  // Run so many rounds; return the operations done. Null where the target has no such instruction.
   double (*fma)(int64_t rounds);
   double (*bf16_dot)(int64_t rounds);
   double (*int8_dot)(int64_t rounds);
+  double (*bf16_tile)(int64_t rounds);
+  double (*int8_tile)(int64_t rounds);
   // Sizes are multiples of 1024 bytes, addresses of 64.
   void (*read)(const char* from, int64_t bytes);
   void (*copy)(const char* from, char* to, int64_t bytes);
 };
 
-extern const ProbeLoops PROBES_PORTABLE, PROBES_AVX2, PROBES_AVX512, PROBES_AVX512_BF16_VNNI;
+#if defined(__x86_64__) && __GNUC__ >= 11
+#define PYNLP_COMPILES_AMX 1  // and AVX-VNNI
+#else
+#define PYNLP_COMPILES_AMX 0
+#endif
+
+extern const ProbeLoops probes_portable;
+#if defined(__x86_64__)
+extern const ProbeLoops probes_avx2;
+extern const ProbeLoops probes_avx512;
+extern const ProbeLoops probes_avx512_vnni;
+extern const ProbeLoops probes_avx512_bf16;
+#endif
+#if PYNLP_COMPILES_AMX
+extern const ProbeLoops probes_avx_vnni;
+extern const ProbeLoops probes_amx_bf16;
+extern const ProbeLoops probes_amx_int8;
+#endif
 
 }  // namespace pynlp

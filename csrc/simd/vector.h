@@ -1,8 +1,7 @@
-// Vectors of float and int32 of the width that the including file chose: one source for SSE2, NEON, AVX2 and AVX-512.
+// Vectors of float and int32 of the target's width: one source for SSE2, NEON, AVX2 and AVX-512.
 //
-// An ISA file includes <cstdint>, <cstring> and <immintrin.h> first, then sets `#pragma GCC target(...)` and
-// PYNLP_LANES, then includes this. All of it lies in an anonymous namespace: nothing compiled for one ISA may be
-// merged by the linker with code of another. No standard templates for the same reason.
+// An ISA file includes one of targets/ before this. All of this lies in an anonymous namespace, and uses no standard
+// templates: the linker must not merge code for one instruction set with code for another.
 #pragma once
 
 namespace pynlp {

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pynlp.decoding.hypotheses import Hypothesis
 from pynlp.decoding.rules import Rules, check_count
 from pynlp.decoding.state import DecodingState, largest, next_logits
-from pynlp.ops.layers.argmax_and_lse import row_peaks
+from pynlp.ops.layers.argmax_and_lse import argmax_and_lse
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def _write(
     for drawn in count():
         allowed = rules.apply(logits, history)
         if allowed is not logits:
-            likeliest, of_allowed = row_peaks(allowed)
+            likeliest, of_allowed = argmax_and_lse(allowed)
             if (of_allowed == -math.inf).any():
                 raise ValueError(
                     f"min_length, no_repeat_ngram: expected rules that leave some token, got none after {drawn} tokens"

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pynlp.ops.layers.argmax_and_lse import row_peaks
+from pynlp.ops.layers.argmax_and_lse import argmax_and_lse
 
 
 class DecodingState(Protocol):
@@ -66,7 +66,7 @@ def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor, T
             f"got {logits.dtype} {tuple(logits.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    likeliest, normalizer = row_peaks(logits)
+    likeliest, normalizer = argmax_and_lse(logits)
     if not math.isfinite(normalizer.sum()):
         row = normalizer.isfinite().logical_not().nonzero()[0].item()
         came = {math.inf: "+inf", -math.inf: "only -inf"}.get(normalizer[row].item(), "NaN")

@@ -14,7 +14,7 @@ import pynlp
 from pynlp import backends
 
 ROOT = Path(__file__).resolve().parents[2]
-ISA_OBJECT = re.compile("avx")
+ISA_OBJECT = re.compile("avx|amx")
 
 
 def run(*command, cwd=ROOT, check=True, **environment):
@@ -51,7 +51,7 @@ def test_code_for_one_isa_stays_apart(objects):
 
 def test_other_code_runs_on_any_cpu(objects):
     for name, path in objects.items():
-        wide = re.search("%[yz]mm", run("objdump", "-d", path).stdout) is not None
+        wide = re.search("%[yzt]mm", run("objdump", "-d", path).stdout) is not None
         assert wide == bool(ISA_OBJECT.search(name)), name
 
 

@@ -16,11 +16,15 @@ def test_peak_of_every_isa(isa):
     assert FMA_A_CYCLE[isa] / 32 * 1e9 < peak < FMA_A_CYCLE[isa] * CLOCK
     bf16, int8 = probes.peak_bf16_dot(1), probes.peak_int8_dot(1)
     features = backends.native().features()
-    assert bool(bf16) == features["avx512_bf16"] and bool(int8) == features["avx512_vnni"]
+    assert bool(bf16) == features["avx512_bf16"] and bool(int8) == features["avx2"]
     if bf16:
         assert 1.3 * peak < bf16 < 128 * CLOCK
     if int8:
-        assert 2.5 * peak < int8 < 256 * CLOCK
+        vnni = features["avx512_vnni"] or (features["avx_vnni"] and not features["avx512"])
+        assert (2.5 if vnni else 1.3) * peak < int8 < 256 * CLOCK
+    bf16, int8 = probes.peak_bf16_tile(1), probes.peak_int8_tile(1)
+    assert (not bf16 or features["amx_bf16"]) and (not int8 or features["amx_int8"])  # the system may refuse tiles
+    assert max(bf16, int8 / 2) < 1024 * CLOCK
 
 
 def best(probe, *arguments, **options):

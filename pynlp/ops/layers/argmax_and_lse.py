@@ -7,15 +7,15 @@ from pynlp.ops.common.checks import rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define
 from pynlp.reference.layers import argmax_and_lse as reference
 
-define("row_peaks", "(Tensor x) -> (Tensor, Tensor)", reference, triton=None, dtype_of="x")
+define("argmax_and_lse", "(Tensor x) -> (Tensor, Tensor)", reference, triton=None, dtype_of="x")
 
 
-@torch.library.register_fake("pynlp::row_peaks", lib=LIBRARY)
+@torch.library.register_fake("pynlp::argmax_and_lse", lib=LIBRARY)
 def _fake(x):
     return x.new_empty(x.shape[:1], dtype=torch.int64), x.new_empty(x.shape[:1])
 
 
-def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_and_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """The place of each row's largest value, the first of equal ones, and its log-sum-exp; no gradients.
 
     Args:
@@ -25,4 +25,4 @@ def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 `(rows,)`, and `(rows,)` in x's dtype.
     """
-    return torch.ops.pynlp.row_peaks(rows_at_one_stride(x))
+    return torch.ops.pynlp.argmax_and_lse(rows_at_one_stride(x))

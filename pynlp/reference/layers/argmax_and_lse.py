@@ -3,6 +3,6 @@
 from torch import Tensor
 
 
-def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_and_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     """The place of the largest value in each row of x (rows, columns), int64 (rows,), and the log-sum-exp (rows,)."""
     return x.max(dim=1).indices, x.logsumexp(dim=1)

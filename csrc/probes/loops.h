@@ -1,4 +1,5 @@
-// The probes' inner loops, for the ISA of the including file. Accumulators enough to hide the latency of two pipes.
+// The probes' inner loops for the target that the including file chose. They have accumulators enough to hide the
+// latency of two pipes.
 #pragma once
 
 #include "../simd/vector.h"
@@ -49,6 +50,27 @@ double bf16_dot_rounds(int64_t rounds) {
   for (int i = 0; i < ACCUMULATORS; ++i) sink = sums[i][0];
   return 4.0 * LANES * ACCUMULATORS * static_cast<double>(rounds);
 }
+#endif
+
+#if PYNLP_LANES >= 8
+// sum + the products of four unsigned bytes of a by four signed ones of b, in each lane.
+inline Int add_products(Int sum, Int a, Int b) {
+#if PYNLP_VNNI && PYNLP_AVX512
+  // The intrinsic of g++ 12 copies its accumulator, at half the speed.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#elif PYNLP_VNNI
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  asm volatile("" : "+v"(a));  // else the products, the same in every round, would be taken out of the loop
+#if PYNLP_AVX512
+  return sum + (Int)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+#else
+  return sum + (Int)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
+#endif
+#endif
+}
 
 double int8_dot_rounds(int64_t rounds) {
   const Int a = hidden(broadcast(0x01020301)), b = hidden(broadcast(0x02010102));
@@ -57,12 +79,7 @@ double int8_dot_rounds(int64_t rounds) {
   for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = broadcast(i);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 20
-    for (int i = 0; i < ACCUMULATORS; ++i) {
-      Int sum = sums[i];  // as an operand itself, an array would stay in memory
-      // The intrinsic of g++ 12 copies its accumulator, at half the speed.
-      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-      sums[i] = sum;
-    }
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[i] = add_products(sums[i], a, b);
   }
 #pragma GCC unroll 20
   for (int i = 0; i < ACCUMULATORS; ++i) sink = static_cast<float>(sums[i][0]);
@@ -108,6 +125,22 @@ void copy_bytes(const char* from, char* to, int64_t bytes) {
       stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
   }
 }
+
+constexpr ProbeLoops LOOPS = {
+    fma_rounds,
+#if PYNLP_BF16
+    bf16_dot_rounds,
+#else
+    nullptr,
+#endif
+#if PYNLP_LANES >= 8
+    int8_dot_rounds,
+#else
+    nullptr,
+#endif
+    nullptr,  // tiles.h
+    nullptr,         read_bytes, copy_bytes,
+};
 
 }  // namespace
 }  // namespace pynlp

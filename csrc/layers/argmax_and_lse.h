@@ -9,11 +9,11 @@
 namespace pynlp {
 namespace {
 
-class Peaks {
+class FindArgmaxAndLse {
  public:
-  explicit Peaks(const RowPeaks& in) : in_(in) {}
+  explicit FindArgmaxAndLse(const ArgmaxAndLse& in) : in_(in) {}
 
-  void run() { run_tasks<&Peaks::find>(in_.rows, this); }
+  void run() { run_tasks<&FindArgmaxAndLse::find>(in_.rows, this); }
 
  private:
   static constexpr int64_t BLOCK = 16 * LANES;
@@ -30,7 +30,7 @@ class Peaks {
       }
     }
     while (row[place] != best && place + 1 < in_.columns) ++place;  // the first of equal ones
-    in_.place[i] = place;
+    in_.argmax[i] = place;
     in_.lse[i] = best == __builtin_inff() ? best : log_sum_exp(row, best == -__builtin_inff() ? 0.0f : best);
   }
 
@@ -58,7 +58,7 @@ class Peaks {
     return pivot + __builtin_logf(lane_sum(sums));
   }
 
-  const RowPeaks& in_;
+  const ArgmaxAndLse& in_;
 };
 
 }  // namespace

@@ -1,0 +1,4 @@
+#include "../targets/portable.h"
+#include "kernels.h"
+
+const pynlp::LayerKernels pynlp::layers_portable = pynlp::KERNELS;
