@@ -70,13 +70,13 @@ class Group(NamedTuple):
 
 
 class KeySums(NamedTuple):
-    """The gradients of a block of keys and values, of the queries that a loop has visited so far."""
+    """The gradients of a block of keys and values, over the queries that a loop has visited so far."""
 
     b_grad_k: tl.tuple  # pieces (BLOCK_N, channels)
     b_grad_v: tl.tuple  # pieces (BLOCK_N, BLOCK_D)
 
 
-class Keys(NamedTuple):
+class KeyBlock(NamedTuple):
     """A block of keys and values."""
 
     b_k: tl.tuple  # pieces (BLOCK_N, channels)
@@ -241,7 +241,7 @@ def attention_backward_keys_kernel(
 
     b_k = load_head(keys, rotary_k, i_n, F, False, BLOCK_N, True, TILE.LONG)
     b_v = load_pieces(values, i_n, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_N, True, TILE.LONG)
-    own = Keys(b_k, b_v)
+    own = KeyBlock(b_k, b_v)
     sums = KeySums(zero_head(F, BLOCK_N), zero_pieces(F.HEAD_DIM_V, F.BLOCK_D, BLOCK_N))
 
     if F.HAS_LEFT or F.HAS_RIGHT or MASK_TAIL:

@@ -53,7 +53,7 @@ class QuerySums(NamedTuple):
     b_right: tl.tensor  # ... and to the right
 
 
-class Queries(NamedTuple):
+class QueryBlock(NamedTuple):
     """A block of queries."""
 
     b_q: tl.tuple  # pieces (BLOCK_M, channels)
@@ -239,7 +239,7 @@ def attention_backward_queries_kernel(
     b_grad = load_pieces(grad_rows, i_m, 0, F.HEAD_DIM_V, F.BLOCK_D, False, BLOCK_M, True, TILE.LONG)
     p_pivot, p_delta, padded_q = Statistics(*statistics)
     o_row = (i_b * heads + i_h).to(tl.int64) * padded_q + start_statistics + i_m + tl.arange(0, BLOCK_M)
-    queries = Queries(b_q, b_grad, tl.load(p_pivot + o_row), tl.load(p_delta + o_row))
+    queries = QueryBlock(b_q, b_grad, tl.load(p_pivot + o_row), tl.load(p_delta + o_row))
     b_zero = tl.zeros([BLOCK_M], tl.float32)
     sums = QuerySums(zero_head(F, BLOCK_M), b_zero, b_zero, b_zero)
 

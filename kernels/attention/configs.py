@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-LARGEST_BLOCK = 128  # that measurements try
+LARGEST_BLOCK = 128  # the largest that measurements try
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA.
+    """The launch of a kernel: its tile (queries x keys), warps, pipeline stages, and whether it may use TMA.
 
     Masked blocks have `masked` columns (keys; in the kernel of k and v queries) instead: they need more registers.
     Without `hoist` the loops compute their constants anew, for the same reason. Heads are cut into pieces of `piece`
@@ -28,7 +28,7 @@ class Config(NamedTuple):
     registers: int = 0
 
     def options(self) -> dict[str, int]:
-        """Triton's options of a launch."""
+        """The options that Triton takes at a launch."""
         options = dict(num_warps=self.num_warps, num_stages=self.num_stages)
         return options | dict(maxnreg=self.registers) if self.registers else options
 
@@ -66,8 +66,7 @@ def tiles_of(tables: dict[str, dict[int, list[Config]]], chip: str, head_dim: in
 
 
 def configs(kernel: str, chip: str, head_dim: int, item_size: int) -> list[Config]:
-    """The tiles of the kernel forward, keys, queries, table (queries with the gradient of T5's table, square) or
-    weights."""
+    """The tiles of a kernel: forward, keys, queries, table (queries with T5's gradient, in square tiles) or weights."""
     return tiles_of((FP32 if item_size == 4 else HALF)[kernel], chip, head_dim)
 
 

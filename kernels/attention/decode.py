@@ -11,7 +11,7 @@ from .scores import LN2, LOG2E, Running, Span, block_ranges, softmax_step, start
 
 
 class DecodeFeatures(NamedTuple):
-    """What a call of attention over a cache computes."""
+    """The features of a call of attention over a cache."""
 
     HEAD_DIM: int  # of q and the keys
     HEAD_DIM_V: int  # of the values and out
@@ -33,7 +33,7 @@ class DecodeFeatures(NamedTuple):
 
 
 class DecodeTile(NamedTuple):
-    """How the kernel of attention over a cache cuts its work."""
+    """The cut of a call of attention over a cache into blocks."""
 
     BLOCK_M: int  # rows
     BLOCK_N: int  # keys

@@ -15,7 +15,7 @@ def configs(chip: str, rows: int, head_dim: int, item_size: int) -> list[Config]
 
 
 def _lean(block_m: int, block_n: int, warps: int = 8, stages: int = 1, **more) -> Config:
-    """For few registers."""
+    """A config for few registers."""
     return Config(block_m, block_n, warps, stages, hoist=False, **more)
 
 
@@ -48,7 +48,7 @@ _HOPPER = {
         *_SMALL[128],
     ],
     256: [Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2), *_SMALL[256]],
-    # The compressed keys of latent attention are read once, and are its values too.
+    # The compressed keys of latent attention are read once, and are its values, too.
     576: [Config(64, 64, 8, 2), Config(64, 32, 8, 3), Config(64, 32, 8, 2), Config(32, 32, 8, 2), *_SMALL[576]],
     1024: _SMALL[1024],
 }

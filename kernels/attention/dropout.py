@@ -32,14 +32,14 @@ def head_dropout(p_seed, i_h, dropped, HAS_DROPOUT: tl.constexpr):
 
 @triton.jit
 def _kept_halves(b_word, dropped, BIT: tl.constexpr):
-    """Bit BIT: whether the lower half of a word keeps its weight; the next bit: whether the upper half does."""
+    """Two bits: BIT is set if the lower half of a word keeps its weight, BIT + 1 if the upper half does."""
     b_lower = tl.where(b_word << 16 >= dropped, 1 << BIT, 0)
     return b_lower | tl.where(b_word >= dropped, 2 << BIT, 0)
 
 
 @triton.jit
 def _kept_bits(dropout, b_query, b_draw):
-    """Bit n: whether the weight of key 8 b_draw + n is kept; for (ROWS, 1) and (1, COLUMNS) or the reverse."""
+    """Eight bits: n is set if the weight of key 8 b_draw + n is kept; for (ROWS, 1) and (1, COLUMNS) or the reverse."""
     b_0, b_1, b_2, b_3 = philox(dropout.seed, b_draw, b_query, dropout.i_h, 0)
     b_bits = _kept_halves(b_0, dropout.dropped, 0) | _kept_halves(b_1, dropout.dropped, 2)
     b_bits |= _kept_halves(b_2, dropout.dropped, 4) | _kept_halves(b_3, dropout.dropped, 6)
@@ -50,7 +50,7 @@ def _kept_bits(dropout, b_query, b_draw):
 
 @triton.jit
 def kept_weights(dropout, i_m, i_n, QUERIES: tl.constexpr, COLUMNS: tl.constexpr):
-    """(QUERIES, COLUMNS): whether the weights of queries i_m .. and keys i_n .., a multiple of 8, are kept."""
+    """A mask (QUERIES, COLUMNS) of the kept weights of queries i_m .. and keys i_n .., a multiple of 8."""
     o_m = tl.arange(0, QUERIES)
     o_draw = tl.arange(0, COLUMNS // KEYS)
     o_key = tl.arange(0, KEYS)

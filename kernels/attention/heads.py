@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 class AttentionFeatures(NamedTuple):
-    """What a call of attention, forward or backward, computes."""
+    """The features of a call of attention, forward or backward."""
 
     HEAD_DIM: int  # of q and k
     HEAD_DIM_V: int  # of v and out
@@ -41,7 +41,7 @@ class AttentionFeatures(NamedTuple):
 
 
 class AttentionTile(NamedTuple):
-    """How a kernel of attention, forward or backward, cuts its work."""
+    """The cut of a call of attention, forward or backward, into blocks."""
 
     BLOCK_M: int  # queries
     BLOCK_N: int  # keys

@@ -67,7 +67,7 @@ class Options(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """How many sequences are packed; 0: none."""
+        """The number of packed sequences, 0 for none."""
         return self.cu_seqlens_q.numel() - 1 if self.packed else 0
 
     def blocks(self, x: Tensor, rows: int) -> int:
@@ -223,8 +223,10 @@ def _slopes_gradient(partial: Tensor, options: Options, config: Config) -> Tenso
 
 
 def _near_segments(q: Tensor, k: Tensor, options: Options, radius: int, config: Config) -> tuple[int, int, int]:
-    """The segments of the sums by distance: the first one's distance, of a tile's first key to its first query, the
-    number of segments, and their size."""
+    """The first, the number and the size of the segments that hold the sums by distance.
+
+    A segment is named by the distance of a tile's first key to its first query.
+    """
     size = config.block_n
     first, sides = -radius - size, 3
     if not options.packed:  # all tiles have distances that differ by multiples of their size
@@ -386,7 +388,7 @@ def _descriptors(
 
 
 def bias_line(relative_bias: Tensor | None, buckets: Tensor | None, beyond: int = 0) -> tuple[Tensor | None, int]:
-    """T5's biases by distance and the largest distance that has its own; the line goes on for `beyond` values more."""
+    """T5's biases by distance, with `beyond` more values on both sides, and the largest distance that has its own."""
     if relative_bias is None:
         return None, 0
     radius = buckets.numel() // 2

@@ -22,7 +22,7 @@ class RowRotary(NamedTuple):
 
 
 class RowScore(NamedTuple):
-    """The way from products to scores of a block of queries, and their window."""
+    """The factors and biases that make scores of the products of a block of queries, and the queries' window."""
 
     scale: tl.tensor  # in log2 units; with a softcap softmax_scale / softcap
     softcap: tl.tensor

@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Biases(NamedTuple):
-    """What is added to the scores of a call's heads."""
+    """The biases of a call's scores."""
 
     p_slopes: tl.tensor | None  # ALiBi's, (heads,) or (batch, heads)
     stride_slopes: tl.tensor
@@ -25,7 +25,7 @@ class Biases(NamedTuple):
 
 
 class HeadScore(NamedTuple):
-    """A head's way from products to scores."""
+    """The factors and biases that make scores of a head's products."""
 
     scale: tl.tensor  # in log2 units; with a softcap softmax_scale / softcap
     softcap: tl.tensor
@@ -35,7 +35,7 @@ class HeadScore(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the queries of a head work with."""
+    """A head's keys and values, and the way to the scores of its queries."""
 
     keys: HeadRows
     values: HeadRows
@@ -152,7 +152,7 @@ def far_span(i_side, left_start, left_end, right_start, right_end):
 def head_score(biases, i, i_h, scale, softcap, F: tl.constexpr, REACH: tl.constexpr):
     """The scores of head i_h of sequence i, and T5's bias far to the left and far to the right.
 
-    T5's lines go on for REACH values beyond the largest distance.
+    T5's lines have REACH constant values beyond the largest distance.
     """
     p_slopes, stride_slopes, p_line, radius = biases
     slope = 0.0
@@ -200,8 +200,8 @@ def capped_scores(b_s, score, F: tl.constexpr, ACCURATE: tl.constexpr):
 def line_bias(p_line, base, o_distance, radius, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """T5's bias for each pair of a tile, whose first column has the distance `base` to its first row.
 
-    The head's line has distance 0 at p_line and goes on by ROWS + COLUMNS constant values beyond the largest distance
-    `radius`, so that clamping the scalar base replaces clamping every pair.
+    The head's line has distance 0 at p_line and ROWS + COLUMNS constant values beyond the largest distance `radius`,
+    so that clamping the scalar base replaces clamping every pair.
     """
     base = tl.minimum(tl.maximum(base, -(radius + COLUMNS)), radius + ROWS)
     return tl.load(p_line + base + o_distance)

@@ -1,4 +1,4 @@
-"""Sequences: which one a program works on, an entry of the batch or one of several packed ones, and where its rows lie.
+"""The sequence that a program works on, an entry of the batch or one of several packed ones, and its rows.
 
 Packed sequences lie one after the other in tensors of batch 1, and only the device knows where each starts. The blocks
 of rows of sequence b are those from number cu_seqlens[b] // BLOCK + b on: as many as it needs or one more, because
@@ -22,7 +22,7 @@ class Sequences(NamedTuple):
     p_key_lengths: tl.tensor | None
     p_cu_q: tl.tensor | None
     p_cu_k: tl.tensor | None
-    packed: tl.tensor  # how many are packed; 0: none
+    packed: tl.tensor  # the number of packed ones; 0: entries of the batch
     rows_q: tl.tensor  # of the tensors
     rows_k: tl.tensor
 

@@ -16,7 +16,8 @@ def attention_statistics_kernel(
 ):  # fmt: skip
     """pivot = lse in log2 units, delta = share kept (sum_d out grad_out - grad_lse), for padded_q rows of each head.
 
-    A row that is not there or sees no key gets the pivot inf, so that its probabilities exp2(score - pivot) are 0.
+    A row of the padding, or one that sees no key, gets the pivot inf, so that its probabilities
+    exp2(score - pivot) are 0.
     """
     i, i_h, i_block = program_block(p_cu_q, rows_q, packed, heads, PACKED, STATISTICS_ROWS)
     i_b, start, seqlen_q = sequence_rows(p_cu_q, i, rows_q, PACKED)

@@ -18,7 +18,7 @@ from .scores import LOG2E, Biases, softmax_step, start_of_rows
 
 
 class WeightsFeatures(NamedTuple):
-    """What a call for attention weights computes."""
+    """The features of a call for attention weights."""
 
     HEAD_DIM: int
     BLOCK_D: int  # channels of a piece
@@ -38,7 +38,7 @@ class WeightsFeatures(NamedTuple):
     PRECISION: str | None  # of products of fp32
 
 
-class Keys(NamedTuple):
+class KeyRows(NamedTuple):
     """The keys of a head; a program's rows see keys start .. end at most."""
 
     p: tl.tensor
@@ -101,7 +101,7 @@ def attention_weights_kernel(
     if F.HAS_RIGHT:
         end = tl.minimum(tl.max(tl.where(m_m, b_place, -1 - right), 0) + right + 1, limit)
     k = Heads(*k)
-    keys = Keys(k.p + i_b * k.stride_b + (i_h // group).to(tl.int64) * k.stride_h, k.stride_s, start, end)
+    keys = KeyRows(k.p + i_b * k.stride_b + (i_h // group).to(tl.int64) * k.stride_h, k.stride_s, start, end)
 
     p_cos, p_sin, p_positions, rotary_offset = rotary
     if F.HAS_POSITIONS:
@@ -120,7 +120,9 @@ def attention_weights_kernel(
     if F.HAS_LSE:
         b_lse = tl.load(p_lse + (i_b * heads + i_h) * seqlen_q + b_query, mask=m_m, other=0.0) * LOG2E
     else:
-        b_m, b_l, _ = start_of_rows(p_sinks, i_h, F.HAS_SINKS, 0, 16, BLOCK_M)
+        running = start_of_rows(p_sinks, i_h, F.HAS_SINKS, 0, 16, BLOCK_M)
+        b_m = running.b_m
+        b_l = running.b_l
         for i_n in tl.range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
             b_x = _scores(b_q, keys, rotary, score, i_n, F, BLOCK_N)
             _, b_m, b_l, _ = softmax_step(b_m, b_l, b_x)

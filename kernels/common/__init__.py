@@ -1,1 +1,1 @@
-"""Launching, random numbers, integers and rows: what the kernels of all families share."""
+"""Launches, integers, random numbers, rows and products, which the kernels of all families share."""

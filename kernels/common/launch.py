@@ -49,7 +49,7 @@ _pretence: Pretence | None = None
 
 @contextmanager
 def pretend(chip: str, fits: Callable[[CompiledKernel], bool]) -> Iterator[Pretence]:
-    """Within it tensors of any device lie on `chip`; kernels are compiled for Triton's active driver, and not started.
+    """Lets tensors of any device lie on `chip`, compiles kernels for Triton's active driver, and starts none.
 
     `fits` says whether the chip can run a compiled kernel. Choices are forgotten at the end, and none is measured.
     """
@@ -152,7 +152,7 @@ def _name(device: torch.device) -> str:
 
 
 def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Iterable[Config]]) -> Config:
-    """One change at a time, as long as one helps."""
+    """The config that no neighbour is faster than, by one change at a time."""
     times = {config: _time(functools.partial(start, config))}
     while True:
         for candidate in neighbours(config):
@@ -168,7 +168,7 @@ def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Ite
 
 
 def _time(run: Callable[[], object]) -> float:
-    """Milliseconds."""
+    """The milliseconds that a run takes."""
     return triton.testing.do_bench(run, return_mode="median")
 
 

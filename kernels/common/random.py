@@ -10,7 +10,7 @@ VALUES = tl.constexpr(8)  # of a draw, side by side in a row
 
 
 def dropped_parts(dropout_p: float) -> int:
-    """How many of 65536 random numbers drop a value."""
+    """The number of random 16-bit numbers that drop a value, of 65536."""
     return min(round(dropout_p * 65536), 65535)
 
 

@@ -21,7 +21,7 @@ WARPS = 4
 
 
 class ActivationFeatures(NamedTuple):
-    """What a call of an activation computes, and how it is cut."""
+    """The features of a call of an activation, and its cut into blocks."""
 
     D: int  # columns of the result
     KIND: str

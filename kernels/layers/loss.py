@@ -20,7 +20,7 @@ BLOCK = 4096
 
 
 class LossFeatures(NamedTuple):
-    """What a call of the loss computes."""
+    """The features of a call of the loss."""
 
     V: int  # entries of the vocabulary
     BLOCK: int

@@ -24,7 +24,7 @@ FORWARD_COLUMNS, BACKWARD_COLUMNS = 16384, 8192  # the most that a block has, fo
 
 
 class NormFeatures(NamedTuple):
-    """What a call of a norm computes, and how it is cut."""
+    """The features of a call of a norm, and its cut into blocks."""
 
     D: int
     CENTRED: bool
