@@ -14,7 +14,7 @@ struct View {
   int64_t batch_stride, row_stride, head_stride;
 };
 
-// One batch entry: its rows in the tensors, which are those of entry 0 when sequences are packed.
+// A batch entry's rows in the tensors. Packed sequences all lie in the tensors' entry 0.
 struct Sequence {
   int64_t number, entry;
   int64_t first_query, queries;
@@ -89,10 +89,10 @@ struct AttentionWeights : AttentionInputs {
   float* weights;       // (batch, heads, row_count, rows_k)
 };
 
-// New rows of k and v, and the cache behind whose keys they are written.
+// New rows of k and v, and the cache that they are appended to.
 struct AttentionAppend : AttentionInputs {
   View new_k, new_v;
-  void *k_cache, *v_cache;  // what k and v view
+  void *k_cache, *v_cache;  // what k and v point into
 };
 
 struct AttentionBackward : AttentionInputs {

@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include "../targets/avx2.h"
+
 #include "kernels.h"
 
 const pynlp::AttentionKernels pynlp::attention_avx2 = pynlp::KERNELS;

@@ -1,10 +1,10 @@
 // Backward: gradients of q, k, v and of what the biases are made of, from q, k, v, out, lse (FlashAttention-2).
 //
-// A task is a block of keys of one key/value head. It walks over the tiles of queries that see the block, for each query
-// head of the group (backward_tile.h), and keeps grad_k and grad_v to itself. grad_q of a tile is summed over the key
-// blocks, by different tasks, always in rising order: each tile has a ticket that says whose turn it is. So five products
-// suffice, without atomics, and the bits do not depend on the threads. A task waits only for lower tasks, which run or
-// have run. The sums are kept in fp32, for the few heads that are in flight.
+// A task is a block of keys of one key/value head. It walks over the tiles of queries that see the block, for each
+// query head of the group (backward_tile.h), and keeps grad_k and grad_v to itself. grad_q of a tile is summed over the
+// key blocks, by different tasks, always in rising order: each tile has a ticket that says whose turn it is. So five
+// products suffice, without atomics, and the bits do not depend on the threads. A task waits only for lower tasks,
+// which run or have run. The sums are kept in fp32, for the few heads that are in flight.
 #pragma once
 
 #include "../common/parallel.h"
@@ -100,14 +100,16 @@ class Backward {
         visible.of_all(first_tile * TILE_QUERIES, smaller((last_tile + 1) * TILE_QUERIES, sequence.queries));
     const int64_t spoiled = start < all.first || seen_end > all.last ? clean(s, k, start, seen_end) : 0;
     const int32_t* clean_keys = spoiled ? s.clean_keys : s.keys;
-    if (E::PAIR == 2) pack_panels<E>(clean_keys, tiles_.key_words, padded, tiles_.key_columns, tiles_.key_columns, s.keys_right);
+    if (E::PAIR == 2)
+      pack_panels<E>(clean_keys, tiles_.key_words, padded, tiles_.key_columns, tiles_.key_columns, s.keys_right);
     const int32_t* keys_right = E::PAIR == 2 ? s.keys_right : clean_keys;
 
+    const bool biased = in_.biased();
     const int64_t line_first = first_tile * TILE_QUERIES + visible.offset - (start + u.block_keys - 1);
     const int64_t line_count = (last_tile + 1 - first_tile) * TILE_QUERIES + u.block_keys;
     for (int64_t member = 0; member < group_; ++member) {
       const int64_t head = u.kv_head * group_ + member;
-      if (in_.biased() && any) bias_line(in_, sequence.number, head, line_first, line_count, s.line);
+      if (biased && any) bias_line(in_, sequence.number, head, line_first, line_count, s.line);
       if (biases_.needed() && any) memset(s.grad_line - LANES, 0, (line_count + 2 * LANES) * sizeof(float));
       const Rows q = queries_of(in_, sequence, head), grad_out = gradients_of(sequence, head);
       for (int64_t t = first_tile; t <= last_tile; ++t) {
@@ -165,7 +167,8 @@ class Backward {
     for (int64_t j = start; j < end; ++j)
       if (!k.finite(j)) s.spoiled_keys[count++] = static_cast<int32_t>(j);
     if (count) memcpy(s.clean_keys, s.keys, round_up(end - start, 2) * tiles_.key_words * 4);
-    for (int64_t n = 0; n < count; ++n) memset(s.clean_keys + (s.spoiled_keys[n] - start) * tiles_.key_words, 0, tiles_.key_words * 4);
+    for (int64_t n = 0; n < count; ++n)
+      memset(s.clean_keys + (s.spoiled_keys[n] - start) * tiles_.key_words, 0, tiles_.key_words * 4);
     return count;
   }
 

@@ -124,7 +124,8 @@ class TileGradients {
     const int32_t* keys = keys_right + tile.first / E::PAIR * key_columns;
     const int64_t queries = tile.last - tile.query;
     if (first)
-      matmul<E, Into::overwrite>(queries, key_columns, depth, ds, 1, pitch, keys, key_columns, tile.grad_q, key_columns);
+      matmul<E, Into::overwrite>(queries, key_columns, depth, ds, 1, pitch, keys, key_columns, tile.grad_q,
+                                 key_columns);
     else
       matmul<E, Into::add>(queries, key_columns, depth, ds, 1, pitch, keys, key_columns, tile.grad_q, key_columns);
   }
@@ -139,7 +140,8 @@ class TileGradients {
       k.read(s.spoiled_keys[n], key);
       for (int64_t i = 0; i < tile.last - tile.query; ++i) {
         if (!visible.sees(tile.query + i, s.spoiled_keys[n])) continue;
-        for (int64_t d = 0; d < in_.head_dim; ++d) tile.grad_q[i * key_columns + d] += grad_weight(s, place, i) * key[d];
+        for (int64_t d = 0; d < in_.head_dim; ++d)
+          tile.grad_q[i * key_columns + d] += grad_weight(s, place, i) * key[d];
       }
     }
   }
@@ -156,8 +158,8 @@ class TileGradients {
     const auto depth = [](int64_t head_dim) { return (head_dim + E::PAIR - 1) / E::PAIR; };
     float* grad_scores = grad_scores_of(s, part);
     prefetch_next(q, part, sequence.queries);
-    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth(in_.head_dim), s.keys + part.first * key_words, key_words, 1,
-                               s.queries, TILE_QUERIES, s.scores, PITCH);
+    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth(in_.head_dim), s.keys + part.first * key_words,
+                               key_words, 1, s.queries, TILE_QUERIES, s.scores, PITCH);
     prefetch_next(grad_out, part, sequence.queries);
     matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth(in_.head_dim_v), s.values + part.first * value_words,
                                value_words, 1, s.grads, TILE_QUERIES, grad_scores, PITCH);
@@ -167,7 +169,8 @@ class TileGradients {
       scale = 1;
     }
     if (in_.dropped)
-      part.masked() ? weigh<true, true>(s, visible, part, scale, keeps) : weigh<false, true>(s, visible, part, scale, keeps);
+      part.masked() ? weigh<true, true>(s, visible, part, scale, keeps)
+                    : weigh<false, true>(s, visible, part, scale, keeps);
     else
       part.masked() ? weigh<true, false>(s, visible, part, scale, keeps)
                     : weigh<false, false>(s, visible, part, scale, keeps);
@@ -198,8 +201,8 @@ class TileGradients {
   }
   static int64_t share(const Tile& part) { return (TILE_QUERIES * PART_KEYS + part.block_keys - 1) / part.block_keys; }
 
-  // Packs the rows of a tile of queries as columns, and as the right-hand side of a sum over them, where spoiled ones are
-  // zeros.
+  // Packs the rows of a tile of queries as columns, and as the right-hand side of a sum over them, where spoiled ones
+  // are zeros.
   void pack_both(const Rows& from, const Tile& tile, const int32_t* spoiled, int64_t count, const Scratch& s,
                  int32_t* transposed, int32_t* right) const {
     int32_t* rows = E::PAIR == 1 ? right : s.rows;
@@ -225,7 +228,8 @@ class TileGradients {
 
   // Turns scores into P, without what dropout drops, and grad_scores (dO V^T) into dS.
   template <bool MASKED, bool DROPOUT>
-  void weigh(const Scratch& s, const Visibility& visible, const Tile& tile, float scale, const Keeps& keeps) const {
+  __attribute__((noinline)) void weigh(const Scratch& s, const Visibility& visible, const Tile& tile, float scale,
+                                       const Keeps& keeps) const {
     const Float factor = broadcast(scale), kept = broadcast(1.0f / in_.kept_share());
     const int64_t rows = tile.rows();
     const bool biased = in_.biased(), sums_biases = sums_biases_;

@@ -1,7 +1,7 @@
 // Backward of the biases: gradients of ALiBi's slopes and of the T5 table.
 //
-// Both depend on query - key alone, so a task first adds up dS along the diagonals, a line of distances a query head,
-// and then its line into a sum a bucket. These few sums a task are added in a fixed order at the end.
+// Both depend on query - key alone. So a task sums dS along the diagonals, into a line with a value for each distance,
+// and the line into a sum for each bucket. At the end the few sums of all tasks are added, in a fixed order.
 #pragma once
 
 #include "units.h"
@@ -34,8 +34,8 @@ class BiasGradients {
 
   bool needed() const { return in_.grad_slopes || in_.grad_table; }
 
-  // One task's share of the biases' gradients: a sum a bucket, then that of the slope.
-  // `line` holds the sums of dS at the distances first .. first + count - 1.
+  // Sets one task's sums: one for each bucket, then that of the slope. `line` holds the sums of dS at the distances
+  // first .. first + count - 1.
   void add_line(int64_t block, int64_t member, const float* line, int64_t count, int64_t first) const {
     double* sums = partial(block, member);
     for (int64_t n = 0; n <= in_.num_buckets; ++n) sums[n] = 0;
@@ -50,7 +50,7 @@ class BiasGradients {
     }
   }
 
-  // In a fixed order, so that the threads do not matter.
+  // Adds the sums of all tasks in a fixed order: the bits do not depend on the threads.
   void write() const {
     const auto sum = [&](int64_t batch, int64_t head, int64_t entry) {
       const Unit unit = units_.of(batch, head / group_);

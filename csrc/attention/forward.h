@@ -65,7 +65,7 @@ class Forward {
     int32_t *queries, *rows, *keys, *values;  // packed
     float *room, *scores, *out, *maximum, *sum, *line;
     int32_t *weights, *random;
-    int32_t* spoiled;  // keys of the block whose value row is not finite
+    int32_t* spoiled;  // keys of the block whose value row is not finite: see pack_block
     Scratch(const Forward& f, Arena& arena) {
       const int64_t longest = larger(f.block_keys_, QUERIES);
       queries = arena.take<int32_t>(f.block_queries_ * f.words_);
@@ -305,7 +305,7 @@ class Forward {
     *scale = -*scale;
   }
 
-  // What pack_block left out, for the queries that see it.
+  // Adds the value rows that pack_block left out, for the queries that see them.
   void add_spoiled(const Scratch& s, const Visibility& visible, const Rows& v, Range tile, int64_t query, int64_t slot,
                    int64_t count) const {
     float values[256];

@@ -1,4 +1,5 @@
 #include "../targets/portable.h"
+
 #include "kernels.h"
 
 const pynlp::AttentionKernels pynlp::attention_portable = pynlp::KERNELS;

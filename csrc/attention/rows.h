@@ -12,7 +12,7 @@ struct Rows {
   Dtype dtype;
   const void* data;
   int64_t origin, stride, columns;  // in elements
-  const float *cos, *sin;            // null: no rotation
+  const float *cos, *sin;           // null: no rotation
   int64_t rotary_half;
   const int32_t* positions;  // null: the row's number
   int64_t position_offset;   // added to a row's number

@@ -15,8 +15,8 @@ class Schedule {
     int64_t sequence, number;
   };
 
-  // Blocks in the order of their tasks: `in_flight` units at once, a block of each in turn. A unit's sums lie in one of
-  // as many slots, which units use one after the other: so a tile's tickets go on counting from unit to unit.
+  // Puts blocks in the order of their tasks: `in_flight` units at once, a block of each in turn. The units' sums lie in
+  // as many slots. When a slot passes to a later unit, the tickets of its tiles continue to count.
   Schedule(const AttentionInputs& in, const Units& units, int64_t in_flight, int64_t most_tiles)
       : blocks_(units.blocks() * sizeof(Block)),
         tiles_(units.tiles_of_a_head() * sizeof(Tile)),

@@ -11,11 +11,11 @@ constexpr int64_t TILE_KEYS = 256;             // keys of a softmax
 constexpr int64_t BLOCK_KEYS = 16;             // keys that are visited for one head after the other
 constexpr int64_t SCORES = TILE_KEYS + LANES;  // room for a row of scores
 
-// A row is fetched, in the order in which rows lie in memory, when the work is NEAR rows before it. Where memory is the
-// bound the processor drops prefetches, so each row is asked for FAR rows before as well.
+// Rows are prefetched in the order in which they lie in memory, each one twice: when the work is FAR rows before it,
+// and again at NEAR rows, as the processor drops some prefetches where memory is the bound.
 constexpr int64_t NEAR = 20, FAR = 28;
 
-// The sums of the lanes of COUNT = LANES vectors: lane i is that of sums[i].
+// Lane i of the result is the sum of the lanes of sums[i], for i = 0 .. LANES - 1.
 template <int STEP = LANES / 2>
 inline Float add_lanes(Float* sums) {
   Int low, high;
@@ -50,7 +50,8 @@ struct BlockRows {
   }
 };
 
-// How rows are read: as they are, for the best weights, or as factors, for those that backward computes again.
+// How rows are read: by Rows::read, for the most precise weights, or by Rows::read_factor, for the weights that
+// backward computes again.
 using ReadRow = void (Rows::*)(int64_t row, float* to) const;
 
 // The keys, or the values, of all heads of a sequence.

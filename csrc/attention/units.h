@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t TILE_QUERIES = 4 * LANES;
 
-// A longer block packs the queries less often; what a task keeps must fit in the second-level cache. By the shape
-// alone: the order of the sums hangs on it.
+// A longer block packs the queries less often; what a task keeps must fit in the second-level cache. The size depends
+// on the shape alone, since the order of the sums depends on it.
 inline int64_t keys_of_block(const AttentionInputs& in, int64_t keys) {
   if (in.head_dim > 128 || in.head_dim_v > 128) return 64;
   return keys < 1024 ? 128 : 256;
@@ -23,9 +23,9 @@ struct Unit {
   int64_t kv_head;
   Sequence sequence;
   int64_t block_keys, blocks, tiles;
-  int64_t first_block, first_tile;  // how many the units before have
+  int64_t first_block, first_tile;  // blocks and tiles of all units before
 
-  // The key blocks that a tile of queries visits, by the window alone.
+  // The key blocks that a tile of queries sees, by the window; lengths may hide some of them.
   Range turns(const AttentionInputs& in, int64_t tile) const {
     Visibility visible(in, sequence);
     visible.keys = sequence.keys;
@@ -68,7 +68,7 @@ class Units {
 
  private:
   struct First {
-    int64_t block, tile;  // how many one head of the sequences before has
+    int64_t block, tile;  // of one head, in all sequences before
   };
   const First& first(int64_t b) const { return static_cast<const First*>(firsts_.data)[b]; }
 

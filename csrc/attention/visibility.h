@@ -14,8 +14,8 @@ inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
   return most;
 }
 
-// Whether decode.h takes a sequence, which reads the keys once for all queries, or forward.h, where each block of queries
-// reads them. decode.h works at once on heads that share keys: the more do, the longer it is faster.
+// Whether decode.h takes a sequence, which reads the keys once for all queries, or forward.h, where each block of
+// queries reads them. decode.h works at once on heads that share keys: the more do, the longer it is faster.
 inline bool few_queries(const AttentionInputs& in, const Sequence& sequence) {
   if (in.head_dim > 256 || in.head_dim_v > 256) return true;
   return sequence.queries <= (in.heads >= 4 * in.kv_heads ? 8 : 4) && !in.dropped;

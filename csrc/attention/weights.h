@@ -40,7 +40,7 @@ class Weights {
     float* weights;
   };
 
-  // A few rows of those of a key/value head, all of which read the same keys.
+  // Computes a few rows of one key/value head, which all read the same keys.
   void run_task(int64_t task) const {
     const int64_t piece = task % pieces_, kv_head = task / pieces_ % in_.kv_heads;
     const Sequence sequence = in_.sequence(task / pieces_ / in_.kv_heads);

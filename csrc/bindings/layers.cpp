@@ -33,7 +33,8 @@ void check_like(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(same, "pynlp: ", name, ": expected another shape");
 }
 
-const float* statistics(const Tensor& x, int64_t count, const char* name) {
+// The values of a parameter or a statistic of `count` values.
+const float* fp32_data(const Tensor& x, int64_t count, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count, "pynlp: ", name,
                   ": expected float32, contiguous, of another size");
   return static_cast<const float*>(x.const_data_ptr());
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor re
     check_like(*residual, x, "residual");
     in.residual = rows_in(*residual, "residual");
   }
-  in.weight = statistics(weight, in.columns, "weight");
-  in.bias = bias ? statistics(*bias, in.columns, "bias") : nullptr;
+  in.weight = fp32_data(weight, in.columns, "weight");
+  in.bias = bias ? fp32_data(*bias, in.columns, "bias") : nullptr;
   in.centred = centred;
   in.eps = static_cast<float>(eps);
   in.dropout = dropout_of(dropout_p, seed);
@@ -91,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y, MaybeTen
     in.grad_added = rows_in(*grad_added, "grad_new");
   }
   in.added = rows_in(added, "new");
-  in.weight = statistics(weight, in.columns, "weight");
-  in.mean = statistics(mean, centred ? in.rows : 0, "mean");
-  in.rstd = statistics(rstd, in.rows, "rstd");
+  in.weight = fp32_data(weight, in.columns, "weight");
+  in.mean = fp32_data(mean, centred ? in.rows : 0, "mean");
+  in.rstd = fp32_data(rstd, in.rows, "rstd");
   in.centred = centred;
   in.dropout = dropout_of(dropout_p, seed);
   const bool separate = seed || added.scalar_type() != grad_y.scalar_type();
@@ -178,7 +179,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
   in.outputs = weight.size(0);
   in.x = rows_in(x, "x");
   in.weight = rows_in(weight, "weight");
-  in.bias = bias ? statistics(*bias, in.outputs, "bias") : nullptr;
+  in.bias = bias ? fp32_data(*bias, in.outputs, "bias") : nullptr;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = in.outputs;
   Tensor y = output(x, sizes);
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor
                   "pynlp: weight: expected another shape");
   in.x = rows_in(x, "x");
   in.weight = rows_in(weight, "weight");
-  in.bias = bias ? statistics(*bias, in.vocabulary, "bias") : nullptr;
+  in.bias = bias ? fp32_data(*bias, in.vocabulary, "bias") : nullptr;
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == in.tokens,
                   "pynlp: target: expected int64, contiguous, one for each row of x");
   in.targets = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -221,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor x, Tensor
   in.smoothing = static_cast<float>(label_smoothing);
   in.softcap = static_cast<float>(softcap);
   in.z_loss = static_cast<float>(z_loss);
-  in.row_scale = row_scale ? statistics(*row_scale, in.tokens, "row_scale") : nullptr;
+  in.row_scale = row_scale ? fp32_data(*row_scale, in.tokens, "row_scale") : nullptr;
   Tensor losses = output(x, targets.sizes(), ScalarType::Float);
   Tensor grad_x = needs_x ? like(x, x.scalar_type()) : nothing(x);
   Tensor grad_weight = needs_weight ? like(weight, weight.scalar_type()) : nothing(weight);

@@ -90,9 +90,10 @@ bool reference_serves(const char* op, StableIValue* stack) {
 
 // Makes the function `name` the kernel of pynlp::name. A last argument tells which argument's dtype decides whether the
 // reference serves a call: by default the first one's.
-#define PYNLP_IMPL(library, name, ...)                                                                                  \
-  (library).impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {                                    \
-    if (!reference_serves<__VA_ARGS__>("pynlp::" #name "_reference", stack)) TORCH_BOX (&name)(stack, inputs, outputs); \
+#define PYNLP_IMPL(library, name, ...)                                               \
+  (library).impl(#name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
+    if (!reference_serves<__VA_ARGS__>("pynlp::" #name "_reference", stack))         \
+        TORCH_BOX (&name)(stack, inputs, outputs);                                   \
   })
 
 }  // namespace

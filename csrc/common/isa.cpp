@@ -22,7 +22,7 @@ struct Leaf7 {
     if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) eax = ebx = ecx = edx = 0;
   }
 };
-constexpr unsigned AVX_VNNI = 4;                              // of subleaf 1, eax
+constexpr unsigned AVX_VNNI = 4;                                 // of subleaf 1, eax
 constexpr unsigned AMX_BF16 = 22, AMX_TILE = 24, AMX_INT8 = 25;  // of subleaf 0, edx
 
 // Whether the system saves the tile registers (XCR0 bits 17 and 18). Only for CPUs that have them.
@@ -90,7 +90,7 @@ Isa isa() {
 
 void set_isa(Isa highest) { highest_level.store(highest, std::memory_order_relaxed); }
 
-bool usable(bool Features::*feature) {
+bool usable(bool Features::* feature) {
   if (!(features().*feature)) return false;
   if (feature != &Features::amx_tile && feature != &Features::amx_int8 && feature != &Features::amx_bf16) return true;
   static const bool given = ask_for_tiles();

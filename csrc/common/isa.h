@@ -1,4 +1,5 @@
-// Which instruction sets this CPU has, which of them the kernels may use, and which variant of a kernel that makes best.
+// Which instruction sets this CPU has, which of them the kernels may use, and which variant of a kernel that makes
+// best.
 #pragma once
 
 #include <cstddef>
@@ -28,19 +29,19 @@ Isa isa();                     // in use: the highest level that `features()` re
 void set_isa(Isa highest);     // from now on use no feature above this level; a level the CPU lacks changes nothing
 
 // Whether code that needs the feature may run now. The first question about tiles asks the system for their registers.
-bool usable(bool Features::*feature);
+bool usable(bool Features::* feature);
 
 // A family's kernels as one target compiled them.
 template <class Table>
 struct Variant {
   const Table* table;
-  bool Features::*needs;  // null: any CPU will do
-  bool bf16_only;         // it takes no other dtype
+  bool Features::* needs;  // null: any CPU will do
+  bool bf16_only;          // it takes no other dtype
 };
 
 // The kernel of the first variant, best first, that has it, takes the dtype and may run; null if there is none.
 template <class Table, size_t COUNT, class Kernel>
-Kernel* pick(const Variant<Table> (&variants)[COUNT], Kernel* Table::*kernel, Dtype dtype = Dtype::float32) {
+Kernel* pick(const Variant<Table> (&variants)[COUNT], Kernel* Table::* kernel, Dtype dtype = Dtype::float32) {
   for (const Variant<Table>& variant : variants) {
     if (variant.bf16_only && dtype != Dtype::bfloat16) continue;
     if (variant.table->*kernel && (!variant.needs || usable(variant.needs))) return variant.table->*kernel;

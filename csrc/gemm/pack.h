@@ -3,12 +3,12 @@
 //
 // What a row holds is up to a reader, so that a format is decoded while it is packed:
 //
-//   int64_t columns                                      values of a row
-//   void read(int64_t i, float* to) const                row i as fp32
-//   const uint16_t* bf16(int64_t i) const                row i where it is stored as bf16, or null: then it is read
-//   bool in_place(int pair) const                        whether rows are stored as words of `pair` values, at one stride
-//   const int32_t* words(int64_t i, int pair) const      row i as such words
-//   int64_t stride                                       values from one such row to the next
+//   int64_t columns                                    values of a row
+//   void read(int64_t i, float* to) const              row i as fp32
+//   const uint16_t* bf16(int64_t i) const              row i as it is stored, if that is as bf16, else null
+//   bool in_place(int pair) const                      whether rows are stored as words of `pair` values, and how:
+//   const int32_t* words(int64_t i, int pair) const    row i as words
+//   int64_t stride                                     values from one row to the next
 #pragma once
 
 #include "../simd/rows.h"
@@ -82,19 +82,6 @@ PYNLP_INLINE void pack_panels(const int32_t* rows, int64_t words, int64_t count,
     }
   }
 }
-
-// Reads rows of floats that lie at one stride.
-struct FloatRows : RowsIn {
-  int64_t columns;
-  void read(int64_t i, float* to) const { read_row(dtype, row(i), columns, to); }
-  const uint16_t* bf16(int64_t i) const {
-    return dtype == Dtype::bfloat16 ? reinterpret_cast<const uint16_t*>(row(i)) : nullptr;
-  }
-  bool in_place(int pair) const {
-    return dtype == (pair == 1 ? Dtype::float32 : Dtype::bfloat16) && columns % pair == 0 && stride % pair == 0;
-  }
-  const int32_t* words(int64_t i, int) const { return reinterpret_cast<const int32_t*>(row(i)); }
-};
 
 }  // namespace
 }  // namespace pynlp

@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #include "../targets/avx512.h"
+
 #include "kernels.h"
 
 const pynlp::LayerKernels pynlp::layers_avx512 = pynlp::KERNELS;

@@ -1,17 +1,17 @@
-// What stands between attention and matrix products, on the CPU: what the ops hand to the kernels. No torch here.
+// Norms, activations, linear layers and the loss on the CPU: what the ops hand to the kernels. No torch here.
 #pragma once
 
 #include "../common/rows.h"
 
 namespace pynlp {
 
-// Which values are dropped: (i, j) has the 16 bits number j % 8 of Philox(seed; j / 8, i's halves, 1).
+// Which values are dropped, see dropout.h.
 struct RowDropout {
   int32_t dropped;  // values whose number is below this; 0 = none
   uint64_t seed;
 };
 
-// new = residual + dropout(x), y = norm(new).
+// added = residual + dropout(x), which is `new` in Python; y = norm(added).
 struct NormForward {
   int64_t rows, columns;
   RowsIn x, residual;
@@ -19,7 +19,7 @@ struct NormForward {
   bool centred;                // layer norm; else rms norm
   float eps;
   RowDropout dropout;
-  RowsOut y, added;    // `added` is new; no data where new is x itself
+  RowsOut y, added;    // added: no data where it is x itself
   float *mean, *rstd;  // (rows,); the mean where centred
 };
 

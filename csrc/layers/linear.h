@@ -1,9 +1,9 @@
 // y = x weight' + bias, reading the weight where it is, each value once for many rows of x. Decoding has so few rows
 // that to read the weight is all it costs, and a matrix product that first repacks it reads it twice.
 //
-// Rows of x are in the lanes. Of few rows most lanes would be empty: then rows of the weight are, turned a block at a
-// time in the first-level cache. A sum runs over k in the same order either way and for any threads: a row gets the
-// same bits in every batch.
+// Rows of x are in the lanes. A few rows would leave most lanes empty: then rows of the weight lie there, transposed a
+// block at a time in the first-level cache. A sum runs over k in the same order either way and for any threads: a row
+// gets the same bits in every batch.
 #pragma once
 
 #include "../common/parallel.h"
@@ -40,7 +40,8 @@ class Linear {
   static constexpr int64_t DEPTH = 64;                    // sums of sums lose less than one long sum
   static constexpr int64_t CHUNK = 1 << 17;               // values of x that stay in the second-level cache
 
-  // Rows of x for which rows of the weight are turned; 16 lanes keep up with the memory if one of them is in use.
+  // Up to so many rows of x, rows of the weight lie in the lanes. AVX-512 keeps up with the memory anyway, even if one
+  // lane of 16 is in use.
   static constexpr int64_t FEW = PYNLP_AVX512 ? 0 : TILE_ROWS;
 
   int32_t* panel_of_x(int64_t panel) const { return static_cast<int32_t*>(x_.data) + panel * PANEL * depth_; }

@@ -58,13 +58,13 @@ class Loss {
  private:
   static constexpr int64_t CHUNK = 256, BLOCK = 128;  // tokens and rows of the weight: what meets fits in 1 MiB
 
-  // Of each token of the chunk.
+  // Values of each token of the chunk.
   float* target_logit() const { return tokens_.floats(); }
   float* top() const { return tokens_.floats() + CHUNK; }          // the largest logit
   float* inverse() const { return tokens_.floats() + 2 * CHUNK; }  // 1 / the sum of exponentials above that
   float* lse() const { return tokens_.floats() + 3 * CHUNK; }
 
-  // Of each token, in a block: the largest logit, the sum of exponentials above it, the sum of logits.
+  // A block's values of each token: the largest logit (0), the sum of exponentials above it (1), the sum of logits (2).
   float* statistic(int64_t block, int which) const { return statistics_.floats() + (3 * block + which) * CHUNK; }
 
   float* weight_sum(int64_t v) const {
@@ -95,7 +95,7 @@ class Loss {
     pack_rows<E>(FloatRows{in_.x, in_.dim}, first, last, PANEL, words_, s.room, rows);
     transpose(rows, words_, words_of(token_columns_) + panel * PANEL * words_, PANEL, PANEL, words_);
     if (!in_.grad_weight.data) return;
-    // Of each panel of columns, the rows of these tokens.
+    // Every panel of columns has a place for the rows of these tokens.
     pack_panels<E>(rows, words_, PANEL, width_, PANEL, s.panels);
     constexpr int64_t OWN = PANEL / E::PAIR * PANEL;
     for (int64_t column = 0; column < width_ / PANEL; ++column)
@@ -185,7 +185,7 @@ class Loss {
     store(statistic(block, 2) + t, sum);
   }
 
-  // Of PANEL tokens: the sum of all exponentials, and the loss.
+  // Computes the losses of PANEL tokens, and the sums of all their exponentials.
   void losses(int64_t panel) {
     for (int64_t t = panel * PANEL; t < (panel + 1) * PANEL; ++t) {
       float highest = -__builtin_inff();

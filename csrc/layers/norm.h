@@ -10,11 +10,11 @@
 namespace pynlp {
 namespace {
 
-// A row's sums are of the sums of so many values, which keeps more of their digits.
+// Rows are summed in pieces of so many values, and then the pieces, which loses fewer digits.
 constexpr int64_t SUMMED = 16 * LANES;
 
-// How many rows a task takes: by their number alone, so that the bits of the weights' gradients, which a task sums, do
-// not depend on the threads.
+// How many of `rows` rows a task takes. A task sums the weights' gradients over its rows: so that their bits do not
+// depend on the threads, it depends on the number of rows alone.
 constexpr int64_t LEAST_ROWS = 16, MOST_TASKS = 64;
 inline int64_t task_rows(int64_t rows) { return larger(LEAST_ROWS, (rows + MOST_TASKS - 1) / MOST_TASKS); }
 
@@ -23,8 +23,8 @@ struct Count {
   static constexpr int count = COUNT;
 };
 
-// work(first, Count<how many>) for the rows from `first` to `last`, MOST at a time or one: side by side, the sums of one
-// row do not wait for those of another. A row's result does not depend on its neighbours.
+// work(first, Count<how many>) for the rows from `first` to `last`, MOST at a time or one: side by side, the sums of
+// one row do not wait for those of another. A row's result does not depend on its neighbours.
 template <int MOST, class Work>
 PYNLP_INLINE void in_groups(int64_t first, int64_t last, const Work& work) {
   for (; first + MOST <= last; first += MOST) work(first, Count<MOST>{});
@@ -49,7 +49,7 @@ PYNLP_INLINE void over_row(int64_t size, const Work& work) {
   for (; d < size; d += LANES) work(d, true);
 }
 
-// Asks for a row that is computed later, a line at a time: the processor foresees none that is read beside others.
+// Prefetches a later row, a line at a time: the processor foresees no row that is read beside others.
 struct Ahead {
   const char* row;
   int64_t bytes;  // of a value
@@ -108,7 +108,7 @@ class Norm {
   }
 
   // The moments about a guess also tell how far it is from the mean; where that leaves few digits of the variance, they
-  // are taken again about the mean. `padding` is where rows lie one after the other that are no fp32 of whole vectors.
+  // are taken again about the mean. `padding` is where the rows are that had to be widened, one after the other.
   template <int ROWS>
   PYNLP_INLINE void statistics(const float* const (&values)[ROWS], float* padding, float (&means)[ROWS],
                                float (&variances)[ROWS]) const {
@@ -157,8 +157,8 @@ class Norm {
     });
   }
 
-  // Row i of residual + dropout(x), as it was rounded when it was written; in `room` where it is no fp32 of whole
-  // vectors.
+  // Computes row i of residual + dropout(x), and rounds it to its dtype. It is in `room` if that is not fp32, or it is
+  // no whole vectors.
   const float* added(int64_t i, Keeps& keeps, const Scratch& s, float* room) const {
     const float* x = widened(in_.x, i, in_.columns, room);
     if (!in_.added.data) return x;
@@ -216,8 +216,8 @@ class NormGradient {
   float* of_weight(int64_t part) const { return sums_.floats() + part * 2 * size_; }
   float* of_bias(int64_t part) const { return of_weight(part) + size_; }
 
-  // d new = (g - mean(g) - n mean(g n)) / deviation + grad_added, with g = grad_y weight and n = (new - mean) /
-  // deviation.
+  // grad_residual = (g - mean(g) - n mean(g n)) / deviation + grad_added, with g = grad_y weight and
+  // n = (added - mean) / deviation.
   void run_task(int64_t part) const {
     const Scratch s = take_scratch<Scratch>(*this);
     const float* weight = widened({in_.weight, 0, Dtype::float32}, 0, in_.columns, s.weight);

@@ -6,8 +6,8 @@
 namespace pynlp {
 
 // Operations a second with the instruction sets in use, a multiplication and an addition counted as two; 0 where these
-// have no such instruction. Measured on `threads` threads of their own, as the best of many short runs that together take
-// about `seconds`.
+// have no such instruction. Measured on `threads` threads of their own, as the best of many short runs that together
+// take about `seconds`.
 double peak_fma(int threads, double seconds);        // fp32
 double peak_bf16_dot(int threads, double seconds);   // vdpbf16ps
 double peak_int8_dot(int threads, double seconds);   // vpdpbusd; vpmaddubsw and vpmaddwd without VNNI

@@ -81,9 +81,9 @@ inline Float sigmoid_of(Float x) {
   return exponent > most ? Float{} : share;
 }
 
-// Phi(x), the share of a normal distribution below x, and exp(-x^2 / 2). For 0 <= z <= 14, Phi(-z) = exp(-z^2 / 2) t P(t)
-// with t = 1 / (1 + 0.35 z), relative error 3.2e-8 and what rounding z^2 costs; for bf16 1 / (1 + 0.25 z) and 5.3e-5.
-// NaN for NaN.
+// Phi(x), the share of a normal distribution below x, and exp(-x^2 / 2). For 0 <= z <= 14, Phi(-z) = exp(-z^2 / 2) t
+// P(t) with t = 1 / (1 + 0.35 z), relative error 3.2e-8 and what rounding z^2 costs; for bf16 1 / (1 + 0.25 z) and
+// 5.3e-5. NaN for NaN.
 struct Normal {
   Float share, density;
 };

@@ -93,5 +93,18 @@ inline void finish(const RowsOut& out, int64_t i, int64_t columns, int64_t strid
   write_row(out.dtype, room, columns, out.data, i * stride);
 }
 
+// A reader of such rows for gemm/pack.h.
+struct FloatRows : RowsIn {
+  int64_t columns;
+  void read(int64_t i, float* to) const { read_row(dtype, row(i), columns, to); }
+  const uint16_t* bf16(int64_t i) const {
+    return dtype == Dtype::bfloat16 ? reinterpret_cast<const uint16_t*>(row(i)) : nullptr;
+  }
+  bool in_place(int pair) const {
+    return dtype == (pair == 1 ? Dtype::float32 : Dtype::bfloat16) && columns % pair == 0 && stride % pair == 0;
+  }
+  const int32_t* words(int64_t i, int) const { return reinterpret_cast<const int32_t*>(row(i)); }
+};
+
 }  // namespace
 }  // namespace pynlp
