@@ -233,7 +233,7 @@ Tensor attention_weights(Tensor q, Tensor k, MaybeTensor rows, MaybeTensor lse, 
 
 STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   PYNLP_IMPL(m, attention_forward);
-  PYNLP_IMPL(m, attention_backward);
+  PYNLP_IMPL(m, attention_backward, 2);   // q
   PYNLP_IMPL(m, attention_append);
   PYNLP_IMPL(m, attention_decode);
   PYNLP_IMPL(m, attention_weights);

@@ -246,7 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   PYNLP_IMPL(m, norm_forward);
   PYNLP_IMPL(m, norm_backward);
   PYNLP_IMPL(m, activation_forward);
-  PYNLP_IMPL(m, activation_backward);
+  PYNLP_IMPL(m, activation_backward, 1);  // x
   PYNLP_IMPL(m, linear);
   PYNLP_IMPL(m, argmax_and_lse);
   PYNLP_IMPL(m, linear_cross_entropy);

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
-#include "../targets/avx2.h"
+#include "../../targets/avx2.h"
 
-#include "loops.h"
+#include "../loops.h"
 
 const pynlp::ProbeLoops pynlp::probes_avx2 = pynlp::LOOPS;
 #endif

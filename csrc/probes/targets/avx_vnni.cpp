@@ -1,7 +1,7 @@
-#include "table.h"
+#include "../table.h"
 #if PYNLP_COMPILES_AMX
-#include "../targets/avx_vnni.h"
-#include "loops.h"
+#include "../../targets/avx_vnni.h"
+#include "../loops.h"
 
 const pynlp::ProbeLoops pynlp::probes_avx_vnni = pynlp::LOOPS;
 #endif

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
-#include "../targets/avx512.h"
+#include "../../targets/avx512.h"
 
-#include "kernels.h"
+#include "../kernels.h"
 
 const pynlp::AttentionKernels pynlp::attention_avx512 = pynlp::KERNELS;
 #endif

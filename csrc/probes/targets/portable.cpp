@@ -1,5 +1,5 @@
-#include "../targets/portable.h"
+#include "../../targets/portable.h"
 
-#include "loops.h"
+#include "../loops.h"
 
 const pynlp::ProbeLoops pynlp::probes_portable = pynlp::LOOPS;

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
-#include "../targets/avx2.h"
+#include "../../targets/avx2.h"
 
-#include "kernels.h"
+#include "../kernels.h"
 
 const pynlp::AttentionKernels pynlp::attention_avx2 = pynlp::KERNELS;
 #endif

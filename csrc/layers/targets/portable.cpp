@@ -1,5 +1,5 @@
-#include "../targets/portable.h"
+#include "../../targets/portable.h"
 
-#include "kernels.h"
+#include "../kernels.h"
 
 const pynlp::LayerKernels pynlp::layers_portable = pynlp::KERNELS;
