@@ -35,14 +35,14 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
 
 @pytest.fixture(scope="module")
 def tsv(tmp_path_factory):
-    """Some documents of LibreOffice's help as `source TAB target` lines."""
+    """Short sentences of LibreOffice's help, which are soon translated, as `source TAB target` lines."""
     try:
         corpora.fetch("libreoffice", corpora.fetch_libreoffice)
     except SystemExit as error:
         pytest.skip(f"needs the Debian packages of LibreOffice: {error}")
     pairs = [pair for document in load_documents("libreoffice") if document.part is None for pair in document.pairs]
     path = tmp_path_factory.mktemp("corpus") / "help.tsv"
-    translator.write_pairs(path, pairs[:600])
+    translator.write_pairs(path, [pair for pair in pairs if max(map(len, pair)) < 80][:600])
     return path
 
 
