@@ -149,6 +149,7 @@ def test_threads(dtype, isa):
         expected = results
 
 
+@pytest.mark.slow
 def test_gradcheck():
     tensors, options, *cu_seqlens = make(FEATURES["all"], torch.float64, [(3, 4), (0, 2), (2, 2)])
     names = list(tensors)

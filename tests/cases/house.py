@@ -52,9 +52,10 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports(root: Path, name: str) -> Iterator[tuple[int, str]]:
+@cache
+def imports(root: Path, name: str) -> list[tuple[int, str]]:
     """(line, module) of each module of the house that this one imports, anywhere in its code."""
-    known, path = modules(root), modules(root)[name]
+    known, path, found = modules(root), modules(root)[name], []
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
@@ -66,7 +67,8 @@ def imports(root: Path, name: str) -> Iterator[tuple[int, str]]:
             wanted = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
         else:
             continue
-        yield from ((node.lineno, module) for module in dict.fromkeys(wanted) if module in known)
+        found += [(node.lineno, module) for module in dict.fromkeys(wanted) if module in known]
+    return found
 
 
 def room_of(module: str) -> str:

@@ -51,6 +51,7 @@ def rows_of(report, first):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_part_one_learns_and_reports(folder, tmp_path, capsys):
     run("one", folder, tmp_path, "--steps", 150)
     report = (tmp_path / "results.md").read_text()
@@ -70,6 +71,7 @@ def test_part_one_learns_and_reports(folder, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.slow
 def test_part_two_learns_and_reports(folder, tmp_path, capsys):
     run("two", folder, tmp_path, "--steps", 120, "--prompt", "We zebras")
     said = capsys.readouterr().out
@@ -128,6 +130,7 @@ def test_the_preset_trains_on_the_past(tmp_path, monkeypatch):
     assert (tmp_path / "sample.txt").read_text().startswith("The state of")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
 def test_ctrl_c_saves_and_resuming_gives_the_same_to_the_bit(folder, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -166,6 +169,7 @@ def test_ctrl_c_behind_the_training_says_how_to_go_on(folder, tmp_path, monkeypa
     assert f"what was trained is in {tmp_path}; go on with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_checkpoints_are_not_mixed_up(folder, tmp_path):
     with pytest.raises(SystemExit, match="--resume: expected a checkpoint in .*, got none"):
         run("one", folder, tmp_path, "--steps", 2, "--resume")

@@ -300,6 +300,7 @@ def test_t5s_encoder_takes_padding_on_both_sides(kernel_calls):
     assert_same_logits(actual[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.slow
 def test_compiled_models_match_eager():
     """The mask is made between two graphs; the layers, attention with them, are one."""
     eager, fused = pair("mistral")

@@ -282,6 +282,7 @@ def test_bytes_of_a_cached_token():
     assert cache.nbytes == 2 * 3 * 16 * latent.cache_bytes_per_token()
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
     module, x = latent_attention(torch.float32, causal=True, q_rank=8), tokens(dtype=torch.float32)

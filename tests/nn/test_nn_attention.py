@@ -407,6 +407,7 @@ def test_keys_and_values_of_a_memory_can_be_kept():
     torch.testing.assert_close(from_steps, from_whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rope", "alibi", "relative", "sinks"])
 def test_compiles_without_a_graph_break(name):
     module = MultiHeadAttention(EMBED_DIM, HEADS, **VARIANTS[name])

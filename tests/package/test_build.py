@@ -107,6 +107,7 @@ print(pynlp.__file__, importlib.util.find_spec("pynlp.kernels.attention.launch")
     return isa
 
 
+@pytest.mark.slow
 def test_wheel_without_compiler(sources, tmp_path):
     wheel = build_wheel(sources, tmp_path / "wheel", PYNLP_BUILD_CPP="0", CXX="no-such-compiler")
     assert wheel.name == f"pynlp_kernels-{pynlp.__version__}-py3-none-any.whl"
