@@ -21,15 +21,8 @@ from tqdm import tqdm
 
 from benchmarks.cases import Case, Result, row, run_cases, sdpa
 from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, bars, best_times, peak_memory
-from pynlp import probes
-from pynlp.functional import (
-    alibi_slopes,
-    attention,
-    attention_varlen,
-    attention_weights,
-    relative_position_buckets,
-    rotary_tables,
-)
+from pynlp import functional, probes
+from pynlp.functional import alibi_slopes, attention, attention_varlen, attention_weights, rotary_tables
 from pynlp.reference.attention.attention import rotate
 
 FP16 = torch.float16
@@ -104,7 +97,7 @@ class Setup:
         if self.slopes is not None:
             mask = mask - self.slopes[:, None, None] * self.distance.abs()
         if bias_table is not None:
-            buckets = relative_position_buckets(32, 128, not self.causal).long()
+            buckets = functional.relative_position_buckets(32, 128, not self.causal).long()
             mask = mask + bias_table[buckets[self.distance.clamp(-128, 128) + 128]].permute(2, 0, 1)
         return mask.masked_fill(self.hidden, -math.inf).to(self.q.dtype)[None]
 

@@ -5,8 +5,9 @@ import platform
 
 import torch
 
-from pynlp import __version__, backends
+from pynlp import backends
 from pynlp.ops.common.library import OPS
+from pynlp.version import __version__
 
 
 def info() -> dict:

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from pynlp.nn import LayerNorm, RMSNorm, attention, feed_forward
+from pynlp.nn import LayerNorm, RMSNorm
 from pynlp.ops.common.checks import check_share
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-ACTIVATIONS = tuple(sorted(feed_forward.ACTIVATIONS, key=lambda name: name != "swiglu"))  # the default first
-ADDED_POSITIONS = ("sinusoidal", "learned")  # to the embeddings; attention has the others
-_NONE, *_IN_SCORES = attention.POSITIONS
-POSITIONS = (*_IN_SCORES, *ADDED_POSITIONS, _NONE)
+ACTIVATIONS = ("swiglu", "gelu", "relu")  # those of FeedForward, the default first
+ADDED_POSITIONS = ("sinusoidal", "learned")  # to the embeddings
+POSITIONS = ("rope", "relative", "alibi", *ADDED_POSITIONS, "none")  # the others are MultiHeadAttention's
 
 
 @dataclass

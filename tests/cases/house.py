@@ -1,7 +1,8 @@
 """The rules of the house, each a function of the tree's root that gives one line for every place which breaks it.
 
-Rooms, from the ground up: kernels, reference, `_C` and what is loaded (backends); probes; ops; functional and info; nn;
-models and what stands beside them; the package and its command. A module imports from its own room and from lower ones.
+Rooms, from the ground up: kernels, reference, `_C`, what is loaded (backends) and the version; probes; ops; functional
+and info; nn; models and what stands beside them; the package and its command. A module imports from its own room and
+from lower ones.
 """
 
 import ast
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = (
-    ("kernels", "reference", "_C", "backends"),
+    ("kernels", "reference", "_C", "backends", "version"),
     ("probes",),
     ("ops",),
     ("functional", "info"),
@@ -166,7 +167,9 @@ def short_files(root: Path) -> Iterator[str]:
 
 
 def small_folders(root: Path) -> Iterator[str]:
-    files = [path for path in sources(root, ".py", ".h", ".cpp") if path.stem not in ("__init__", "__main__")]
+    """A header and its source are one module."""
+    files = {path.with_suffix("") for path in sources(root, ".py", ".h", ".cpp")}
+    files = [path for path in files if path.name not in ("__init__", "__main__")]
     for folder in sorted({path.parent for path in files}):
         count = sum(path.parent == folder for path in files)
         if count > MODULES:

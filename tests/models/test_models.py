@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
-from pynlp.models import Decoder, Encoder, EncoderDecoder, TransformerConfig
-from pynlp.nn import KVCache
+from pynlp.models import Decoder, Encoder, EncoderDecoder, TransformerConfig, config
+from pynlp.nn import KVCache, attention, feed_forward
 
 SIZES = dict(vocab_size=50, embed_dim=32, layers=3, heads=4)
 
@@ -63,6 +63,11 @@ def test_equals_mistral(window, tied):
     theirs.load_state_dict(state)
     batch = tokens()
     torch.testing.assert_close(ours(batch), theirs.eval()(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_those_of_the_modules():
+    assert set(config.POSITIONS) == {*attention.POSITIONS, *config.ADDED_POSITIONS} == set(POSITIONS)
+    assert set(config.ACTIVATIONS) == set(feed_forward.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
