@@ -64,7 +64,7 @@ def test_perplexity_with_stride_1_is_the_exact_likelihood_of_each_token(position
 def test_perplexity_does_not_depend_on_what_is_computed_at_once(monkeypatch):
     model, documents = decoder(), [torch.randint(50, (200,))]
     at_once = perplexity(model, documents, 8, 2)
-    monkeypatch.setattr("perplexity.TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr("parts.speeches.perplexity.TOKENS_AT_ONCE", 24)
     assert perplexity(model, documents, 8, 2) == pytest.approx(at_once, rel=1e-6)
 
 

@@ -153,7 +153,7 @@ def test_a_split_is_the_same_in_every_process(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text("".join(f"{a}\t{b}\n" for document in corpus(30, 30) for a, b in document.pairs))
     code = (
-        "import sys, corpora, preparation as p\n"
+        "import sys\nfrom parts.translation import corpora, preparation as p\n"
         "parts = p.split(corpora.load_documents(sys.argv[1]), validation=50, test=50)\n"
         "print(parts, p.train_tokenizer(parts.train, 500).to_str())"
     )

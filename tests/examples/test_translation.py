@@ -61,7 +61,6 @@ def run(command, *words, folder):
 
 @pytest.mark.slow
 def test_overfits_a_hundred_pairs(tsv, tmp_path, capsys):
-    torch.set_num_threads(2)
     sizes = ["--dim", 128, "--layers", 2, "--max-tokens", 2000, "--learning-rate", 3e-3]
     run("train", "--corpus", tsv, "--overfit", 100, "--steps", 180, *sizes, folder=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
