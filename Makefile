@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 demo: install
 	$(PY) examples/language_model.py
 
-# Fetches the corpus, trains for ten minutes; what was begun is gone on with.
+# Fetches the corpus, trains for ten minutes; a training that was interrupted continues.
 translate: install
 	$(PY) examples/translation.py train --minutes 10 \
 		$$(test ! -e results/translation/options.json || echo --resume)
@@ -32,8 +32,8 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal --durations=15
 test: install build/.models lint
 	$(PYTEST) $(PARALLEL)
 
-# What takes two minutes, of one family, FAMILY=attention, or of all: nothing slow, in Triton's interpreter, or once more
-# at a lesser instruction set.
+# Two minutes: the tests of FAMILY (by default of all families) and of the package, without those that are slow, that run
+# in Triton's interpreter, or that repeat others at a lesser instruction set.
 FAMILY ?= $(filter-out common,$(notdir $(wildcard kernels/[a-z]*)))
 check: install lint
 	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package -m "not slow and not triton and not lesser_isa"
@@ -41,9 +41,9 @@ check: install lint
 # What takes too long for every change: all tests at every instruction set, all kernels on all chips.
 nightly: test sanitize fuzz
 	PYNLP_EVERY_ISA=1 $(PYTEST) $(PARALLEL) -m lesser_isa
-	$(PY) -m benchmarks.audit
+	$(PY) -m benchmarks.audit --full
 
-# Calls drawn at random, other ones every time: so many of each op, and so many that must be refused.
+# Calls drawn at random, new ones every time: 10,000 of each op, and as many that must be refused.
 fuzz: install
 	PYNLP_FUZZ_EXAMPLES=$${PYNLP_FUZZ_EXAMPLES:-10000} $(PYTEST) -s -o faulthandler_timeout=0 tests/fuzz
 

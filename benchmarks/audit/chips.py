@@ -30,7 +30,7 @@ class Chip:
 
 
 MMA = r"tt\.dot .*-> tensor<\S+ #mma\d*>"
-# 100 KB for sm_80: the same tiles run on sm_86, sm_89 and sm_120, which have no more.
+# 99 KB for sm_80: the same tiles run on sm_86, sm_89 and sm_120, which have no more.
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 99 * 1024, 65536, 64, 2048, 13.4, "HMMA", MMA),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 65536, 64, 4096, 14.5, "HGMMA", r"ttng\.warp_group_dot "),

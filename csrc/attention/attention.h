@@ -45,8 +45,9 @@ struct AttentionInputs {
   const int32_t* rotary_positions;  // (entries, rows_k) or null
   int64_t rotary_offset;
   bool rotary_interleaved;
-  const int32_t* cache_lengths;  // (batch,) or null: k and v are a cache, whose keys are turned already; entry b has
-  int64_t appended;              // cache_lengths[b] + appended
+  // Decoding: k and v are a cache, its keys turned already; entry b has cache_lengths[b] + appended keys.
+  const int32_t* cache_lengths;  // (batch,) or null
+  int64_t appended;
   const int32_t* block_table;    // (batch, table_pages) or null: the pages of k and v that hold an entry's keys
   int64_t table_pages, page_size;
   int32_t dropped;  // dropout drops weights whose 16-bit random number is below this; 0 = none

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../common/parallel.h"
+#include "../simd/memory.h"
 #include "scores.h"
 
 namespace pynlp {

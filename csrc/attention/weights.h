@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/parallel.h"
+#include "../simd/memory.h"
 #include "scores.h"
 
 namespace pynlp {

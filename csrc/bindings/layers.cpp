@@ -1,4 +1,4 @@
-// Norms, activations and the loss in torch's dispatcher: tensors become pointers and strides.
+// Norms, activations, linear layers and the loss in torch's dispatcher: tensors become pointers and strides.
 #include "../layers/layers.h"
 
 #include <vector>

@@ -6,7 +6,7 @@
 //   int64_t columns                                    values of a row
 //   void read(int64_t i, float* to) const              row i as fp32
 //   const uint16_t* bf16(int64_t i) const              row i as it is stored, if that is as bf16, else null
-//   bool in_place(int pair) const                      whether rows are stored as words of `pair` values, and how:
+//   bool in_place(int pair) const                      whether rows are read where they lie, as words of `pair` values:
 //   const int32_t* words(int64_t i, int pair) const    row i as words
 //   int64_t stride                                     values from one row to the next
 #pragma once

@@ -1,7 +1,7 @@
 // Vectors of float and int32 of the target's width: one source for SSE2, NEON, AVX2 and AVX-512.
 //
-// An ISA file includes one of targets/ before this. All of this lies in an anonymous namespace, and uses no standard
-// templates: the linker must not merge code for one instruction set with code for another.
+// Each <family>/targets/*.cpp includes one of csrc/targets/ first. All of this lies in an anonymous namespace and uses
+// no standard templates: the linker must not merge code for one instruction set with code for another.
 #pragma once
 
 namespace pynlp {

@@ -98,8 +98,8 @@ def choose(
     """The first candidate that neither spills nor needs more memory than the chip has, the last one if all do.
 
     `start(config)` launches and may be repeated, `start(config, compile_only=True)` gives the compiled kernel. `key`
-    is all that the machine code depends on; `sizes` count for measurements only, by their power of two, which go from
-    a config to the fastest of its `neighbours` as long as one is faster.
+    is all that the machine code depends on. `sizes` matter only where tiles are measured, and only by their power of
+    two. Measuring starts at the tile that fits and moves to the fastest of its `neighbours` while one is faster.
     """
     fitting = candidates[0] if len(candidates) == 1 else _first_that_fits((kernel, *key), candidates, start)
     if _pretence is not None or os.environ.get("PYNLP_AUTOTUNE", "0") in ("", "0"):

@@ -53,7 +53,7 @@ def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor, T
 
     Returns:
         Logits `(rows, V)`, at least fp32; the likeliest token of each row, int64 `(rows,)`, of equal ones the lowest;
-        and the `(rows,)` that make logits log probabilities.
+        and each row's log-sum-exp `(rows,)`: logits minus it are log probabilities.
 
     Raises:
         ValueError: the state's answer has another shape or dtype, or no token of a row is possible.

@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
-__path__.append(str(Path(__file__).resolve().parents[2] / "kernels"))
+if not Path(__file__).with_name("common").exists():
+    __path__.append(str(Path(__file__).resolve().parents[2] / "kernels"))

@@ -6,7 +6,8 @@ from typing import Any
 
 from pynlp.training.schedules import WarmupCosine, WarmupInverseSquareRoot
 
-MAY_CHANGE = ("steps", "validate_every", "save_every", "keep_last", "patience")  # no step does anything else for it
+# A resumed training may change these: no update of the weights depends on them.
+MAY_CHANGE = ("steps", "validate_every", "save_every", "keep_last", "patience")
 
 
 @dataclass(frozen=True)

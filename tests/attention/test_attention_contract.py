@@ -41,7 +41,7 @@ def test_every_back_end_has_the_options_of_the_schema():
     for mirrored, schema in (
         (Options, options),
         (launch.Options, options),
-        (decode_launch.Options, schema_of("attention_decode", 4)),
+        (decode_launch.DecodeOptions, schema_of("attention_decode", 4)),
     ):
         assert list(mirrored.__annotations__.items()) == [(name, types[kind]) for name, kind in schema]
 

@@ -1,4 +1,4 @@
-"""The accuracy that drawn cases are held to: that of attention_cases.py, without the luck of small tensors.
+"""The accuracy that drawn cases are held to: that of cases/attention.py, without the luck of small tensors.
 
 Our error against fp64 is at most twice (gradients: three times) that of PyTorch's own path in the same dtype; the
 largest single error, more a matter of luck, has twice that room. On top comes half a unit in the last place, what
@@ -8,7 +8,7 @@ Among thousands of cases some are so small that the few roundings of PyTorch's p
 above the limit, three things are looked at that it is entitled to. One is what PyTorch's path in the same dtype misses
 by on inputs close to these, of which not all are lucky. One is what rounding to fp32, in which ours computes, may cost:
 several runs of the oracle, each step of which is off by up to half a unit in the last place. The last is what keeping
-little of the forward pass costs the gradients (see attention_cases.py), the lse being off as those runs say, and by its
+little of the forward pass costs the gradients (see cases/attention.py), the lse being off as those runs say, and by its
 rounding.
 """
 

@@ -7,8 +7,9 @@ and the lse of a query that sees no key is +inf.
 
 More than there: any head_dim up to 256 and any page size; gradients of the lse and of `alibi_slopes`; softcap together
 with dropout; every backward pass is deterministic. The lse is the documented one also for ALiBi with `causal`, where
-theirs is shifted by a constant a row. Less: `NotImplementedError` names the argument. Stricter: arguments that there
-lead to reads outside of a tensor, or to rows that nobody writes, are a ValueError, on a GPU a device-side assertion.
+theirs is shifted by a constant a row. What is not served raises NotImplementedError, which names the argument.
+Stricter: arguments that there lead to reads outside of a tensor, or to rows that nobody writes, are a ValueError, on a
+GPU a device-side assertion.
 
 Source: https://github.com/Dao-AILab/flash-attention, flash_attn_interface.py and layers/rotary.py; FlashAttention-2
 (Dao, arXiv 2307.08691).

@@ -67,7 +67,7 @@ def _launchers(module: str) -> ModuleType | None:
     reason = backends.triton_missing_reason()
     if reason is None:
         return importlib.import_module(f"pynlp.kernels.{module}")
-    backends.warn_once(f"pynlp.{module} runs on the slow reference: {reason}")
+    backends.warn_once(f"pynlp.{module.split('.')[0]} runs on the slow reference: {reason}")
     return None
 
 
@@ -138,7 +138,14 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
 
 def refuse_double_backward(name: str, what: str) -> Callable:
-    """Give `pynlp::name`, a backward, a gradient that is an error: `what` "no second derivative". Returns the op."""
+    """Refuse second derivatives: a gradient of `pynlp::name`, itself a backward, raises NotImplementedError.
+
+    Args:
+        what: How the message begins: "pynlp's norms have".
+
+    Returns:
+        The op for callers in Python.
+    """
 
     def backward(ctx, *gradients):
         raise NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")

@@ -21,8 +21,8 @@ def _fake(x, weight, bias):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, F.linear's result, gradients and errors.
 
-    Where no gradient is asked for, fp32 on a CPU has a kernel of its own for up to 128 rows, or 2048 with AVX-512, and
-    2^17 terms or more: it reads the weight where it lies, each value once for 32 rows, and a row gets the same bits
+    Where no gradient is asked for, fp32 on a CPU has a kernel of its own for few rows (up to 128, or 2048 with AVX-512)
+    and 2^17 terms or more: it reads the weight where it lies, once for a panel of rows, and a row gets the same bits
     whatever the other rows and the number of threads.
 
     Args:
