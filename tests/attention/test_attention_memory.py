@@ -7,7 +7,7 @@ import pytest
 from benchmarks.attention import peak_bytes
 from benchmarks.measure import peak_memory
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.slow]
 
 SEQLEN = 4096
 SIZE = 7 * SEQLEN * 8 * 64 * 4  # q, k, v, out and three gradients

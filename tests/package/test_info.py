@@ -105,6 +105,7 @@ def test_bad_isa(monkeypatch):
     assert pynlp.get_isa() == before
 
 
+@pytest.mark.slow
 def test_isa_from_the_environment():
     show = "import pynlp; print(pynlp.get_isa())"
     for isa in backends.available_isas():
@@ -193,6 +194,7 @@ sys.meta_path.insert(0, Broken)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prelude, reason",
     [(NO_EXTENSION, "extension not built"), (BROKEN_EXTENSION, "extension does not load: undefined symbol: torch_of")],

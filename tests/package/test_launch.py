@@ -163,6 +163,7 @@ def test_tiles_stay_what_the_kernels_can_do(stopwatch):
         assert config.block_n % (config.masked or 1) == 0 and config.block_m % (config.masked or 1) == 0
 
 
+@pytest.mark.triton
 def test_the_launchers_use_what_was_found(stopwatch, monkeypatch):
     q, k, v = (torch.randn(1, 40, 2, 16, device="cuda" if torch.cuda.is_available() else "cpu") for _ in range(3))
     causal = dict(softmax_scale=0.25, window_left=-1, window_right=0, softcap=0.0, rotary_offset=0)
