@@ -18,7 +18,6 @@ from cases.triton import (
 from pynlp.kernels.attention.dropout import philox as philox_in_kernels
 from triton import language as tl
 
-from pynlp.reference.attention.attention import Options
 from pynlp.reference.common.random import attention_keeps, philox
 
 # NumPy, which the interpreter computes with, warns of log2(0) and of NaN.
@@ -219,10 +218,6 @@ def test_nothing_in_nothing_out(empty, sinks, monkeypatch):
         assert x.shape == expected.shape and (x == 0).all()
     if sinks:  # all that rows without keys have
         torch.testing.assert_close(gradients[5], grad_lse.sum((0, 2)))
-
-
-def test_options_are_those_of_the_reference():
-    assert attention.Options._fields == Options._fields
 
 
 def test_no_sequences_at_all():
