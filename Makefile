@@ -53,7 +53,7 @@ sanitize: install
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PY) setup.py --quiet build --build-base build/sanitize \
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYNLP_EVERY_ISA=1 .venv/bin/pytest -q \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib:. PYNLP_EVERY_ISA=1 .venv/bin/pytest -q \
 		$(patsubst %,tests/%,$(FAMILY) nn/test_cache.py package/test_random.py fuzz) \
 		-m "not triton" -k "not compile and not memory"
 

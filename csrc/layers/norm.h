@@ -12,6 +12,7 @@ namespace {
 
 // Rows are summed in pieces of so many values, and then the pieces, which loses fewer digits.
 constexpr int64_t SUMMED = 16 * LANES;
+constexpr float MAX_FLOAT = 3.4028234663852886e38f;
 
 // How many of `rows` rows a task takes. A task sums the weights' gradients over its rows: so that their bits do not
 // depend on the threads, it depends on the number of rows alone.
@@ -92,10 +93,12 @@ class Norm {
       statistics(values, s.values, means, variances);
       each<ROWS>([&](int r) {
         const int64_t i = first + r;
-        if (in_.centred) in_.mean[i] = means[r];
-        in_.rstd[i] = 1.0f / __builtin_sqrtf(variances[r] + in_.eps);
+        const float scale = variances[r] <= MAX_FLOAT ? 1.0f : scale_down(values[r], s.values + r * size_, means[r], variances[r]);
+        const float deviation = 1.0f / __builtin_sqrtf(variances[r] + in_.eps * scale * scale);
+        if (in_.centred) in_.mean[i] = means[r] / scale;
+        in_.rstd[i] = deviation * scale;
         const float* row = values[r];
-        const Float mean = broadcast(means[r]), rstd = broadcast(in_.rstd[i]);
+        const Float mean = broadcast(means[r]), rstd = broadcast(deviation);
         float* y = result_row(in_.y, i, in_.columns, in_.columns, s.other);
         const Ahead next(in_.x, i + ROWS);
         over_row(size_, [&](int64_t d, bool line) {
@@ -124,6 +127,26 @@ class Norm {
         means[r] = mean[0];
         variances[r] = variance[0];
       });
+  }
+
+  // For a row whose squares overflow: makes it of values of at most 2, in `room`, and gives the power of 2 it took; the
+  // moments are those of the new row. A row that has no finite largest value stays as it is.
+  __attribute__((noinline)) float scale_down(const float*& row, float* room, float& mean, float& variance) const {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < in_.columns; ++d) {
+      const float size = __builtin_fabsf(row[d]);
+      largest = size > largest || size != size ? size : largest;
+    }
+    if (!(largest <= MAX_FLOAT)) return 1.0f;
+    const float scale = __builtin_ldexpf(1.0f, -__builtin_ilogbf(largest));
+    for (int64_t d = 0; d < size_; ++d) room[d] = d < in_.columns ? row[d] * scale : 0.0f;
+    row = room;
+    const float* const scaled[1] = {row};
+    float means[1], variances[1];
+    statistics(scaled, room, means, variances);
+    mean = means[0];
+    variance = variances[0];
+    return scale;
   }
 
   template <int ROWS>

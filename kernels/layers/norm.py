@@ -77,6 +77,28 @@ def _centred(b_new, b_mean, m, F: tl.constexpr):
 
 
 @triton.jit
+def _statistics_of_huge_rows(sources, b_row, m_row, eps, F: tl.constexpr):
+    """mean and rstd by way of the rows divided by their largest value: of the rows themselves the squares overflow."""
+    ROWS: tl.constexpr = F.ROWS
+    BLOCK_D: tl.constexpr = F.BLOCK_D
+    b_largest = tl.zeros([ROWS], tl.float32)
+    for i_d in tl.range(0, F.D, BLOCK_D):
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(_new_block(sources, b_row, m_row, i_d, F)[0]), 1))
+    b_scale = 1 / tl.where(b_largest > 0, b_largest, 1.0)
+    b_mean = tl.zeros([ROWS], tl.float32)
+    if F.CENTRED:
+        for i_d in tl.range(0, F.D, BLOCK_D):
+            b_new, _, _ = _new_block(sources, b_row, m_row, i_d, F)
+            b_mean += tl.sum(b_new * b_scale[:, None], 1) / F.D
+    b_variance = tl.zeros([ROWS], tl.float32)
+    for i_d in tl.range(0, F.D, BLOCK_D):
+        b_new, _, m = _new_block(sources, b_row, m_row, i_d, F)
+        b_centre = _centred(b_new * b_scale[:, None], b_mean, m, F)
+        b_variance += tl.sum(b_centre * b_centre, 1) / F.D
+    return b_mean / b_scale, b_scale * tl.rsqrt(b_variance + eps * b_scale * b_scale)
+
+
+@triton.jit
 def _store_block(sources, p_weight, p_bias, p_y, b_new, b_mean, b_rstd, b_row, o_d, m, F: tl.constexpr):
     if F.HAS_RESIDUAL or F.HAS_DROPOUT:
         store_block(sources.p_new, b_row, F.D, o_d, m, b_new, 1)
@@ -120,6 +142,11 @@ def norm_forward_kernel(
             b_sum += b_centre * b_centre
         b_squares = tl.sum(b_sum, 1)
     b_rstd = tl.rsqrt(b_squares / F.D + tl.full([], eps, tl.float32))
+    b_overflows = (b_squares < float("inf")) == 0
+    if tl.max(b_overflows.to(tl.int32), 0) > 0:
+        b_scaled_mean, b_scaled_rstd = _statistics_of_huge_rows(sources, b_row, m_row, eps, F)
+        b_mean = tl.where(b_overflows, b_scaled_mean, b_mean)
+        b_rstd = tl.where(b_overflows, b_scaled_rstd, b_rstd)
     if F.CENTRED:
         tl.store(p_mean + b_row, b_mean, mask=m_row)
     tl.store(p_rstd + b_row, b_rstd, mask=m_row)

@@ -115,7 +115,8 @@ class SinusoidalPositions(RotaryTables):
     """Sines and cosines of positions, those of one frequency side by side. Source: arXiv 1706.03762, section 3.5."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        return torch.stack((self.sin[positions], self.cos[positions]), dim=-1).flatten(-2)
+        cos, sin = self.on(positions.device)
+        return torch.stack((sin[positions], cos[positions]), dim=-1).flatten(-2)
 
 
 class Stack(nn.Module):

@@ -177,7 +177,7 @@ class MultiHeadAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
         k, v = memory if isinstance(memory, tuple) else self.keys_values(x if memory is None else memory)
         dropout = self.dropout if self.training else 0.0
-        options = self._options(rotary_offset)
+        options = self._options(rotary_offset, x.device)
         if cache is not None:
             cache.check(dropout, x, q, k, v)
             # The first tokens are only written to the cache: they see each other, which needs nothing from there.
@@ -192,14 +192,16 @@ class MultiHeadAttention(nn.Module):
             out = self.attention(q, k, v, key_lengths=key_lengths, dropout_p=dropout, **options)
         return self.out_proj(out.flatten(-2))
 
-    def _options(self, rotary_offset: int | Tensor) -> dict:
+    def _options(self, rotary_offset: int | Tensor, device: torch.device) -> dict:
         """Arguments that all attention functions take."""
+        if self.alibi_slopes is not None and self.alibi_slopes.is_meta:  # of a module that was filled by assignment
+            self.alibi_slopes = alibi_slopes(self.heads, device=device)
         return dict(
             causal=self.causal, window=self.window, softmax_scale=self.softmax_scale, softcap=self.softcap,
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             relative_bias=self.relative_bias, relative_max_distance=self.relative_max_distance,
-            rotary=None if self.rotary is None else (self.rotary.cos, self.rotary.sin),
+            rotary=None if self.rotary is None else self.rotary.on(device),
             rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
         )  # fmt: skip
 
@@ -225,7 +227,7 @@ class MultiHeadAttention(nn.Module):
         with torch.no_grad():
             q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # (B, Sq, H, D)
             k, _ = self.keys_values(x if memory is None else memory)
-            return attention_weights(q, k, rows=rows, key_lengths=key_lengths, **self._options(rotary_offset))
+            return attention_weights(q, k, rows=rows, key_lengths=key_lengths, **self._options(rotary_offset, x.device))
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values `(B, Sk, G, D)` of a memory, for `forward` to take in its place; differentiable."""
@@ -344,6 +346,16 @@ class RotaryTables(nn.Module):
         # device gets buffers with nothing in them: so computed anew where they have gone.
         self.cos, self.sin = rotary_tables(self.max_positions, self.rotary_dim, device=self.cos.device, **self.options)
         return self
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, each `(max_positions, rotary_dim / 2)`.
+
+        They are made on `device` if they are on the meta device still, as in a module that was filled by
+        load_state_dict(assign=True), which moves nothing else.
+        """
+        if self.cos.is_meta and device.type != "meta":
+            self.cos, self.sin = rotary_tables(self.max_positions, self.rotary_dim, device=device, **self.options)
+        return self.cos, self.sin
 
     def check(self, offset: int, seqlen: int) -> None:
         if offset < 0 or offset + seqlen > self.max_positions:

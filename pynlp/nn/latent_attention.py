@@ -122,7 +122,7 @@ class LatentAttention(nn.Module):
         latent = self.kv_norm(latent).to(rope.dtype)  # (B, S, R); under autocast on a GPU the norm gives fp32
         dropout = self.dropout if self.training else 0.0
         options = dict(
-            causal=self.causal, softmax_scale=self.softmax_scale, rotary=(self.rotary.cos, self.rotary.sin),
+            causal=self.causal, softmax_scale=self.softmax_scale, rotary=self.rotary.on(x.device),
             rotary_offset=rotary_offset, rotary_interleaved=self.rotary_interleaved,
         )  # fmt: skip
         if cache is not None:

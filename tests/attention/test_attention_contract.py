@@ -138,7 +138,7 @@ def test_compile_checks_values_at_run_time():
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     q = torch.randn(2, 5, 2, 4)
     compiled(q, q, q, key_lengths=torch.tensor([5, 2]))
-    with pytest.raises(RuntimeError, match="key_lengths: expected values of 0 to 5"):
+    with pytest.raises(RuntimeError, match="key_lengths: expected values in range"):
         compiled(q, q, q, key_lengths=torch.tensor([5, 6]))
 
 

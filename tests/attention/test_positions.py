@@ -175,9 +175,9 @@ def test_relative_buckets_match_t5(num_buckets, max_distance, bidirectional):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((3, 128, True), "relative_bias: expected at least 4 buckets, got 3"),
-        ((1, 128, False), "relative_bias: expected at least 2 buckets, got 1"),
-        ((32, 8, True), "relative_max_distance: expected more than 8, got 8"),
+        ((3, 128, True), "num_buckets: expected at least 4 buckets, got 3"),
+        ((1, 128, False), "num_buckets: expected at least 2 buckets, got 1"),
+        ((32, 8, True), "max_distance: expected more than 8, got 8"),
     ],
 )
 def test_relative_buckets_refuse_bad_arguments(arguments, message):

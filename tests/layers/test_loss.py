@@ -159,6 +159,35 @@ def test_gradcheck(options):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_permuted_target_is_as_a_contiguous_one(reduction):
+    x, weight, target = torch.randn(2, 3, 8, requires_grad=True), torch.randn(5, 8), torch.randint(5, (3, 2)).T
+    losses = [linear_cross_entropy(x, weight, t, reduction=reduction) for t in (target, target.contiguous())]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), x)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in (FP32, BF16, FP16) for b in (FP32, BF16, FP16)], ids=str)
+def test_autocast_takes_what_f_linear_takes(dtypes):
+    x, weight = torch.randn(6, 8).to(dtypes[0]), torch.randn(9, 8).to(dtypes[1])
+    target = torch.tensor([0, 8, -100, 3, 3, 1])
+    for dtype in (BF16, FP16):
+        with torch.autocast("cpu", dtype):
+            loss = linear_cross_entropy(x, weight, target)
+            expected = F.cross_entropy(F.linear(x, weight).float(), target)
+        torch.testing.assert_close(loss, expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(reduction):
+    """A gradient penalty is not dropped in silence beside a term that has a gradient."""
+    x, target = torch.randn(4, 8, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    loss = linear_cross_entropy(x, torch.randn(5, 8), target, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivative"):
+        (gradient.square().sum() + x.sum()).backward()
+
+
 def test_opcheck_and_compile():
     tensors = {n: x.requires_grad_() for n, x in tensors_of((6,), 8, 9, FP32).items()}
     target = torch.tensor([0, 8, -100, 3, 3, 1])
@@ -191,6 +220,9 @@ X, WEIGHT, TARGET = torch.randn(4, 6), torch.randn(9, 6), torch.zeros(4, dtype=t
             "weight: expected x's dtype torch.float32 or float32",
         ),
         ({"bias": torch.randn(8)}, ValueError, r"bias: expected shape \(9,\), got \(8,\)"),
+        ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+        ({"target": [0, 1, 2, 3]}, TypeError, "target: expected a tensor, got list"),
+        ({"softcap": None}, TypeError, "softcap: expected a number, got None"),
         ({"target": TARGET[:3]}, ValueError, r"target: expected shape \(4,\), got \(3,\)"),
         ({"target": TARGET.int()}, TypeError, "target: expected dtype int64, got torch.int32"),
         ({"target": TARGET + 9}, ValueError, "target: expected values of 0 to 8, got 9 to 9"),

@@ -202,6 +202,32 @@ def test_nan_stays_in_its_row():
     assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_rows_whose_squares_overflow(kind, dtype, isa):
+    """The result is that of fp64; a row among them that is not huge has the bits that it has alone."""
+    for size in (1e20, 1e30, 1e38):
+        for columns in (7, 64, 1000):
+            tensors = tensors_of((9, columns), FP32, kind)
+            tensors["x"] = (tensors["x"].clamp(-1, 1) * size).to(dtype)
+            tensors["x"][3] = torch.randn(columns)
+            exact = fused(kind, 0.0)(**{name: x.double() for name, x in tensors.items()})
+            y = fused(kind, 0.0)(**tensors)
+            torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+            assert torch.equal(y[3], fused(kind, 0.0)(**tensors | {"x": tensors["x"][3]}))
+            tensors["x"].requires_grad_()
+            fused(kind, 0.0)(**tensors).sum().backward()
+            assert tensors["x"].grad.isfinite().all()
+
+
+def test_what_is_not_finite_is_as_in_pytorch(isa):
+    for value in (float("inf"), -float("inf"), float("nan")):
+        x = torch.randn(3, 20)
+        x[1, 5] = value
+        torch.testing.assert_close(rms_norm(x, torch.ones(20)), F.rms_norm(x, (20,), eps=1e-6), equal_nan=True)
+        torch.testing.assert_close(layer_norm(x, torch.ones(20)), F.layer_norm(x, (20,)), equal_nan=True)
+
+
 X, WEIGHT = torch.randn(4, 6), torch.ones(6)
 
 
@@ -216,6 +242,11 @@ X, WEIGHT = torch.randn(4, 6), torch.ones(6)
         ({"bias": torch.ones(4, 6)}, ValueError, r"bias: expected shape \(6,\), got \(4, 6\)"),
         ({"residual": torch.ones(4, 5)}, ValueError, r"residual: expected shape \(4, 6\), got \(4, 5\)"),
         ({"residual": X.half()}, TypeError, "residual: expected x's dtype torch.float32 or float32, got torch.float16"),
+        ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"weight": [1.0] * 6}, TypeError, "weight: expected a tensor, got list"),
+        ({"eps": None}, TypeError, "eps: expected a number, got None"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number, got str"),
+        ({"dropout_p": 0.5, "seed": 1.5}, TypeError, "seed: expected an int or one int64 value, got float"),
         ({"eps": -1.0}, ValueError, "eps: expected at least 0, got -1.0"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected at least 0 and less than 1, got 1.0"),
         ({"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, "seed: expected an int or one int64 value"),

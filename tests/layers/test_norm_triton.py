@@ -217,6 +217,22 @@ def test_backward_reads_what_forward_normalised():
     torch.testing.assert_close(rstd.double(), (values.var(-1, correction=0) + EPS).rsqrt(), atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [24, 70])
+@pytest.mark.parametrize("centred", [True, False])
+def test_rows_whose_squares_overflow(centred, columns, monkeypatch):
+    """Statistics and results are those of fp64; the other rows have the bits that they have without these."""
+    small_blocks(monkeypatch, programs=4)
+    tensors, options = make_case(columns, (9,), centred)
+    clean = run_kernels(tensors, options)
+    tensors[0][2:5] *= 1e30
+    y, _, mean, rstd, *_ = run_kernels(tensors, options)
+    exact = pytorch([None if t is None else t.double() for t in tensors], options)
+    for value, expected in ((y, exact[0]), (rstd, exact[3]), *([(mean, exact[2])] if centred else [])):
+        torch.testing.assert_close(value.double(), expected.view(value.shape), rtol=1e-5, atol=1e-5)
+    others = [0, 1, 5, 6, 7, 8]
+    assert torch.equal(y[others], clean[0][others]) and torch.equal(rstd[others], clean[3][others])
+
+
 def test_what_is_not_finite_stays_in_its_row():
     tensors, options = make_case(24, (9,), residual="same")
     clean = run_kernels(tensors, options)

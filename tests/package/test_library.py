@@ -186,24 +186,67 @@ def test_compiled(both):
     assert_same(call, both)
 
 
-def test_functional_transforms(both):
-    def loss(op):
-        return lambda x, y: op(x, y, 0.5, [])[0].square().sum()
-
-    def over_rows(function):
-        return torch.vmap(function, in_dims=(0, None))
-
-    for transform in (torch.func.grad, torch.func.jacrev, torch.func.functionalize, over_rows):
-        assert_same(lambda op, transform=transform: transform(loss(op))(*inputs(False, False)), both)
+def over_rows(function):
+    return torch.vmap(function, in_dims=(0, None))
 
 
-def test_forward_mode(both):
-    def call(op):
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        torch.func.jacrev,
+        torch.func.functionalize,
+        over_rows,
+        lambda function: over_rows(torch.func.grad(function, argnums=(0, 1))),
+        lambda function: torch.func.grad(lambda x, y: over_rows(function)(x, y).sum()),
+        lambda function: over_rows(torch.vmap(function, in_dims=(0, 0))),
+        lambda function: lambda x, y: torch.func.vjp(function, x, y)[1](torch.ones(())),
+    ],
+)
+def test_functional_transforms(ours, transform):
+    """From Python; by the dispatcher, torch.func takes no op with a gradient that is written in Python."""
+    call, loss = ours(backward), lambda op: lambda x, y: op(x, y, 0.5, [])[0].square().sum()
+    expected = transform(loss(twin))(*inputs(False, False))
+    torch.testing.assert_close(transform(loss(call))(*inputs(False, False)), expected)
+    direct = outcome(lambda: transform(loss(torch.ops.pynlp.twin.default))(*inputs(False, False)))
+    if direct is not NotImplementedError:
+        torch.testing.assert_close(direct, expected)
+
+
+def test_no_tangent_is_lost(ours):
+    """Forward mode asks for a derivative that ops do not have: an error, where nothing requires a gradient, too."""
+    call = ours(backward)
+    for op in (call, torch.ops.pynlp.twin.default):
         x, y = inputs(False, False)
         with torch.autograd.forward_ad.dual_level():
-            op(torch.autograd.forward_ad.make_dual(x, x), y, 0.5, [])
+            op(x, y, 0.5, [])  # nothing to lose
+            with pytest.raises(NotImplementedError, match="pynlp's twin has no forward-mode derivative"):
+                op(torch.autograd.forward_ad.make_dual(x, x), y, 0.5, [])
+    for transform in (lambda f, *xs: torch.func.jvp(f, xs, xs), lambda f, *xs: torch.func.hessian(f)(*xs)):
+        with pytest.raises(NotImplementedError, match="pynlp's twin has no forward-mode derivative"):
+            transform(lambda x, y: call(x, y, 0.5, [])[0].sum(), *inputs(False, False))
 
-    assert_same(call, both)
+
+def test_an_op_without_derivatives_refuses_them():
+    x, y = inputs(False, False)
+
+    def refusing(x, y):
+        library.refuse_derivatives("twin", None, x, y)
+        return (x * y).sum()
+
+    refusing(x, y)
+    torch.vmap(refusing, in_dims=(0, None))(x, y)
+    torch.func.grad(lambda z: refusing(x, y) * z)(torch.ones(()))  # of something else
+    with pytest.raises(NotImplementedError, match="pynlp's twin has no derivative"):
+        torch.func.grad(refusing)(x, y)
+    with pytest.raises(NotImplementedError, match="pynlp's twin has no derivative"):
+        torch.vmap(torch.func.grad(refusing), in_dims=(0, None))(x, y)
+    with pytest.raises(NotImplementedError, match="pynlp's twin has no derivative"):
+        torch.func.jvp(refusing, (x, y), (x, y))
+    with torch.autograd.forward_ad.dual_level():
+        refusing(x, y)
+        with pytest.raises(NotImplementedError, match="pynlp's twin has no forward-mode derivative"):
+            refusing(torch.autograd.forward_ad.make_dual(x, x), y)
 
 
 def test_opcheck(ours):

@@ -77,8 +77,7 @@ def _backward(ctx, grad_out, grad_lse):
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    _, *needed = ctx.needs_input_grad  # of the key set that register_autograd adds, q, k, v and the options
-    needs = [needed[3 + i] for i in _BIASES]
+    needs = [ctx.needs_input_grad[3 + i] for i in _BIASES]  # behind q, k and v
     *grads, grad_slopes, grad_table, grad_sinks = _attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *options, *needs
     )
@@ -89,7 +88,7 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 _attention_forward = register_autograd("attention_forward", _setup_context, _backward)
-_attention_backward = refuse_double_backward("attention_backward", "pynlp.attention has")
+_attention_backward = refuse_double_backward("attention_backward", "pynlp's attention has")
 
 
 def attention(

@@ -5,8 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pynlp.ops.attention.positions import relative_position_buckets
-from pynlp.ops.common.checks import as_fp32, check, check_dtype, check_range, check_tensor, extremes
+from pynlp.ops.attention.positions import buckets_like
+from pynlp.ops.common.checks import (
+    as_fp32,
+    check,
+    check_dtype,
+    check_is_tensor,
+    check_not_negative,
+    check_range,
+    check_tensor,
+    extremes,
+    has_shape,
+)
 
 MAX_HEAD_DIM = 256
 
@@ -15,6 +25,7 @@ def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor, packed: bool = Fa
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
     dimensions = layout.count(",") + 1
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_is_tensor(name, x)
         if x.dim() != dimensions:
             raise ValueError(f"{name}: expected {dimensions} dimensions {layout}, got {tuple(x.shape)}")
     check_dtype("q", q)
@@ -50,8 +61,12 @@ def check_heads(name: str, heads: int, kv_heads: int) -> None:
 
 def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[int, int]:
     """The window (left, right) with -1 for no limit."""
+    if window is not None and (not isinstance(window, Sequence) or len(window) != 2):
+        raise TypeError(f"window: expected (left, right), the keys seen on each side, or None, got {window!r}")
     left, right = (None, None) if window is None else window
     for name, side in (("left", left), ("right", right)):
+        if side is not None and not isinstance(side, int | torch.SymInt):
+            raise TypeError(f"window: expected {name} to be an int or None, got {side!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected {name} >= 0 or None for no limit, got {side}")
     if causal:
@@ -60,8 +75,7 @@ def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[i
 
 
 def check_softcap(softcap: float) -> float:
-    if not softcap >= 0:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
+    check_not_negative("softcap", softcap)
     return softcap
 
 
@@ -87,17 +101,19 @@ def prepare_relative(
     if relative_bias is None:
         return None, None
     heads = q.shape[-2]
+    check_is_tensor("relative_bias", relative_bias)
     if relative_bias.dim() != 2:
         raise ValueError(f"relative_bias: expected shape (num_buckets, {heads}), got {tuple(relative_bias.shape)}")
     check_tensor("relative_bias", relative_bias, q, [(relative_bias.shape[0], heads)])
     bidirectional = not causal if bidirectional is None else bidirectional
-    buckets = relative_position_buckets(relative_bias.shape[0], max_distance, bidirectional, q.device)
+    buckets = buckets_like(q, relative_bias.shape[0], max_distance, bidirectional)
     return as_fp32(relative_bias, q), buckets
 
 
 def check_integers(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     """Check lengths, places or position ids; errors ask for int32, int64 is taken, too."""
-    if tuple(x.shape) != shape:
+    check_is_tensor(name, x)
+    if not has_shape(x, shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected dtype int32, got {x.dtype}")
@@ -119,13 +135,15 @@ def prepare_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqle
 
 def prepare_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
     """The places where packed sequences start and end, int32: from 0 to the total, never falling."""
+    check_is_tensor(f"cu_seqlens_{name}", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
     check_integers(f"cu_seqlens_{name}", cu_seqlens, tuple(cu_seqlens.shape), q)
     check(
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total),
-        f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total, {total}",
+        f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total",
         lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
+        lambda: f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total, {total}",
     )
     if cu_seqlens.shape[0] > 1:
         shortest, longest = extremes(cu_seqlens.diff())
@@ -144,7 +162,10 @@ def prepare_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: in
 
 
 def prepare_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(rotary, Sequence) or len(rotary) != 2:
+        raise TypeError(f"rotary: expected (cos, sin), two tensors, got {type(rotary).__name__}")
     cos, sin = rotary
+    check_is_tensor("rotary cos", cos)
     head_dim = q.shape[-1]
     if cos.dim() != 2 or not 1 <= cos.shape[1] <= head_dim // 2:
         raise ValueError(
@@ -159,8 +180,14 @@ def prepare_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]
 
 
 def check_no_offset(rotary_offset: int | Tensor) -> None:
+    check_offset(rotary_offset)
     if isinstance(rotary_offset, Tensor) or rotary_offset != 0:
         raise ValueError("rotary_offset: expected rotary=(cos, sin) with it, got rotary=None")
+
+
+def check_offset(rotary_offset: int | Tensor) -> None:
+    if isinstance(rotary_offset, bool) or not isinstance(rotary_offset, int | torch.SymInt | Tensor):
+        raise TypeError(f"rotary_offset: expected an int or a tensor of position ids, got {rotary_offset!r}")
 
 
 def prepare_rotary(
@@ -171,6 +198,7 @@ def prepare_rotary(
         check_no_offset(rotary_offset)
         return None, None, None, 0
     cos, sin = prepare_tables(rotary, q)
+    check_offset(rotary_offset)
     batch, seqlen_q = q.shape[:2]
     if isinstance(rotary_offset, Tensor):
         check_position_ids(rotary_offset, (batch, seqlen_k), cos, q)
@@ -196,6 +224,7 @@ def prepare_packed_rotary(
         check_no_offset(rotary_offset)
         return None, None, None, 0
     cos, sin = prepare_tables(rotary, q)
+    check_offset(rotary_offset)
     fewest, most = 0, 0  # keys beyond the queries, and keys, of any sequence
     if lengths[0].numel():
         fewest, most = extremes(lengths[1] - lengths[0])[0], extremes(lengths[1])[1]
@@ -218,7 +247,7 @@ def prepare_packed_rotary(
 
 
 def check_position_ids(positions: Tensor, shape: tuple[int, ...], cos: Tensor, q: Tensor) -> None:
-    if tuple(positions.shape) != shape:
+    if not has_shape(positions, shape):
         raise ValueError(
             f"rotary_offset: expected an int or position ids of shape {shape}, got {tuple(positions.shape)}"
         )

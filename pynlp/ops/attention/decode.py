@@ -4,8 +4,17 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.attention import checks
-from pynlp.ops.common.checks import at_once, check, check_dtype, check_range, extremes, rows_in_place
-from pynlp.ops.common.library import LIBRARY, define
+from pynlp.ops.common.checks import (
+    at_once,
+    check,
+    check_dtype,
+    check_is_tensor,
+    check_range,
+    extremes,
+    is_autocast_on,
+    rows_in_place,
+)
+from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
 from pynlp.reference.attention import decode as reference
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -101,12 +110,16 @@ def attention_decode(
 
     Source: Flash-Decoding (Dao et al., 2023); pages: PagedAttention (Kwon et al., arXiv 2309.06180).
     """
-    if torch.is_autocast_enabled(q.device.type):  # the cache keeps its dtype
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_is_tensor(name, x)
+    if is_autocast_on(q.device.type):  # the cache keeps its dtype
         q, k, v = (None if x is None else x.to(k_cache.dtype) for x in (q, k, v))
     _check_cache(q, k_cache, v_cache, block_table)
     batch, seqlen_q, heads, head_dim = q.shape
     appended = _check_new_rows(q, k, v, k_cache, v_cache)
     checks.check_integers("cache_lengths", cache_lengths, (batch,), q)
+    if block_table is not None:
+        check_is_tensor("block_table", block_table)
     if block_table is not None and block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
@@ -124,6 +137,7 @@ def attention_decode(
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     cos, sin = _prepare_rotary(rotary, rotary_offset, q, cache_lengths, appended)
     turn = (cos, sin, rotary_offset, rotary_interleaved)
+    refuse_derivatives("attention_decode", q, k, v, k_cache, v_cache, sinks, slopes, table)
     with torch.no_grad():
         if appended:
             rows = (rows_in_place(x) for x in (k, v))
@@ -176,6 +190,7 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
     for name, x, other in (("k", k, "v"), ("v", v, "k")):
         if x is None:
             raise ValueError(f"{name}: expected new rows to go with {other}, got None")
+        check_is_tensor(name, x)
         checks.check_like_q(name, x, q)
     batch, heads = q.shape[0], k_cache.shape[2]
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
@@ -202,7 +217,10 @@ def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_ca
     unused = first >= cache_lengths[:, None] + appended
     outside = ~unused & ((block_table < 0) | (block_table >= pages))
     check(
-        ~outside.any(), f"block_table: expected pages 0 to {pages - 1}", lambda: f"got {block_table[outside][0].item()}"
+        ~outside.any(),
+        "block_table: expected pages of the cache",
+        lambda: f"got {block_table[outside][0].item()}",
+        lambda: f"block_table: expected pages 0 to {pages - 1}",
     )
 
 
@@ -213,6 +231,7 @@ def _prepare_rotary(
         checks.check_no_offset(rotary_offset)
         return None, None
     cos, sin = checks.prepare_tables(rotary, q)
+    checks.check_offset(rotary_offset)
     if isinstance(rotary_offset, Tensor):
         raise TypeError("rotary_offset: expected an int, the position of each entry's key 0, got a tensor")
     if cache_lengths.numel():

@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -149,17 +149,7 @@ def relative_position_buckets(
 
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """
-    exact = num_buckets // (4 if bidirectional else 2)
-    if exact < 1:
-        raise ValueError(f"relative_bias: expected at least {4 if bidirectional else 2} buckets, got {num_buckets}")
-    if max_distance <= exact:
-        raise ValueError(f"relative_max_distance: expected more than {exact}, got {max_distance}")
-    if torch.compiler.is_compiling():
-        return _buckets(num_buckets, max_distance, bidirectional, device)
-    return _cached_buckets(num_buckets, max_distance, bidirectional, device)
-
-
-def _buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device | str | None) -> Tensor:
+    _check_buckets("num_buckets", "max_distance", num_buckets, max_distance, bidirectional)
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     if bidirectional:
         num_buckets //= 2
@@ -174,7 +164,24 @@ def _buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: t
     return (side + torch.where(distance < exact, distance, logarithmic)).to(torch.int32).to(device)
 
 
+def _check_buckets(buckets_name: str, distance_name: str, num_buckets: int, max_distance: int, bidirectional: bool):
+    exact = num_buckets // (4 if bidirectional else 2)
+    if exact < 1:
+        raise ValueError(f"{buckets_name}: expected at least {4 if bidirectional else 2} buckets, got {num_buckets}")
+    if max_distance <= exact:
+        raise ValueError(f"{distance_name}: expected more than {exact}, got {max_distance}")
+
+
+def buckets_like(q: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """The result of `relative_position_buckets` on q's device, kept for later calls; not to be written to."""
+    _check_buckets("relative_bias", "relative_max_distance", num_buckets, max_distance, bidirectional)
+    # What is made while torch.compile traces, or beside a fake tensor, has no values.
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, nn.Parameter):
+        return relative_position_buckets(num_buckets, max_distance, bidirectional, q.device)
+    return _kept_buckets(num_buckets, max_distance, bidirectional, q.device)
+
+
 @lru_cache(maxsize=64)
-def _cached_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+def _kept_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return _buckets(num_buckets, max_distance, bidirectional, device)
+        return relative_position_buckets(num_buckets, max_distance, bidirectional, device)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from pynlp.ops.attention import checks
 from pynlp.ops.attention.attention import OPTIONS
-from pynlp.ops.common.checks import as_fp32, autocast, check_range, check_tensor, rows_in_place
-from pynlp.ops.common.library import LIBRARY, define
+from pynlp.ops.common.checks import as_fp32, autocast, check_is_tensor, check_range, check_tensor, rows_in_place
+from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
 from pynlp.reference.attention import weights as reference
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -66,6 +66,7 @@ def attention_weights(
     checks.check_queries_keys_values(q, k, k)
     batch, seqlen_q, heads, head_dim = q.shape
     if rows is not None:
+        check_is_tensor("rows", rows)
         checks.check_integers("rows", rows, (rows.numel(),), q)
         check_range("rows", rows, 0, seqlen_q - 1)
         rows = checks.int32(rows)
@@ -73,6 +74,7 @@ def attention_weights(
         check_tensor("lse", lse, q, [(batch, heads, seqlen_q)])
         lse = as_fp32(lse, q)
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
+    refuse_derivatives("attention_weights", q, k, lse, sinks, alibi_slopes, table)
     with torch.no_grad():
         return torch.ops.pynlp.attention_weights(
             *map(rows_in_place, (q, k)), rows, lse,

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Private names of torch, the only ones here: the values behind what torch.func's transforms wrap.
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -13,18 +16,49 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, fp64 aside."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not is_autocast_on(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
 
 
+def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y in autocast in one dtype, as in PyTorch's sums and products; else as they are."""
+    if x.dtype == y.dtype or not is_autocast_on(x.device.type):
+        return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def is_autocast_on(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; meta, like others, has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def check_is_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def check_dtype(name: str, x: Tensor) -> None:
+    check_is_tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number, got {value if value is None else type(value).__name__}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name}: expected 0 (none) or a positive number, got {value}")
+
+
 def check_share(name: str, share: float) -> None:
+    check_number(name, share)
     if not 0 <= share < 1:
         raise ValueError(f"{name}: expected at least 0 and less than 1, got {share}")
 
@@ -58,6 +92,8 @@ def prepare_dropout(
             )
         if seed.device != x.device:
             raise ValueError(f"seed: expected {of}'s device {x.device}, got {seed.device}")
+    elif seed is not None and not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or one int64 value, got {type(seed).__name__}")
     if dropout_p == 0:
         return 0.0, None
     if seed is None:
@@ -69,12 +105,18 @@ def prepare_dropout(
 
 def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...]], of: str = "q") -> None:
     """Check for a floating-point tensor of one of these shapes on the device of `like`, the argument called `of`."""
-    if tuple(x.shape) not in shapes:
+    check_is_tensor(name, x)
+    if not any(has_shape(x, shape) for shape in shapes):
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected {of}'s device {like.device}, got {x.device}")
+
+
+def has_shape(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x has this shape; size by size, for torch.compile finds no symbolic size in a tuple of shapes."""
+    return x.dim() == len(shape) and all(a == b for a, b in zip(x.shape, shape, strict=True))
 
 
 def as_fp32(x: Tensor, like: Tensor) -> Tensor:
@@ -89,26 +131,49 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
     smallest, largest = extremes(x)
     check(
         (smallest >= low) & (largest <= high),
-        f"{name}: expected values of {low} to {high}",
+        f"{name}: expected values in range",
         lambda: f"got {smallest} to {largest}",
+        lambda: f"{name}: expected values of {low} to {high}",
     )
 
 
 def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
+    x = untransformed(x)
     smallest, largest = torch.aminmax(x)
     return (smallest.item(), largest.item()) if at_once(x) else (smallest, largest)
 
 
-def check(condition: bool | Tensor, expected: str, got: Callable[[], str]) -> None:
-    """Raise ValueError at once on a CPU; where reading the condition would wait, assert it on the device."""
-    if isinstance(condition, bool) or at_once(condition):
+def check(
+    condition: bool | Tensor, expected: str, got: Callable[[], str], exactly: Callable[[], str] | None = None
+) -> None:
+    """Raise ValueError at once on a CPU; where reading the condition would wait, assert it on the device.
+
+    Args:
+        condition: What must hold, of one value; of many samples inside of vmap.
+        expected: How the message begins, without sizes: with them torch.compile would compile once a size.
+        got: How the message ends.
+        exactly: How the message begins where nothing is compiled, with sizes; by default as `expected`.
+    """
+    on_host = not isinstance(condition, Tensor)
+    if not on_host:
+        condition = untransformed(condition).all()
+    if on_host or at_once(condition):
         if not condition:
-            raise ValueError(f"{expected}, {got()}")
-    else:
+            raise ValueError(f"{expected if exactly is None else exactly()}, {got()}")
+    elif exactly is None or torch.compiler.is_compiling():
         torch._assert_async(condition, expected)
+    else:
+        torch._assert_async(condition, exactly())
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether values of x can be read without waiting for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values of x can be read without waiting for a device, and are there: fake tensors have none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
+
+
+def untransformed(x: Tensor) -> Tensor:
+    """The values of x inside of torch.func's transforms; of all samples under vmap."""
+    while not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x

@@ -1,15 +1,29 @@
 """The `pynlp` operator library: where an op is declared and its back ends are put in the dispatcher."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Private names of torch, the only ones here; tests/package/test_library.py compares what is built on them with torch's.
-from torch._C import _after_autograd_keyset, _any_requires_grad, _AutoDispatchBelowAutograd
+from torch._C import (
+    _after_autograd_keyset,
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+)
+from torch._C._functorch import (
+    TransformType,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
+from torch.autograd import forward_ad
 
 from pynlp import backends
 
@@ -99,7 +113,8 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, *grads)`.
 
     The result is that of torch.library.register_autograd, which rebuilds the schema in Python at every call: with 16
-    arguments that takes 90 us, more than the attention of a short sequence.
+    arguments that takes 90 us, more than the attention of a short sequence. Callers in Python also get torch.func's
+    transforms (vmap one sample after the other) and, in forward mode, an error where a tangent would be lost.
 
     Returns:
         The op for callers in Python. Unless torch.compile traces it, a call comes to Python without a detour through
@@ -113,20 +128,37 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
                 return op(*arguments)
             return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
+    def split(arguments_and_keyset):
+        *arguments, keyset = arguments_and_keyset
+        return arguments, keyset
+
     class Gradient(torch.autograd.Function):
+        """Takes the arguments and, from the dispatcher, the keys that are left; else None."""
+
         @staticmethod
-        def forward(ctx, keyset, *arguments):
-            output = below_autograd(keyset, *arguments)
-            setup_context(ctx, arguments, output)
-            return output
+        def forward(*inputs):
+            arguments, keyset = split(inputs)
+            return below_autograd(keyset, *arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup_context(ctx, split(inputs)[0], output)
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *backward(ctx, *grads)
+            return *backward(ctx, *grads), None
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise no_forward_mode(name)
+
+        @staticmethod
+        def vmap(info, in_dims, *inputs):
+            return one_by_one(Gradient.apply, info.batch_size, in_dims, inputs)
 
     def kernel(keyset, *arguments):
-        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
-            return Gradient.apply(keyset, *arguments)
+        if (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or is_transformed():
+            return Gradient.apply(*arguments, keyset)
         return below_autograd(keyset, *arguments)
 
     def call(*arguments):
@@ -148,6 +180,68 @@ def refuse_double_backward(name: str, what: str) -> Callable:
     """
 
     def backward(ctx, *gradients):
-        raise NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")
+        raise no_second_derivative(what)
 
     return register_autograd(name, lambda ctx, inputs, output: None, backward)
+
+
+def no_second_derivative(what: str) -> NotImplementedError:
+    return NotImplementedError(f"{what} no second derivative: backward with create_graph=True is not served")
+
+
+class Last(torch.autograd.Function):
+    """x, which cannot be differentiated, as if it came from another tensor: backward says that it has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, source, what):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, ctx.what = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise no_second_derivative(ctx.what)
+
+
+def refuse_further(what: str, x: Tensor, source: Tensor) -> Tensor:
+    """x, a derivative of which nothing is known; where `source` requires a gradient, a second one is refused."""
+    return Last.apply(x, source, what)
+
+
+def is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is on, which plain autograd does not know of."""
+    if forward_ad._current_level >= 0:
+        return True
+    return _are_functorch_transforms_active() and peek_interpreter_stack().key() != TransformType.Functionalize
+
+
+def refuse_derivatives(name: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where a transform asks for a derivative of an op that has none; else it would be 0."""
+    if not is_transformed():
+        return
+    for x in tensors:
+        while x is not None and is_functorch_wrapped_tensor(x):
+            if is_gradtrackingtensor(x):
+                raise NotImplementedError(f"pynlp's {name} has no derivative: torch.func cannot differentiate it")
+            x = get_unwrapped(x)
+        if x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise no_forward_mode(name)
+
+
+def no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(f"pynlp's {name} has no forward-mode derivative")
+
+
+def one_by_one(function: Callable, count: int, dims: Sequence[int | None], inputs: Sequence) -> tuple:
+    """The results of a function for each sample of the batched inputs, stacked; a vmap rule."""
+    samples = []
+    for i in range(count):
+        sample = [x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, dims, strict=True)]
+        samples.append(function(*sample))
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples), 0
+    return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pynlp.ops.common.checks import check_dtype, check_tensor, prepare_dropout, rows_at_one_stride
+from pynlp.ops.common.checks import check_dtype, check_tensor, prepare_dropout, promoted, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.layers import activation as reference
 from pynlp.reference.layers.activation import KINDS
@@ -91,7 +91,9 @@ def swiglu(
 
     Source: Shazeer, arXiv 2002.05202.
     """
+    check_dtype("gate", gate)
     if up is not None:
+        gate, up = promoted(gate, up)
         check_tensor("up", up, gate, [tuple(gate.shape)], of="gate")
         if up.dtype != gate.dtype:
             raise TypeError(f"up: expected gate's dtype {gate.dtype}, got {up.dtype}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.common.checks import rows_at_one_stride
-from pynlp.ops.common.library import LIBRARY, define
+from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
 from pynlp.reference.layers import argmax_and_lse as reference
 
 define("argmax_and_lse", "(Tensor x) -> (Tensor, Tensor)", reference, triton=None, dtype_of="x")
@@ -25,4 +25,5 @@ def argmax_and_lse(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 `(rows,)`, and `(rows,)` in x's dtype.
     """
+    refuse_derivatives("argmax_and_lse", x)
     return torch.ops.pynlp.argmax_and_lse(rows_at_one_stride(x))

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.ops.common.checks import as_fp32, rows_at_one_stride
-from pynlp.ops.common.library import LIBRARY, define
+from pynlp.ops.common.checks import as_fp32, is_autocast_on, rows_at_one_stride
+from pynlp.ops.common.library import LIBRARY, define, is_transformed
 from pynlp.reference.layers import linear as reference
 
 LEAST_PRODUCTS = 2**17  # below, to call the op takes longer than PyTorch's whole product
@@ -41,10 +41,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a call is the op's: fp32 on a CPU, without gradients, of arguments that fit, and not tiny.
 
-    Anywhere else the op would be a detour to F.linear, and hide it from autograd, autocast and torch.compile.
+    Anywhere else the op would be a detour to F.linear, and hide it from autograd, autocast and torch.compile. In an
+    exported program, which may get other sizes, there is only F.linear.
     """
     return (
-        weight.dim() == 2
+        not torch.compiler.is_exporting()
+        and weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]
         and LEAST_PRODUCTS <= x.numel() * weight.shape[0]
         and x.device.type == "cpu"
@@ -52,6 +54,7 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
         and type(weight) in (Tensor, nn.Parameter)  # not a quantized or a sharded one
         and weight.stride(1) == 1
-        and not torch.is_autocast_enabled("cpu")
+        and not is_autocast_on("cpu")
+        and not is_transformed()
         and not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias)))
     )

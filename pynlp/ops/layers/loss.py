@@ -7,12 +7,14 @@ from pynlp.ops.common.checks import (
     as_fp32,
     autocast,
     check_dtype,
+    check_is_tensor,
+    check_not_negative,
     check_range,
     check_share,
     check_tensor,
     rows_at_one_stride,
 )
-from pynlp.ops.common.library import LIBRARY, define, register_autograd
+from pynlp.ops.common.library import LIBRARY, define, refuse_further, register_autograd
 from pynlp.reference.common.dtypes import compute_dtype
 from pynlp.reference.layers import loss as reference
 
@@ -46,20 +48,24 @@ def _setup_context(ctx, inputs, output):
     _, *gradients = output
     ctx.weighted = row_scale is not None
     ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*(gradients if ctx.weighted else (x, weight, bias, target)))
+    ctx.save_for_backward(*(output if ctx.weighted else (x, weight, bias, target)))
     ctx.options = smoothing, ignore_index, softcap, z_loss
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
-    _, *needs = ctx.needs_input_grad[:4]  # of the key set that register_autograd adds, x, weight and bias
+    needs = ctx.needs_input_grad[:3]  # of x, weight and bias
     if grad is None:
         return (None,) * 12
-    if ctx.weighted:  # computed in forward, but for the factor of their sum
-        gradients = [x * grad if needed else None for x, needed in zip(ctx.saved_tensors, needs, strict=True)]
+    if ctx.weighted:  # computed in forward, but for a factor
+        loss, *gradients = ctx.saved_tensors
     else:
-        _, *gradients = _linear_cross_entropy(*ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options)
+        loss, *gradients = _linear_cross_entropy(*ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options)
+    if torch.is_grad_enabled():  # the loss, which depends on all, says whether there is more to differentiate
+        gradients = [refuse_further("pynlp's linear_cross_entropy has", x, loss) for x in gradients]
+    if ctx.weighted:
+        gradients = [x * grad if needed else None for x, needed in zip(gradients, needs, strict=True)]
     gradients = [x.to(dtype) if needed else None for x, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)]
     return (*gradients, *[None] * 9)
 
@@ -105,12 +111,16 @@ def linear_cross_entropy(
     Source: Liger Kernel (Hsu et al., arXiv 2410.10989); Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009).
     """
     check_dtype("x", x)
+    check_is_tensor("weight", weight)
+    check_is_tensor("target", target)
     if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (.., dim) with a dim of at least 1, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight: expected shape (vocabulary, {x.shape[-1]}), got {tuple(weight.shape)}")
     check_tensor("weight", weight, x, [(weight.shape[0], x.shape[-1])], of="x")
     (x,) = autocast(x)
+    if weight.dtype != torch.float32:  # sums of the gradient stay in fp32 where the weight is
+        (weight,) = autocast(weight)
     if weight.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"weight: expected x's dtype {x.dtype} or float32, got {weight.dtype}")
     if bias is not None:
@@ -123,11 +133,11 @@ def linear_cross_entropy(
     if target.device != x.device:
         raise ValueError(f"target: expected x's device {x.device}, got {target.device}")
     check_share("label_smoothing", label_smoothing)
-    for name, value in (("softcap", softcap), ("z_loss", z_loss)):
-        if not value >= 0:
-            raise ValueError(f"{name}: expected 0 (none) or a positive number, got {value}")
+    check_not_negative("softcap", softcap)
+    check_not_negative("z_loss", z_loss)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    target = target.contiguous()
     counts = target != ignore_index
     check_range("target", target.where(counts, 0), 0, weight.shape[0] - 1)
     row_scale, needs = None, [False] * 3
@@ -137,6 +147,6 @@ def linear_cross_entropy(
             row_scale = row_scale / counts.sum().clamp_min(1)
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     return _linear_cross_entropy(
-        rows_at_one_stride(x), rows_at_one_stride(weight), bias, target.contiguous(), row_scale, *needs,
+        rows_at_one_stride(x), rows_at_one_stride(weight), bias, target, row_scale, *needs,
         label_smoothing, ignore_index, softcap, z_loss,
     )[0]  # fmt: skip

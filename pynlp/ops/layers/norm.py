@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import as_fp32, check_dtype, check_tensor, prepare_dropout, rows_at_one_stride
+from pynlp.ops.common.checks import (
+    as_fp32,
+    check_dtype,
+    check_number,
+    check_tensor,
+    prepare_dropout,
+    promoted,
+    rows_at_one_stride,
+)
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.layers import norm as reference
 
@@ -140,9 +148,11 @@ def _norm(x, weight, bias, residual, centred, eps, dropout_p, seed):
             check_tensor(name, parameter, x, [(x.shape[-1],)], of="x")
     if residual is not None:
         check_tensor("residual", residual, x, [tuple(x.shape)], of="x")
+        residual = promoted(x, residual)[1]
         if residual.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
             raise TypeError(f"residual: expected x's dtype {x.dtype} or float32, got {residual.dtype}")
         residual = rows_at_one_stride(residual)
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
     y, new, _, _ = _norm_forward(

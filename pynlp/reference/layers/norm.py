@@ -1,5 +1,6 @@
 """Dropout, residual and normalisation in PyTorch: the default back end and the oracle of the fused ones."""
 
+import torch
 from torch import Tensor
 
 from pynlp.reference.common.dtypes import compute
@@ -26,12 +27,23 @@ def norm_forward(
     elif dropout_p > 0:
         new = new.to(x.dtype)
     values = compute(new)  # what is normalised is what backward will read
-    mean = values.mean(-1) if centred else values.new_empty(0)
+    mean, rstd = _statistics(values, centred, eps)
     centre = values - mean[..., None] if centred else values
-    rstd = (centre.square().mean(-1) + eps).rsqrt()
     y = centre * rstd[..., None] * weight
     y = (y if bias is None else y + bias).to(x.dtype)
     return y, x.new_empty(0) if residual is None and dropout_p == 0 else new, mean, rstd
+
+
+def _statistics(values: Tensor, centred: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean, or nothing, and 1 / deviation; rows with huge values are scaled first: their squares overflow."""
+    largest = values.abs().amax(-1) if values.numel() else values.new_empty(values.shape[:-1])
+    huge = (largest > torch.finfo(values.dtype).max ** 0.5 / values.shape[-1]) & largest.isfinite()
+    scale = torch.where(huge, 1 / largest, 1.0)
+    values = values * scale[..., None]
+    mean = values.mean(-1) if centred else values.new_empty(0)
+    centre = values - mean[..., None] if centred else values
+    rstd = (centre.square().mean(-1) + eps * scale.square()).rsqrt() * scale
+    return mean / scale if centred else mean, rstd
 
 
 def norm_backward(
