@@ -15,6 +15,7 @@ from cases.transformers import (
     PATCHED,
     SEQLEN,
     TARGET_SEQLEN,
+    TOKENS,
     TRANSLATION,
     assert_same_gradients,
     assert_same_logits,
@@ -110,6 +111,43 @@ def test_weights_are_eagers(name, fallbacks):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     (message,) = fallbacks()
     assert "output_attentions=True asks for the weights" in message
+
+
+SMALL = TOKENS | dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
+)
+GPT = TOKENS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+OPT = TOKENS | dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+NOT_TOLD = {  # models that do not hand output_attentions on to their attention
+    "gpt2": (hf.GPT2LMHeadModel, GPT),
+    "gpt-bigcode": (hf.GPTBigCodeForCausalLM, GPT),
+    "opt": (hf.OPTForCausalLM, OPT),
+    "stablelm": (hf.StableLmForCausalLM, SMALL),
+    "nemotron": (hf.NemotronForCausalLM, SMALL),
+    "persimmon": (hf.PersimmonForCausalLM, SMALL),
+}
+
+
+@pytest.mark.parametrize("by", ["keyword", "config"])
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_weights_are_eagers_where_attention_is_not_told(name, by, fallbacks):
+    cls, config = NOT_TOLD[name]
+    eager = cls._from_config(cls.config_class(**config), attn_implementation="eager").eval()
+    eager.config.output_attentions = by == "config"
+    fused = copy.deepcopy(eager)
+    fused.set_attn_implementation("pynlp")
+    inputs, kept = inputs_of("llama", "left")
+    wish = dict(output_attentions=True) if by == "keyword" else {}
+    expected, actual = (model(**inputs, **wish).attentions for model in (eager, fused))
+    assert len(actual) == 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        ours, theirs = (x.transpose(1, 2)[kept] for x in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    (message,) = fallbacks()
+    assert "output_attentions=True asks for the weights" in message
+    fused.config.output_attentions = False
+    fused(**inputs)  # and no more than asked for
+    assert fused(**inputs).attentions is None and fallbacks() == [message]
 
 
 def test_blooms_own_order_of_sums_falls_back(fallbacks):

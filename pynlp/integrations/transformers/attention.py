@@ -14,13 +14,20 @@ from transformers.utils.output_capturing import _active_collector
 
 from pynlp.backends import warn_once
 from pynlp.integrations.names import in_own_names
-from pynlp.integrations.transformers.masks import NAME, PATCHED, Mask, additive, in_one_graph
+from pynlp.integrations.transformers.masks import (
+    NAME,
+    PATCHED,
+    WEIGHTS,
+    Mask,
+    additive,
+    in_one_graph,
+    weights_collected,
+)
 from pynlp.integrations.transformers.structure import BLIND, Structure, structure_of
 from pynlp.ops.attention.attention import attention, attention_varlen
 from pynlp.ops.attention.checks import MAX_HEAD_DIM
 from pynlp.ops.attention.decode import attention_decode
 
-WEIGHTS = "output_attentions=True asks for the weights"
 GIVEN = "its mask was given as a tensor"
 
 
@@ -193,8 +200,7 @@ def weights_wanted(options: dict) -> bool:
     if options.get("output_attentions"):
         return True
     # Dynamo cannot read a ContextVar; where it traces the model's forward, transformers has a global in its place.
-    collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
-    return collected is not None and any(name.endswith("attentions") for name in collected)
+    return weights_collected(_active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get())
 
 
 def _fall_back(

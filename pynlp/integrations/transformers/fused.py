@@ -14,13 +14,12 @@ from transformers.models.mpt.modeling_mpt import MptAttention, MptBlock
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pynlp.integrations.transformers.attention import (
-    WEIGHTS,
     attend,
     structure_in,
     warn_of_fallback,
     weights_wanted,
 )
-from pynlp.integrations.transformers.masks import NAME, Mask
+from pynlp.integrations.transformers.masks import NAME, WEIGHTS, Mask
 from pynlp.integrations.transformers.structure import Structure
 from pynlp.ops.attention.positions import alibi_slopes
 

@@ -11,15 +11,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import _active_collector
 
 from pynlp.backends import warn_once
 from pynlp.integrations.transformers.structure import Structure, structure_of, with_padding
 
 NAME = "pynlp"
 PATCHED = "T5, BLOOM, MPT, GPT-Neo, GPT-J and Falcon"
+WEIGHTS = "output_attentions=True asks for the weights"
 aten = torch.ops.aten
+
+
+def weights_collected(collected: dict | None) -> bool:
+    """Whether transformers' hooks collect attention's weights, among what they collect, in this forward pass."""
+    return collected is not None and any(name.endswith("attentions") for name in collected)
 
 
 class Mask(Tensor):
@@ -147,7 +154,8 @@ def structured_mask(
         blind = any(is_tracing(x) for x in (attention_mask, q_offset) if isinstance(x, Tensor))
     if blind:
         mask = eager_mask(**arguments, dtype=dtype, **kwargs)
-        if mask is not None and attention_mask is None and not isinstance(q_offset, Tensor):
+        simple = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
+        if simple and mask is not None and attention_mask is None and not isinstance(q_offset, Tensor):
             # What needs no look is known all the same, and attention goes without the numbers.
             mask.structure = structure_of(batch_size, q_length, kv_length, q_offset - kv_offset, mask_function)
         return mask
@@ -162,6 +170,8 @@ def _looked_at(arguments: dict, dtype: torch.dtype) -> Mask:
     structure = structure_of(batch, seqlen_q, seqlen_k, q_offset - kv_offset, function)
     if isinstance(structure, Structure) and attention_mask is not None:
         structure = with_padding(structure, attention_mask[:, kv_offset:])
+    if weights_collected(_active_collector.get()):  # here it can be asked, where a graph goes on it cannot
+        structure = WEIGHTS
 
     def make_dense() -> Tensor:
         return sdpa_mask(**arguments, allow_is_causal_skip=False)
