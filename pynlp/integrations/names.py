@@ -3,39 +3,49 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
-from types import UnionType
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
 from torch import Tensor
+
+# What an annotation allows, and its name in a message.
+KINDS = {
+    Tensor: (Tensor, "a tensor"),
+    float: (Real, "a number"),
+    int: (Integral, "an int"),
+    bool: (Integral, "a bool"),
+    Sequence: ((Sequence, Tensor), "(left, right)"),
+    NoneType: (NoneType, "None"),
+}
 
 
 def in_own_names(**names: str) -> Callable:
     """A decorator: errors of the function, and of what it calls, name its own arguments.
 
-    An error about an argument that is no tensor where one is meant says so, whatever it came to.
+    An error of a call with an argument of a type that its annotation does not allow is about that.
 
     Args:
-        names: An argument of what the function calls, and the function's own that it comes from. `rotary cos`, which
-            has a space, is written `rotary_cos`.
+        names: An argument of what the function calls, and the function's own that it comes from; `rotary_cos` stands
+            for "rotary cos", too.
     """
-    spelled = {re.escape(name).replace("_", "[_ ]"): own for name, own in names.items()}
-    # The longest first: "rotary cos" is another name than "rotary". No part of a word, nor of a shape's "seqlen_q".
-    pattern = re.compile("|".join(rf"\b{name}\b" for name in sorted(spelled, key=len, reverse=True)) or "(?!)")
+    # The longest first: "rotary cos" is another name than "rotary".
+    words = (re.escape(name).replace("_", "[_ ]") for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"\b({'|'.join(words)})\b") if names else re.compile("(?!)")
 
-    def own(match: re.Match) -> str:
-        return names[match[0].replace(" ", "_")]
+    def own(found: re.Match) -> str:
+        return names[found[0].replace(" ", "_")]
 
     def decorator(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*args, **kwargs):
             try:
                 return function(*args, **kwargs)
-            except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            except Exception as error:
                 _refuse_other_types(function, args, kwargs)
-                text = str(error)
-                renamed = pattern.sub(own, text)
-                if renamed == text:
+                renamed = pattern.sub(own, str(error))
+                if type(error) not in (ValueError, TypeError, NotImplementedError) or renamed == str(error):
                     raise
                 raise type(error)(renamed) from None
 
@@ -45,16 +55,17 @@ def in_own_names(**names: str) -> Callable:
 
 
 def _refuse_other_types(function: Callable, args: tuple, kwargs: dict) -> None:
-    """Raise TypeError for an argument that is meant to be a tensor and is of another type."""
-    signature = inspect.signature(function)
+    """Raise TypeError for an argument of a type that its annotation does not allow, of those in KINDS."""
+    parameters = inspect.signature(function).parameters
     try:
-        given = signature.bind(*args, **kwargs).arguments
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
     except TypeError:  # Python's own words name the argument
         return
     for name, value in given.items():
-        kind = signature.parameters[name].annotation
-        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        if Tensor not in kinds or isinstance(value, kinds):
+        annotation = parameters[name].annotation
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        kinds = [get_origin(kind) or kind for kind in kinds]
+        if not all(kind in KINDS for kind in kinds) or any(isinstance(value, KINDS[kind][0]) for kind in kinds):
             continue
-        wanted = " or ".join({Tensor: "a tensor", type(None): "None"}.get(kind, kind.__name__) for kind in kinds)
+        wanted = " or ".join(KINDS[kind][1] for kind in kinds)
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}") from None

@@ -116,7 +116,7 @@ def test_weights_of_a_graph_are_eagers(graphs):
     options = dict(output_attentions=True, use_cache=False)
     for model in (eager, fused):
         model(**inputs, **options)  # installs the hooks that collect the weights
-    actual = torch.compile(fused, backend=backend)(**inputs, **options).attentions
+    actual = torch.compile(fused, fullgraph=True, backend=backend)(**inputs, **options).attentions
     for ours, theirs in zip(actual, eager(**inputs, **options).attentions, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
