@@ -35,6 +35,29 @@ MODELS = {
     ),
     "gemma3": (hf.Gemma3ForCausalLM, DECODER | WINDOWED | dict(query_pre_attn_scalar=8), 2),
     "gpt-oss": (hf.GptOssForCausalLM, DECODER | WINDOWED | dict(num_local_experts=2, num_experts_per_tok=1), 2),
+    "gpt-neo": (
+        hf.GPTNeoForCausalLM,
+        TOKENS
+        | dict(
+            hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64, window_size=WINDOW,
+            attention_types=[[["global", "local"], 1]], attention_dropout=0.0, embed_dropout=0.0, resid_dropout=0.0,
+        ),
+        2,
+    ),
+    "gptj": (
+        hf.GPTJForCausalLM,
+        TOKENS
+        | dict(
+            n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, attn_pdrop=0.0, embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
+        2,
+    ),
+    "falcon": (
+        hf.FalconForCausalLM,
+        TOKENS | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+        2,
+    ),
     "gpt2": (hf.GPT2LMHeadModel, TOKENS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=64), 2),
     # Three heads: what ALiBi's slopes are for a count that is no power of two, BLOOM and MPT see differently.
     "bloom": (hf.BloomForCausalLM, TOKENS | dict(hidden_size=24, n_layer=2, n_head=3), 2),
@@ -66,7 +89,7 @@ MODELS = {
         6,
     ),
 }  # fmt: skip
-PATCHED = ("bloom", "mpt", "t5")
+PATCHED = ("bloom", "mpt", "t5", "gpt-neo", "gptj", "falcon")
 DECODERS = [
     name for name, (_, config, _) in MODELS.items() if name != "bert" and "decoder_start_token_id" not in config
 ]

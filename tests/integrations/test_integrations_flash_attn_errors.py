@@ -1,5 +1,8 @@
 """What flash-attn's functions do not serve, and what they refuse, by message."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -58,7 +61,7 @@ REFUSED_KVCACHE = {
     "no lengths": (dict(cache_seqlens=None), ValueError, "cache_seqlens: expected .*k, got None"),
     "lengths' shape": (dict(cache_seqlens=INDEX[:1]), ValueError, "cache_seqlens: .*\\(2,\\), got \\(1,\\)"),
     "lengths' dtype": (dict(cache_seqlens=torch.ones(2)), TypeError, "cache_seqlens: .*int32, got torch.float32"),
-    "full cache": (dict(cache_seqlens=5), ValueError, "expected values of 0 to 4, got 5 to 5"),
+    "full cache": (dict(cache_seqlens=5), ValueError, "cache_seqlens: expected values of 0 to 4, got 5 to 5"),
     "full cache with padding": (
         dict(cache_seqlens=5, cache_leftpad=INDEX),
         ValueError,
@@ -74,12 +77,12 @@ REFUSED_KVCACHE = {
     "short tables": (
         dict(rotary_cos=TABLE[:6], rotary_sin=TABLE[:6], causal=True),
         ValueError,
-        "rotary: expected tables .*got 6 positions, needed 7",
+        "rotary_cos: expected tables .*got 6 positions, needed 7",
     ),
     "short tables for keys": (
         dict(rotary_cos=TABLE[:6], rotary_sin=TABLE[:6]),
         ValueError,
-        "rotary tables: expected positions within .*got 4 to 6 in tables of 6",
+        "rotary_cos: expected positions within .*got 4 to 6 in tables of 6",
     ),
     "keys alone": (dict(v=None), ValueError, "v: expected new rows"),
     "index' range": (dict(cache_batch_idx=INDEX + 1), ValueError, "cache_batch_idx: .*0 to 1, got 1 to 2"),
@@ -151,8 +154,8 @@ def test_block_table_refused(k, v, block_table, message):
     [
         (PACKED_Q, {}, ValueError, "x: expected 4 dimensions .*got \\(14, 4, 8\\)"),
         (Q, dict(cu_seqlens=CU), ValueError, "x: expected 3 dimensions .*got \\(2, 7, 4, 8\\)"),
-        (Q, dict(cos=torch.ones(7, 5)), ValueError, "rotary: .*rotary_dim <= head_dim 8, got \\(7, 5\\)"),
-        (Q, dict(sin=TABLE[:6]), ValueError, "rotary sin: .*\\(7, 4\\), got \\(6, 4\\)"),
+        (Q, dict(cos=torch.ones(7, 5)), ValueError, "cos: .*rotary_dim <= head_dim 8, got \\(7, 5\\)"),
+        (Q, dict(sin=TABLE[:6]), ValueError, "sin: .*\\(7, 4\\), got \\(6, 4\\)"),
         (Q, dict(seqlen_offsets=1), ValueError, "seqlen_offsets: .*0 to 6, got 1 to 7"),
         (Q, dict(seqlen_offsets=-1), ValueError, "seqlen_offsets: .*got -1 to 5"),
         (Q, dict(seqlen_offsets=INDEX), ValueError, "positions within cos and sin, got 0 to 7 in tables of 7"),
@@ -161,9 +164,78 @@ def test_block_table_refused(k, v, block_table, message):
         (Q, dict(seqlen_offsets=INDEX.float()), TypeError, "seqlen_offsets: .*int32, got torch.float32"),
         (PACKED_Q, dict(cu_seqlens=CU, seqlen_offsets=1), ValueError, "positions within .*got 1 to 7"),
         (PACKED_Q, dict(cu_seqlens=CU, max_seqlen=6), ValueError, "max_seqlen.*got 6 and a sequence of 7"),
-        (PACKED_Q, dict(cu_seqlens=CU[:2]), ValueError, "cu_seqlens.*the total, 14, got 0 and 7"),
+        (PACKED_Q, dict(cu_seqlens=CU + 1), ValueError, "cu_seqlens: .*at most the total, 14, got 1 and 15"),
     ],
 )
 def test_apply_rotary_emb_refused(x, arguments, error, message):
     with pytest.raises(error, match=message):
         apply_rotary_emb(x, **dict(cos=TABLE, sin=TABLE) | arguments)
+
+
+LENGTHS = dict(cu_seqlens_q=CU, cu_seqlens_k=CU, max_seqlen_q=7, max_seqlen_k=7)
+VALID = {  # calls with tensors for all that takes some
+    "flash_attn_func": dict(q=Q, k=Q, v=Q, alibi_slopes=TABLE[0]),
+    "flash_attn_qkvpacked_func": dict(qkv=QKV, alibi_slopes=TABLE[0]),
+    "flash_attn_kvpacked_func": dict(q=Q, kv=KV, alibi_slopes=TABLE[0]),
+    "flash_attn_varlen_func": dict(q=PACKED_Q, k=PACKED_Q, v=PACKED_Q, alibi_slopes=TABLE[:2], **LENGTHS),
+    "flash_attn_varlen_qkvpacked_func": dict(qkv=PACKED_QKV, cu_seqlens=CU, max_seqlen=7, alibi_slopes=TABLE[:2]),
+    "flash_attn_varlen_kvpacked_func": dict(q=PACKED_Q, kv=PACKED_KV, alibi_slopes=TABLE[:2], **LENGTHS),
+    "flash_attn_with_kvcache": dict(
+        q=Q[:, :3], k_cache=CACHE, v_cache=CACHE, k=NEW, v=NEW, rotary_cos=TABLE, rotary_sin=TABLE,
+        cache_seqlens=INDEX, cache_batch_idx=INDEX, cache_leftpad=0 * INDEX, causal=True, alibi_slopes=TABLE[:2],
+    ),
+    "apply_rotary_emb": dict(x=Q, cos=TABLE, sin=TABLE, seqlen_offsets=0 * INDEX),
+}  # fmt: skip
+CALLS = [(name, {}) for name in VALID] + [
+    ("flash_attn_varlen_func", dict(q=Q[0], k=Q[0], v=Q[0], cu_seqlens_q=CU[:2] - 0, cu_seqlens_k=CU[:2])),
+    ("flash_attn_varlen_func", dict(k=CACHE[:, :, :1], v=CACHE[:, :, :1], block_table=INDEX[:, None])),
+    ("flash_attn_with_kvcache", dict(cache_batch_idx=None, cache_leftpad=None)),
+    ("flash_attn_with_kvcache", dict(cache_batch_idx=None, cache_leftpad=None, block_table=INDEX[:, None])),
+    ("apply_rotary_emb", dict(x=PACKED_Q, cu_seqlens=CU, max_seqlen=7)),
+]  # fmt: skip
+FOREIGN = (  # arguments of what the functions call
+    "cache_lengths", "key_lengths", "window", "rotary", "rotary_offset", "rotary cos", "rotary sin", "rotary tables",
+    "seed", "return_lse", "head_dim_v",
+)  # fmt: skip
+
+
+def wrong_values(value):
+    """What is wrong in the place of an argument, by a word."""
+    wrong = {"a list": [1.0], "a text": "x", "a number": 3.5, "None": None, "negative": -5, "large": 2**20}
+    if isinstance(value, torch.Tensor):
+        wrong |= {
+            "of another shape": value[..., :1].repeat_interleave(3, -1), "with a dimension more": value[None],
+            "with one less": value[0], "complex": value.to(torch.complex64), "negative numbers": -3 - value.abs(),
+            "large numbers": value + 10**4, "on another device": value.to("meta"), "shorter": value[:-1],
+            "integers": value.to(torch.int16), "double": value.double(),
+        }  # fmt: skip
+    return wrong
+
+
+@pytest.mark.parametrize("name, change", CALLS, ids=[f"{name} {list(change)}" for name, change in CALLS])
+def test_every_message_names_an_argument_of_the_function_that_was_called(name, change):
+    function = getattr(flash_attn, name)
+    parameters = inspect.signature(function).parameters
+    valid = VALID[name] | change
+    foreign = [word for word in (*FOREIGN, *SIGNATURE_NAMES) if word not in parameters]
+    refused = 0
+    for parameter in parameters:
+        value = valid.get(parameter, parameters[parameter].default)
+        for kind, wrong in wrong_values(value).items():
+            if kind == "on another device" and parameter == next(iter(parameters)):
+                continue  # the others are then
+            arguments = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in valid.items()}
+            try:
+                function(**arguments | {parameter: wrong})
+            except (ValueError, TypeError, NotImplementedError) as error:
+                refused += 1
+                message = f"{parameter} {kind}: {type(error).__name__}: {error}"
+                assert str(error).split(":")[0] in parameters, message
+                words = [word for word in foreign if re.search(rf"\b{word}\b", str(error))]
+                assert not words, f"{words} in {message}"
+    assert refused > 15
+
+
+SIGNATURE_NAMES = {
+    name for function in VALID for name in inspect.signature(getattr(flash_attn, function)).parameters
+} - {"causal", "x", "cos", "sin", "inplace", "interleaved"}  # words of plain messages, too

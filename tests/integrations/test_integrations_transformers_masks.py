@@ -12,21 +12,22 @@ import transformers as hf
 from cases.transformers import (
     BATCH,
     ENCODER_DECODERS,
-    MODELS,
     PATCHED,
     SEQLEN,
     TARGET_SEQLEN,
+    TOKENS,
+    TRANSLATION,
     assert_same_gradients,
     assert_same_logits,
     inputs_of,
     pair,
 )
 from torch import nn
-from transformers.masking_utils import bidirectional_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sliding_window_causal_mask_function
 
 import pynlp.integrations.transformers.attention as interface
 from pynlp import backends
-from pynlp.integrations.transformers import patch
+from pynlp.integrations.transformers import Mask, patch
 from pynlp.integrations.transformers.masks import structured_mask
 
 
@@ -112,6 +113,43 @@ def test_weights_are_eagers(name, fallbacks):
     assert "output_attentions=True asks for the weights" in message
 
 
+SMALL = TOKENS | dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
+)
+GPT = TOKENS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+OPT = TOKENS | dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+NOT_TOLD = {  # models that do not hand output_attentions on to their attention
+    "gpt2": (hf.GPT2LMHeadModel, GPT),
+    "gpt-bigcode": (hf.GPTBigCodeForCausalLM, GPT),
+    "opt": (hf.OPTForCausalLM, OPT),
+    "stablelm": (hf.StableLmForCausalLM, SMALL),
+    "nemotron": (hf.NemotronForCausalLM, SMALL),
+    "persimmon": (hf.PersimmonForCausalLM, SMALL),
+}
+
+
+@pytest.mark.parametrize("by", ["keyword", "config"])
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_weights_are_eagers_where_attention_is_not_told(name, by, fallbacks):
+    cls, config = NOT_TOLD[name]
+    eager = cls._from_config(cls.config_class(**config), attn_implementation="eager").eval()
+    eager.config.output_attentions = by == "config"
+    fused = copy.deepcopy(eager)
+    fused.set_attn_implementation("pynlp")
+    inputs, kept = inputs_of("llama", "left")
+    wish = dict(output_attentions=True) if by == "keyword" else {}
+    expected, actual = (model(**inputs, **wish).attentions for model in (eager, fused))
+    assert len(actual) == 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        ours, theirs = (x.transpose(1, 2)[kept] for x in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    (message,) = fallbacks()
+    assert "output_attentions=True asks for the weights" in message
+    fused.config.output_attentions = False
+    fused(**inputs)  # and no more than asked for
+    assert fused(**inputs).attentions is None and fallbacks() == [message]
+
+
 def test_blooms_own_order_of_sums_falls_back(fallbacks):
     eager, fused = pair("bloom", pretraining_tp=2, slow_but_exact=True)
     nn.init.normal_(eager.transformer.h[0].self_attention.dense.bias)  # which that order leaves out
@@ -170,19 +208,39 @@ def test_a_dense_position_bias_falls_back(fallbacks):
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
-def test_a_model_that_adds_its_mask_is_refused_unless_patched(name):
-    cls, config, _ = MODELS[name]
-    model = cls._from_config(cls.config_class(**config), attn_implementation="pynlp")
-    with pytest.raises(ValueError, match=r"attn_implementation: expected a model .* got 'pynlp' .*patch\(model\)"):
-        model(**inputs_of(name, "left")[0])
+def test_a_model_that_adds_its_mask_gets_eagers_and_is_told_of_patch(name, fallbacks):
+    eager, _ = pair(name)
+    model = copy.deepcopy(eager)
+    model.config._attn_implementation = "pynlp"
+    inputs, kept = inputs_of(name, "left")
+    with pytest.warns(UserWarning, match=r"computes with its mask .*patch\(model\) knows T5, BLOOM, MPT"):
+        actual = model(**inputs).logits
+    assert torch.equal(actual[kept], eager(**inputs).logits[kept])
+
+
+@pytest.mark.parametrize("padding", ["no", "right", "left"])
+def test_a_router_that_reads_the_mask_sees_eagers(padding, fallbacks):
+    """NLLB-MoE's takes the mask's last row for the padding."""
+    config = hf.NllbMoeConfig(
+        **TRANSLATION, num_experts=2, expert_capacity=8, encoder_sparse_step=2, decoder_sparse_step=2,
+        router_ignore_padding_tokens=False, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    eager = hf.NllbMoeForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for parameter in eager.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    fused = copy.deepcopy(eager)
+    fused.set_attn_implementation("pynlp")
+    inputs, kept = inputs_of("marian", padding)
+    expected, actual = eager(**inputs).logits, fused(**inputs).logits
+    assert_same_logits(actual[kept], expected[kept])
 
 
 def seen_by(mask, seqlen_q, seqlen_k):
     """What the kernel does with a mask's structure, by the weights it gives: bool (B, Sq, Sk)."""
     q, k = torch.zeros(len(mask), seqlen_q, 2, 4), torch.zeros(len(mask), seqlen_k, 2, 4)
     v = torch.eye(seqlen_k)[None, :, None].repeat(len(mask), 1, 2, 1)
-    out = interface.attend(q, k, v, mask)  # (B, Sq, 2, Sk)
-    by_heads = interface.attend(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)), mask)
+    out = interface.attend(q, k, v, mask.structure)  # (B, Sq, 2, Sk)
+    by_heads = interface.attend(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)), mask.structure)
     assert torch.equal(out, by_heads)
     return out[:, :, 0] > 0
 
@@ -211,7 +269,7 @@ def test_the_structure_means_the_dense_mask(seqlen_q, seqlen_k, q_offset, kv_off
     attention_mask[2, :1] = padding not in ("left", "both")
     options = {} if function is None else dict(mask_function=function)
     mask = structured_mask(3, seqlen_q, seqlen_k, q_offset, kv_offset, attention_mask=attention_mask, **options)
-    assert mask.reason is None and "dense" not in vars(mask)
+    assert mask.reason is None and mask._dense is None
     actual = seen_by(mask, seqlen_q, seqlen_k)
     rows = torch.ones(3, seqlen_q, dtype=torch.bool)
     if function is not bidirectional_mask_function:  # the queries that are tokens
@@ -230,20 +288,42 @@ def test_a_mask_takes_no_memory_of_sq_times_sk():
     assert mask.structure.rows.tolist() == [[5, seqlen], [0, seqlen]]
 
 
-def test_a_mask_is_a_boolean_tensor_to_whoever_looks(fallbacks):
-    attention_mask = torch.tensor([[False, True, True, True]])
-    mask = structured_mask(1, 4, 4, attention_mask=attention_mask)
-    causal = torch.ones(4, 4, dtype=torch.bool).tril() & attention_mask
-    assert mask.contiguous() is mask and mask.detach() is mask and mask.to(torch.bool) is mask
-    assert torch.equal(mask.logical_not().dense, ~causal[None, None])
-    assert torch.equal(mask[:, :, 1:].dense, causal[None, None, 1:])
-    assert mask[:, :, 1:].reason == "the model changed the mask" and "rows=tensor([[1, 4]])" in repr(mask)
-    assert mask.any() and not mask.all()
+USES = {
+    "added": lambda mask, scores: scores + mask,
+    "negated booleans": lambda mask, scores: ~mask.bool(),
+    "booleans that fill": lambda mask, scores: scores.masked_fill(mask.to(torch.bool), -1.0),
+    "compared": lambda mask, scores: torch.where(mask == 0, scores, -1.0),
+    "in half precision": lambda mask, scores: mask.half(),
+    "in its own dtype": lambda mask, scores: mask.to(mask.dtype, copy=True) * 1,
+    "the last row": lambda mask, scores: mask[:, :, -1, :].reshape(-1)[-3:],
+    "a part": lambda mask, scores: mask[:, :, 1:],
+    "cut to the keys": lambda mask, scores: mask[:, :, :, : scores.shape[-1]],
+    "expanded": lambda mask, scores: mask.expand(-1, 2, -1, -1).clone(),
+    "counted": lambda mask, scores: (mask >= 0).sum(-1),
+    "copied into another": lambda mask, scores: scores.clone().copy_(mask),
+    "any": lambda mask, scores: mask.any() & ~mask.all(),
+    "of the same kind": lambda mask, scores: torch.ones_like(mask),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.filterwarnings("ignore:attn_implementation='pynlp'. the model computes with its mask")
+def test_a_mask_is_eagers_to_whoever_looks(use, dtype):
+    attention_mask = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    arguments = dict(batch_size=2, q_length=4, kv_length=4, attention_mask=attention_mask, dtype=dtype)
+    scores = torch.randn(2, 1, 4, 4, dtype=dtype)
+    actual, expected = (use(mask, scores) for mask in (structured_mask(**arguments), eager_mask(**arguments)))
+    actual = actual.eagers if isinstance(actual, Mask) else actual
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def test_what_changes_no_number_keeps_the_structure():
+    mask = structured_mask(1, 4, 4, attention_mask=torch.tensor([[False, True, True, True]]))
+    assert mask.contiguous() is mask and mask.detach() is mask and mask.to(torch.float32) is mask
+    assert mask.to(torch.bool).structure.rows is mask.structure.rows and "rows=tensor([[1, 4]])" in repr(mask)
     moved = mask.to("meta")
     assert moved.structure.rows.device.type == "meta" and moved.dense.device.type == "meta"
-    for used in (lambda: torch.zeros(4, 4) + mask, lambda: torch.zeros(4, 4).masked_fill(mask, 1.0)):
-        with pytest.raises(ValueError, match="AttentionInterface, got 'pynlp' for one that calls aten"):
-            used()
 
 
 def test_patch_is_idempotent_and_keeps_the_parameters():
@@ -263,7 +343,7 @@ def test_patch_refuses_models_that_it_does_not_know():
     model, _ = pair("bert")
     with pytest.raises(
         ValueError,
-        match="model: expected .* BloomAttention, MptAttention, T5Attention, got BertForMaskedLM; .*register()",
+        match="model: expected .* BloomAttention, FalconAttention, .* T5Attention, got BertForMaskedLM; .*register()",
     ):
         patch(model)
 

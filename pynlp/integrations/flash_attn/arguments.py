@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pynlp.ops.attention import checks
+from pynlp.ops.common.checks import at_once, check, extremes
+
 
 def options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs) -> dict:
     """Options of `pynlp.functional.attention` for arguments of flash-attn."""
@@ -22,6 +25,8 @@ def options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slo
 
 def window_of(window_size: Sequence[int]) -> tuple[int | None, int | None]:
     """The window with None for no limit, where flash-attn has -1."""
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: expected (left, right), got {len(window_size)} values")
     left, right = (None if side < 0 else int(side) for side in window_size)
     return left, right
 
@@ -47,8 +52,35 @@ def unpacked(name: str, x: Tensor, parts: int, layout: str) -> tuple[Tensor, ...
     return x.unbind(-3)
 
 
+def may_have_padding(cu_seqlens: Tensor, total: int) -> bool:
+    """Whether rows lie behind the last sequence; True, too, where that is not known without waiting for a device."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype.is_complex:
+        return False  # and an error later on
+    return not at_once(cu_seqlens) or 0 <= cu_seqlens[-1].item() < total
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_name: str, max_seqlen: int | None, x: Tensor):
+    """Check where packed sequences start and end: from 0 on, never falling, up to the total or less."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    checks.check_integers(name, cu_seqlens, tuple(cu_seqlens.shape), x)
+    check(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= total),
+        f"{name}: expected the first to be 0 and the last at most the total, {total}",
+        lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
+    )
+    if cu_seqlens.shape[0] == 1:
+        return
+    shortest, longest = extremes(cu_seqlens.diff())
+    expected = f"{name}: expected values that never fall"
+    check(shortest >= 0, expected, lambda: f"got one {-shortest} below the one before")
+    if max_seqlen is not None:
+        expected = f"{max_name}: expected at least the longest sequence"
+        check(longest <= max_seqlen, expected, lambda: f"got {max_seqlen} and a sequence of {longest}")
+
+
 def sequence_and_place(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The sequence of each packed row, and its place in that; both (total,)."""
+    """The sequence of each packed row, and its place in that; both (total,). Rows behind all are in one more."""
     row = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
     return sequence, row - cu_seqlens[sequence]

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pynlp.integrations.flash_attn.arguments import options_of, results_of, unpacked
+from pynlp.integrations.names import in_own_names
 from pynlp.ops.attention.attention import attention
 
 
+@in_own_names(window="window_size")
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -48,6 +50,7 @@ def flash_attn_func(
     return results_of(attention(q, k, v, **options), return_attn_probs)
 
 
+@in_own_names(q="qkv", k="qkv", v="qkv")
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -66,6 +69,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@in_own_names(k="kv", v="kv")
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from pynlp.integrations.flash_attn.arguments import infinite_where_unseen, window_of
 from pynlp.integrations.flash_attn.rotary import angles_at, turn
+from pynlp.integrations.names import in_own_names
 from pynlp.ops.attention import checks
 from pynlp.ops.attention.decode import attention_decode
-from pynlp.ops.common.checks import check, check_range
+from pynlp.ops.common.checks import check, check_dtype, check_range
 
 
+@in_own_names(
+    cache_lengths="cache_seqlens", window="window_size", rotary="rotary_cos", rotary_tables="rotary_cos",
+    rotary_cos="rotary_cos", rotary_sin="rotary_sin", cos="rotary_cos", sin="rotary_sin",
+    rotary_offset="cache_seqlens",
+)  # fmt: skip
 @torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
@@ -86,6 +92,7 @@ def flash_attn_with_kvcache(
         if cache_leftpad is None and k.shape[1] == seqlen_q and (in_a_row or seqlen_q == 1):
             rotary = (rotary_cos, rotary_sin)
         else:  # positions that attention_decode does not know: turned beforehand
+            _check_new_rows(q, k)
             tables = checks.prepare_tables((rotary_cos, rotary_sin), q)
             start = cache_seqlens[:, None]  # (B, 1)
             places = torch.arange(max(seqlen_q, k.shape[1]), device=q.device)
@@ -115,6 +122,18 @@ def flash_attn_with_kvcache(
         return results
     out, lse = results
     return out, infinite_where_unseen(lse)
+
+
+def _check_new_rows(q: Tensor, k: Tensor) -> None:
+    """Check what is turned before `attention_decode` sees it."""
+    layout = "(batch, seqlen, heads, head_dim)"
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions {layout}, got {tuple(x.shape)}")
+    check_dtype("q", q)
+    checks.check_like_q("k", k, q)
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(f"k: expected shape ({q.shape[0]}, seqlen_new, kv_heads, {q.shape[3]}), got {tuple(k.shape)}")
 
 
 def _keys_as_pages(

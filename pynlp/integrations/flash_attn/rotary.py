@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from pynlp.integrations.flash_attn.arguments import sequence_and_place
+from pynlp.integrations.flash_attn.arguments import check_cu_seqlens, may_have_padding, sequence_and_place
+from pynlp.integrations.names import in_own_names
 from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import check
 from pynlp.reference.attention.attention import rotate
 from pynlp.reference.common.dtypes import compute
 
 
+@in_own_names(q="x", rotary="cos", rotary_tables="cos", rotary_cos="cos", rotary_sin="sin")
 def apply_rotary_emb(
     x: Tensor,
     cos: Tensor,
@@ -29,7 +31,7 @@ def apply_rotary_emb(
         inplace: Write the result to x, which may be a leaf that requires a gradient. Use what is returned: gradients
             flow through that, and not through x.
         seqlen_offsets: Position of each sequence's first token: an int, or int32 `(batch,)`.
-        cu_seqlens: int32 `(batch + 1,)`, where packed sequences start and end; the last is the total.
+        cu_seqlens: int32 `(batch + 1,)`, where packed sequences start and end; rows behind the last stay as they are.
         max_seqlen: The longest packed sequence, or more. Not needed.
 
     Returns:
@@ -92,12 +94,17 @@ def _packed_rows(
     tables: tuple[Tensor, Tensor], x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of each token of x (total, H, D): (1, total, rotary_dim / 2)."""
-    cu_seqlens = checks.prepare_cu_seqlens("q", cu_seqlens, x.shape[0], max_seqlen, x)
-    sequence, position = sequence_and_place(cu_seqlens, x.shape[0])
+    check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", max_seqlen, x)
+    batch = cu_seqlens.shape[0] - 1
+    sequence, position = sequence_and_place(checks.int32(cu_seqlens), x.shape[0])
     if isinstance(offsets, Tensor):
-        checks.check_integers("seqlen_offsets", offsets, (cu_seqlens.shape[0] - 1,), x)
-        offsets = offsets[sequence]
-    return angles_at(tables, (position + offsets)[None])
+        checks.check_integers("seqlen_offsets", offsets, (batch,), x)
+        offsets = torch.nn.functional.pad(offsets, (0, 1))[sequence]
+    if not may_have_padding(cu_seqlens, x.shape[0]):
+        return angles_at(tables, (position + offsets)[None])
+    behind = sequence == batch  # turned by no angle
+    cos, sin = angles_at(tables, (position + offsets).masked_fill(behind, 0)[None])
+    return cos.masked_fill(behind[:, None], 1.0), sin.masked_fill(behind[:, None], 0.0)
 
 
 def angles_at(tables: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,24 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from pynlp.integrations.flash_attn.arguments import options_of, results_of, sequence_and_place, unpacked
+from pynlp.integrations.flash_attn.arguments import (
+    check_cu_seqlens,
+    may_have_padding,
+    options_of,
+    results_of,
+    sequence_and_place,
+    unpacked,
+)
+from pynlp.integrations.names import in_own_names
 from pynlp.ops.attention import checks
 from pynlp.ops.attention.attention import attention_varlen
-from pynlp.ops.common.checks import check, check_range
+from pynlp.ops.common.checks import check, check_range, check_tensor
 
 
+@in_own_names(window="window_size")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -28,12 +38,14 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` for sequences of unequal lengths, packed one after the other without padding.
+    """`flash_attn_func` for sequences of unequal lengths, packed one after the other.
+
+    Rows behind the last sequence are padding: they give 0, and their gradients are 0.
 
     Args:
         q: Queries `(total_q, heads, head_dim)`.
         k, v: `(total_k, kv_heads, head_dim)`, or with a block table `(pages, page_size, kv_heads, head_dim)`.
-        cu_seqlens_q, cu_seqlens_k: int32 `(batch + 1,)`, where sequences start and end; the last is the total.
+        cu_seqlens_q, cu_seqlens_k: int32 `(batch + 1,)`, where sequences start and end; the last is the total or less.
         max_seqlen_q, max_seqlen_k: The longest sequence, or more.
         block_table: int32 `(batch, pages)`, the pages of each sequence's keys in order. They are gathered: one copy of
             the keys and values, and on a GPU one wait for `cu_seqlens_k`.
@@ -48,12 +60,44 @@ def flash_attn_varlen_func(
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
     if block_table is not None:
         k, v = _gather_pages(q, k, v, cu_seqlens_k, max_seqlen_k, block_table)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if may_have_padding(cu_seqlens_q, q.shape[0]) or may_have_padding(cu_seqlens_k, k.shape[0]):
+        lengths, options["alibi_slopes"] = _padding_as_sequences(q, k, *lengths, alibi_slopes)
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     results = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options
     )
     return results_of(results, return_attn_probs)
 
 
+def _padding_as_sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    alibi_slopes: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, None, None], Tensor | None]:  # fmt: skip
+    """Lengths and slopes with two sequences more: the padding's queries without keys, and its keys without queries.
+
+    They cost no work, and what the others give stays the same to the bit, dropout too, which counts by a sequence's
+    number. The longest sequence is looked at here, as padding may be longer.
+    """
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] - 1 != batch:
+        raise ValueError(
+            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {batch}, got {cu_seqlens_k.shape[0] - 1}"
+        )
+    end_q, end_k = cu_seqlens_q.new_full((2,), q.shape[0]), cu_seqlens_k.new_full((1,), k.shape[0])
+    cu_seqlens = torch.cat((cu_seqlens_q, end_q)), torch.cat((cu_seqlens_k, cu_seqlens_k[-1:], end_k))
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+        check_tensor("alibi_slopes", alibi_slopes, q, [(q.shape[1],), (batch, q.shape[1])])
+        alibi_slopes = torch.cat((alibi_slopes, alibi_slopes.new_zeros(2, q.shape[1])))
+    return (*cu_seqlens, None, None), alibi_slopes
+
+
+@in_own_names(
+    q="qkv", k="qkv", v="qkv", cu_seqlens_q="cu_seqlens", cu_seqlens_k="cu_seqlens", max_seqlen_q="max_seqlen",
+    max_seqlen_k="max_seqlen",
+)  # fmt: skip
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -75,6 +119,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@in_own_names(k="kv", v="kv")
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -108,6 +153,9 @@ def _gather_pages(
             raise ValueError(f"{name}: expected shape (pages, page_size, kv_heads, head_dim), got {tuple(x.shape)}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v: expected k's pages and page_size {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
+    if cu_seqlens_k.dim() != 1 or cu_seqlens_k.shape[0] < 1:
+        raise ValueError(f"cu_seqlens_k: expected shape (batch + 1,), got {tuple(cu_seqlens_k.shape)}")
+    checks.check_integers("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_k.shape), q)
     batch, (pages, page_size) = cu_seqlens_k.shape[0] - 1, k.shape[:2]
     if block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")

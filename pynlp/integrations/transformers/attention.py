@@ -8,35 +8,38 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
 from pynlp.backends import warn_once
-from pynlp.integrations.transformers.masks import NAME, Mask, structured_mask
+from pynlp.integrations.names import in_own_names
+from pynlp.integrations.transformers.masks import (
+    NAME,
+    PATCHED,
+    WEIGHTS,
+    Mask,
+    additive,
+    in_one_graph,
+    weights_collected,
+)
+from pynlp.integrations.transformers.structure import BLIND, Structure, structure_of
 from pynlp.ops.attention.attention import attention, attention_varlen
 from pynlp.ops.attention.checks import MAX_HEAD_DIM
 from pynlp.ops.attention.decode import attention_decode
 
-WEIGHTS = "output_attentions=True asks for the weights"
 GIVEN = "its mask was given as a tensor"
 
 
-def register() -> None:
-    """Make `attn_implementation="pynlp"` known to transformers; a second call does nothing.
-
-    What the kernel cannot serve (a mask of one's own, a mask function other than transformers' causal, sliding-window,
-    bidirectional and packed ones, gaps in the padding, `output_attentions=True`, a paged cache, head dimensions above
-    256) runs on transformers' own attention, with one warning that names the reason.
-    """
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, structured_mask)
-
-
+@in_own_names(
+    q="query", k="key", v="value", dropout_p="dropout", softmax_scale="scaling", sinks="s_aux",
+    relative_bias="position_bias", key_lengths="attention_mask", cu_seqlens_q="attention_mask",
+    cu_seqlens_k="attention_mask", cache_lengths="attention_mask", window="attention_mask",
+)  # fmt: skip
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that `register` registers.
+    """The attention function of `attn_implementation="pynlp"`.
 
     Args:
         module: The layer's attention module.
@@ -49,9 +52,8 @@ def attention_forward(
     Returns:
         `(B, Sq, H, D)`, and the weights where `output_attentions` asks for them.
     """
-    if attention_mask is None:
-        attention_mask = _mask_of(module, query, key, options.get("is_causal"))
-    reason = _reason(query, key, value, attention_mask, options)
+    structure = structure_for(module, query, key, attention_mask, options.get("is_causal"))
+    reason = _reason(query, key, value, structure, options)
     if reason is not None:
         if getattr(options.get("position_bias"), "ndim", 4) == 2:
             raise ValueError(f"{type(module).__name__}: expected a call that the kernel can serve, but {reason}")
@@ -59,7 +61,7 @@ def attention_forward(
     table = options.get("position_bias")  # of a patched module
     out = attend(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        attention_mask,
+        structure,
         softmax_scale=options.get("scaling"),
         softcap=options.get("softcap") or 0.0,
         sinks=options.get("s_aux"),
@@ -69,7 +71,7 @@ def attention_forward(
     return out, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout_p: float = 0.0, **options) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, structure: Structure, *, dropout_p: float = 0.0, **options) -> Tensor:
     """`pynlp.functional.attention` under a mask's structure, or its counterpart for packed rows or a cache.
 
     Args:
@@ -80,10 +82,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout_p: float = 0.
     Returns:
         `(B, Sq, H, D)`; 0 for padding in front of a row's tokens.
     """
-    structure = mask.structure
     options.update(causal=structure.causal, window=structure.window)
     if structure.cu_seqlens is None and structure.rows is None and _decodes(q, k, v, dropout_p, options):
-        return attention_decode(q, k, v, mask.lengths, **options)
+        return attention_decode(q, k, v, structure.lengths(q.device), **options)
     options["dropout_p"] = dropout_p
     if structure.cu_seqlens is not None:
         return _over_tokens(q, k, v, (structure.cu_seqlens, structure.cu_seqlens), options)
@@ -92,11 +93,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout_p: float = 0.
         return attention(q, k, v, key_lengths=structure.key_lengths, **options)
     biased = options.get("alibi_slopes") is not None or options.get("relative_bias") is not None
     aligned = biased or structure.window != (None, None)
+    if aligned and structure.spans is not None:
+        return _row_by_row(q, k, v, structure, options)
     # Sinks and T5's table have an entry for every head, so their heads stay together.
     together = options.get("sinks") is not None or options.get("relative_bias") is not None
     if k.stride(1) < k.stride(2) and not together:
-        return _over_heads(q, k, v, mask.cu_seqlens(k.shape[2], aligned), options)
-    return _over_tokens(q, k, v, mask.cu_seqlens(1, aligned), options)
+        return _over_heads(q, k, v, structure.starts(k.shape[2], aligned), options)
+    return _over_tokens(q, k, v, structure.starts(1, aligned), options)
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, options: dict) -> bool:
@@ -130,48 +133,100 @@ def _over_heads(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tenso
     return out.unflatten(0, q.shape[:3]).transpose(1, 2).flatten(2, 3)
 
 
-def _mask_of(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Mask:
+def _row_by_row(q: Tensor, k: Tensor, v: Tensor, structure: Structure, options: dict) -> Tensor:
+    """Attention of each row without the padding in front of its tokens.
+
+    Queries behind the tokens see keys too, and stand further from them than those that are tokens, so they are no
+    sequence of their own.
+    """
+    rows = []
+    for row, (first, end) in enumerate(structure.spans):
+        unseen = min(max(first + q.shape[1] - structure.keys, 0), q.shape[1])  # queries in front of the tokens
+        keys = slice(first, structure.keys)
+        lengths = structure.rows.new_full((1,), end - first)
+        out = attention(
+            *(x[row : row + 1] for x in (q[:, unseen:], k[:, keys], v[:, keys])), key_lengths=lengths, **options
+        )
+        rows.append(torch.nn.functional.pad(out, (0, 0, 0, 0, unseen, 0)))
+    return torch.cat(rows)
+
+
+def structure_for(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Structure | str:
+    """The structure of a layer's mask, or the reason why the kernel cannot serve it."""
+    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        return structure_of(batch, seqlen_q, seqlen_k, 0, _function_of_none(module, query, is_causal))
+    structure = structure_in(mask)
+    if isinstance(structure, Structure) and structure.shape != (batch, seqlen_q, seqlen_k):
+        return "its mask is of another shape than its queries and keys"
+    return structure
+
+
+def structure_in(mask: Tensor | None) -> Structure | str:
+    """The structure that a mask brings with it, or the reason why the kernel cannot serve it."""
+    known = getattr(mask, "structure", None) or getattr(mask, "reason", None)
+    return known or (BLIND if torch.compiler.is_compiling() and in_one_graph() else GIVEN)
+
+
+def _function_of_none(module: nn.Module, query: Tensor, is_causal: bool | None) -> Callable:
     """The mask that None means to sdpa_attention_forward: all keys, or those up to a query's own from the first on."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    function = causal_mask_function if is_causal and query.shape[2] > 1 else bidirectional_mask_function
-    return structured_mask(query.shape[0], query.shape[2], key.shape[2], mask_function=function, device=query.device)
+    return causal_mask_function if is_causal and query.shape[2] > 1 else bidirectional_mask_function
 
 
-def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict) -> str | None:
+def _reason(query: Tensor, key: Tensor, value: Tensor, structure: Structure | str, options: dict) -> str | None:
     """The reason why the kernel cannot serve a call; None if it can."""
-    if options.get("output_attentions"):
+    if weights_wanted(options):
         return WEIGHTS
     if options.get("cache") is not None:
         return "its cache is paged"
-    if not isinstance(mask, Mask):
-        return GIVEN
-    if mask.reason is not None:
-        return mask.reason
-    if (mask.shape[0], *mask.shape[2:]) != (query.shape[0], query.shape[2], key.shape[2]):
-        return "its mask is of another shape than its queries and keys"
+    if isinstance(structure, str):
+        return structure
     if options.get("position_bias") is not None and options["position_bias"].dim() != 2:
-        return "its position_bias is dense; pynlp.integrations.transformers.patch(model) knows T5, BLOOM and MPT"
+        return f"its position_bias is dense; pynlp.integrations.transformers.patch(model) knows {PATCHED}"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         return f"its heads have more than {MAX_HEAD_DIM} dimensions"
     return None
 
 
+def weights_wanted(options: dict) -> bool:
+    """Whether the caller of the model wants the weights, by a keyword or by a config's `output_attentions`.
+
+    Many models hand neither on to their attention: transformers collects the weights by hooks around it.
+    """
+    if options.get("output_attentions"):
+        return True
+    # Dynamo cannot read a ContextVar; where it traces the model's forward, transformers has a global in its place.
+    return weights_collected(_active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get())
+
+
 def _fall_back(
-    reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict
+    reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' sdpa; where that cannot serve either, the model's own eager function."""
     warn_of_fallback(module, reason)
     mask = mask.dense if isinstance(mask, Mask) else mask
-    if options.get("output_attentions") or options.get("softcap") or options.get("s_aux") is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        return _eager_function(module)(module, query, key, value, mask, **options)
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if not (weights_wanted(options) or options.get("softcap") or options.get("s_aux") is not None):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if mask is None:
+        function = _function_of_none(module, query, options.get("is_causal"))
+        shape = query.shape[0], query.shape[2], key.shape[2]
+        mask = sdpa_mask(*shape, mask_function=function, device=query.device, allow_is_causal_skip=False)
+    if mask.dtype == torch.bool:
+        mask = additive(mask, query.dtype)
+    return _eager_function(module)(module, query, key, value, mask, **options)
 
 
 def warn_of_fallback(module: nn.Module, reason: str) -> None:
-    warn_once(f"attn_implementation={NAME!r}: {type(module).__name__} runs on transformers' own attention: {reason}")
+    _tell(f"attn_implementation={NAME!r}: {type(module).__name__} runs on transformers' own attention: {reason}")
+
+
+@torch.compiler.assume_constant_result  # so that it tells while a graph is traced, which could not hold it
+def _tell(message: str) -> None:
+    warn_once(message)
 
 
 def _eager_function(module: nn.Module) -> Callable:
