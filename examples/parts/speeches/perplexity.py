@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pynlp.functional import linear_cross_entropy
 from pynlp.models import Decoder
@@ -39,7 +40,7 @@ def negative_log_likelihood(
         raise ValueError(f"stride: expected 1 to length={length}, got {stride}")
     nats, count, training, device = 0.0, 0, model.training, model.output_weight.device
     model.eval()
-    for document in documents:
+    for document in tqdm(documents, "Perplexity", unit="text", leave=False, delay=2):
         if len(document) < 2:
             continue
         inputs, targets = (x.to(device) for x in windows(document, length, stride))
