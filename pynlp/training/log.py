@@ -69,7 +69,7 @@ class Log:
             right.set_ylabel(self.score_name)
         if best_step is not None:
             axes.axvline(best_step, color="green", ls=":", label=f"best, step {best_step}")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside it covers no line
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside it covers no line
         temporary = self.image.with_name("loss.part.png")
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, self.image)

@@ -109,7 +109,7 @@ def plot_confusion(counts: Tensor, path: Path) -> None:
         axes.text(column, row, counts[row, column].item(), ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Test sentences by president, accuracy {accuracy(counts):.1%}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"Test sentences, accuracy {accuracy(counts):.1%}")
     write(path, lambda part: figure.savefig(part, dpi=150))
 
 

@@ -125,7 +125,7 @@ def plot_lengths(results: dict[str, list[Result]], path: Path) -> None:
     for positions, found in results.items():
         lengths = [factor * BLOCK for factor in FACTORS if found[0][times(factor)] is not None]
         values = [[result[times(length // BLOCK)] for result in found] for length in lengths]
-        axes.plot(lengths, [mean(row) for row in values], "o-", ms=4, label=positions)
+        axes.plot(lengths, [mean(row) for row in values], "o-", ms=4, label=positions, clip_on=False)
         axes.fill_between(lengths, [min(row) for row in values], [max(row) for row in values], alpha=0.2)
     axes.set_xscale("log", base=2)
     axes.set(xlabel=f"words of a window (trained with {BLOCK})", ylabel="perplexity, lowest to highest seed")

@@ -45,6 +45,7 @@ def bars(rows: list[dict], path: Path) -> None:
             drawn = axes.bar(np.arange(len(names)) + i * width, values, width, color=f"C{i}", label=label)
             axes.bar_label(drawn, fmt=form, fontsize=7)
         axes.set(ylabel=unit)
+        axes.margins(y=0.12)  # for the labels
     axes.set_xticks(np.arange(len(names)) + width * (len(methods) - 1) / 2, names)
     axes.set(xlabel="positions of the model")
     figure.suptitle("Translation of the held-out test set")
