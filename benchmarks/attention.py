@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cases import Case, Result, row, run_cases, sdpa
-from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, bars, best_times, peak_memory
+from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, bars, best_times, peak_memory, plain_logarithmic
 from pynlp import functional, probes
 from pynlp.functional import alibi_slopes, attention, attention_varlen, attention_weights, rotary_tables
 from pynlp.reference.attention.attention import rotate
@@ -462,27 +462,30 @@ def plot_cases(tables: dict[str, list[dict]]):
         [f"{row['case']}, {row['mode']}, {row['dtype']}" for row in rows],
         ratios,
         [f"{row['x SDPA']}x, {row['of peak']} of peak" for row in rows],
-        "PyTorch SDPA's time / ours",
-        xscale="log",
-        xlim=(0.8, 4 * max(ratios)),
+        "Attention: speed against PyTorch's",
+        "times as fast as PyTorch's scaled_dot_product_attention",
+        logarithmic=True,
     )
 
 
 def plot_growth(tables: dict[str, list[dict]]):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for axis, unit, title in zip(axes, ("ms", "MB"), ("time", "peak extra memory"), strict=True):
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, unit, title in zip(
+        figure.subplots(1, 2), ("ms", "MB"), ("time (ms)", "peak extra memory (MB)"), strict=True
+    ):
         for name, label in (("ours", "pynlp"), ("sdpa", "SDPA, dense bias")):
             points = [(r["seqlen"], float(r[f"{name} {unit}"])) for r in tables["growth"] if r[f"{name} {unit}"] != "-"]
-            axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=unit)
-        axis.set_title(f"forward + backward, T5 table: {title}", fontsize=9)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+            axes.plot(*zip(*points, strict=True), marker="o", label=label if unit == "ms" else None)
+        lengths = sorted({r["seqlen"] for r in tables["growth"]})
+        axes.set(xscale="log", xlim=(lengths[0], lengths[-1]), xlabel="sequence length (tokens)", ylabel=title)
+        axes.set_xticks(lengths, lengths, fontsize=8)
+        axes.minorticks_off()
+        plain_logarithmic(axes.yaxis, (1, 3))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Attention with T5's table of biases, forward + backward")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

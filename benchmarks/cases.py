@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pynlp
-from benchmarks.measure import RESULTS, bars, largest_error, machine, peak, round_times, table, write_json
+from benchmarks.measure import RESULTS, bars, largest_error, machine, peak, round_times, save_picture, table, write_json
 from pynlp import probes
 
 
@@ -160,19 +160,19 @@ def run_cases(
     paths = [write_json(name, {"machine": machine()} | written)]
     for file, plot in plots.items():
         paths.append(RESULTS / f"{file}.png")
-        plot(written).savefig(paths[-1], dpi=150, bbox_inches="tight")
+        save_picture(plot(written), paths[-1])
     print(f"{machine()}\nwritten: {', '.join(map(str, paths))}")
 
 
-def plot_shares(rows: list[dict], xlabel: str):
-    """A picture of the shares of the machine's peak."""
+def plot_shares(rows: list[dict], title: str, xlabel: str):
+    """A picture of the shares of the machine's peak, with the rates and the speeds against others behind them."""
     rows = [row for row in rows if row["ms"] != "wrong"]
     return bars(
         [f"{row['case']}, {row['dtype']}" for row in rows],
         [float(row["of peak"].rstrip("%")) for row in rows],
         [f"{row['rate']}; time / ours: {row['time / ours']}" for row in rows],
+        title,
         xlabel,
-        xlim=(0, 220),
     )
 
 

@@ -110,7 +110,9 @@ CASES = {
 
 def main() -> None:
     label = "% of the machine's peak: read bandwidth, FLOP/s for latents"
-    plots = {"decode": lambda tables: plot_shares(tables["cases"], label)}
+    plots = {
+        "decode": lambda tables: plot_shares(tables["cases"], "Decoding a token: how near the machine's peak", label)
+    }
     run_cases("decode", __doc__, {"cases": (CASES, row)}, {"layers": cached_modules}, plots)
 
 

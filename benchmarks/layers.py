@@ -202,7 +202,7 @@ CASES = {
 
 def main() -> None:
     label = "% of the machine's peak: read bandwidth, FLOP/s for products"
-    plots = {"layers": lambda tables: plot_shares(tables["cases"], label)}
+    plots = {"layers": lambda tables: plot_shares(tables["cases"], "Layers: how near the machine's peak", label)}
     run_cases("layers", __doc__, {"cases": (CASES, row)}, {"memory": loss_memories}, plots)
 
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -111,20 +112,52 @@ def write_json(name: str, content: object) -> Path:
     return path
 
 
-def bars(labels: list[str], values: list[float], notes: list[str], xlabel: str, **axes_options):
-    """A figure of horizontal bars, each with its label before it and its note behind it."""
-    import matplotlib
+def bars(
+    labels: list[str], values: list[float], notes: list[str], title: str, xlabel: str, *, logarithmic: bool = False
+):
+    """A figure of horizontal bars, each with its label before it, and its note behind the axes; these end as the data do.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Logarithmic ones begin at 1, and their ticks are 1, 2, 5 and so on.
+    """
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(9, 0.34 * len(labels) + 1.1))
-    axes.bar_label(axes.barh(labels, values, color="#3b6fb6"), notes, padding=4, fontsize=7)
-    axes.set(xlabel=xlabel, **axes_options)
+    figure = Figure(figsize=(10, 0.34 * len(labels) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    origin = 1 if logarithmic else 0
+    axes.barh(labels, [value - origin for value in values], left=origin, color="#3b6fb6")
+    for place, note in enumerate(notes):
+        axes.text(1.01, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+    if logarithmic:
+        axes.set_xlim(0.9 * min(1.0, *values), max(1.0, *values))
+        plain_logarithmic(axes.xaxis, (1, 2, 5))
+        axes.axvline(1, color="black", lw=0.8)
+    else:
+        axes.set_xlim(0, max(values))
+    axes.set(title=title, xlabel=xlabel)
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def plain_logarithmic(axis, digits: tuple[int, ...]) -> None:
+    """A logarithmic scale with ticks such as 100 and 200, in place of 10^2 and 2 x 10^2."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save_picture(figure, path: Path) -> None:
+    """Writes a figure with the machine and the date below it, to a temporary file first."""
+    there = machine()
+    words = f"{there.get('gpu', there['cpu'])}, {there['threads']} threads, PyTorch {there['torch']}, {date.today()}"
+    figure.text(0.0, -0.01, words, fontsize=7, va="top")
+    temporary = path.with_name(f"{path.stem}.part{path.suffix}")
+    figure.savefig(temporary, dpi=150, bbox_inches="tight")
+    os.replace(temporary, path)
 
 
 def table(rows: list[dict]) -> str:

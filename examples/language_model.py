@@ -6,18 +6,22 @@
     python examples/language_model.py --part three     the same with ALiBi, beside other positions and at longer texts
     python examples/language_model.py --preset small   byte pairs, all speeches up to 2008, tested on the later ones
 
-The study takes its six files (see parts/speeches/corpus.py) from --data-dir, or makes them of the addresses. Each run
-writes tables and figures to --output. The study and the preset write checkpoints, too: Ctrl-C saves, and the same
-command with --resume continues; a finished run trains no more then and samples another text, for another --prompt say.
+The study takes its six files from --data-dir, or makes them of the addresses: train_LM.txt, test_LM_obama.txt,
+test_LM_wbush.txt and test_LM_hbush.txt are text, train_CLS.tsv and test_CLS.tsv have the columns label TAB sentence,
+label 0 for Obama, 1 for W. Bush, 2 for G. H. Bush. A tenth of the training text is held out of training and decides
+which step is kept. Each run writes tables and figures to --output. The study and the preset write checkpoints, too:
+Ctrl-C saves, and the same command with --resume continues; a finished run trains no more then and samples another
+text, for another --prompt say.
 
-On two CPU cores the first takes five minutes, parts one and two half a minute each, part three five minutes, the
-preset forty.
+On two CPU cores the first takes five minutes, part one two minutes, part two half a minute, part three five minutes,
+the preset forty.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from parts.common import flags
 from parts.speeches import byte_pair_model, position_comparison, twin_models
 from parts.speeches import classifier as speech_classifier
 from parts.speeches import language_model as speech_model
@@ -28,36 +32,16 @@ from parts.speeches.training import Recipe
 RESULTS = Path("results/language_model")
 SAMPLING = dict(prompt="My fellow Americans", top_k=50, top_p=None, temperature=0.8)
 STUDY = dict(steps=500, seed=0, data_dir=None, resume=False)
+MANY_STEPS = dict(steps=2000)
 TWINS = dict(positions="rope", window=None, steps=250, context=1024, batch=2, learning_rate=1e-3, seed=0, speeches=None)
 # What each kind of run takes, and its defaults.
 OPTIONS = {
     "the comparison of implementations": TWINS | dict(output=RESULTS),
-    "--part one": STUDY | dict(output=RESULTS / "one"),
+    "--part one": STUDY | MANY_STEPS | dict(output=RESULTS / "one"),
     "--part two": STUDY | SAMPLING | dict(output=RESULTS / "two"),
     "--part three": STUDY | SAMPLING | dict(output=RESULTS / "three"),
-    "--preset small": dict(steps=2000, seed=0, resume=False) | SAMPLING | dict(output=RESULTS / "small"),
+    "--preset small": MANY_STEPS | dict(seed=0, resume=False) | SAMPLING | dict(output=RESULTS / "small"),
 }
-
-
-def at_least(least: int):
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
-        return int(text)
-
-    return number
-
-
-def temperature(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
-    return float(text)
-
-
-def probability(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 1, got {text}")
-    return float(text)
 
 
 def parse(arguments: list[str] | None) -> tuple[str, argparse.Namespace]:
@@ -70,27 +54,53 @@ def parse(arguments: list[str] | None) -> tuple[str, argparse.Namespace]:
         argument_default=argparse.SUPPRESS,
     )
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--part", choices=("one", "two", "three"), help="of the study")
-    kinds.add_argument("--preset", choices=("small",), help="byte pairs, 256 dimensions, 6 layers, 512 tokens")
-    parser.add_argument("--steps", type=at_least(1), help="updates: 500, the preset 2000, the comparison 250")
-    parser.add_argument("--seed", type=at_least(0), help="of weights, batches and samples: 0")
-    parser.add_argument("--output", type=Path, help=f"folder: {RESULTS}, and below it for parts and preset")
+    kinds.add_argument("--part", choices=("one", "two", "three"), help="of the study (default: the comparison)")
+    kinds.add_argument(
+        "--preset",
+        choices=("small",),
+        help="byte pairs, 256 dimensions, 6 layers, 512 tokens (default: the comparison)",
+    )
+    parser.add_argument(
+        "--steps", type=flags.integer(1), metavar="N",
+        help="updates (default: the comparison 250, part one 2000, two and three 500, the preset 2000)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=flags.seed, metavar="N", help="of weights, batches and samples (default: 0)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of all that is written (default: {RESULTS}, and below it one, two, three, small)",
+    )
 
     study = parser.add_argument_group("parts and preset")
-    study.add_argument("--data-dir", type=Path, help="of the study's six files; parts only")
+    study.add_argument(
+        "--data-dir", type=Path, help="of the study's six files; parts only (default: they are made of the addresses)"
+    )
     study.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
-    study.add_argument("--prompt", help=f"what the sampled text begins with: {SAMPLING['prompt']!r}")
-    study.add_argument("--top-k", type=at_least(1), help="sample of so many tokens: 50")
-    study.add_argument("--top-p", type=probability, help="sample of the likeliest with this probability: all")
-    study.add_argument("--temperature", type=temperature, help="0.8")
+    study.add_argument("--prompt", help=f"what the sampled text begins with (default: {SAMPLING['prompt']!r})")
+    study.add_argument("--top-k", type=flags.integer(1), metavar="N", help="sample of N tokens (default: 50)")
+    study.add_argument(
+        "--top-p",
+        type=flags.probability,
+        metavar="X",
+        help="sample of the likeliest with this probability (default: all)",
+    )
+    study.add_argument(
+        "--temperature", type=flags.positive, metavar="X", help="what logits are divided by (default: 0.8)"
+    )
 
     twins = parser.add_argument_group("the comparison of implementations, without --part and --preset")
-    twins.add_argument("--positions", choices=("rope", "alibi", "relative", "none"), help="rope")
-    twins.add_argument("--window", type=at_least(1), help="tokens before its own that a token sees: all")
-    twins.add_argument("--context", type=at_least(1), help="tokens in a row: 1024")
-    twins.add_argument("--batch", type=at_least(1), help="rows in a step: 2")
-    twins.add_argument("--learning-rate", type=float, help="0.001")
-    twins.add_argument("--speeches", type=at_least(1), help="only the latest ones: all")
+    add = twins.add_argument
+    add("--positions", choices=("rope", "alibi", "relative", "none"), help="of tokens (default: rope)")
+    add("--window", type=flags.integer(1), metavar="N", help="tokens before its own that a token sees (default: all)")
+    add("--context", type=flags.integer(1), metavar="N", help="tokens in a row (default: 1024)")
+    add("--batch", type=flags.integer(1), metavar="N", help="rows in a step (default: 2)")
+    add("--learning-rate", type=flags.positive, metavar="X", help="the highest one, after the warm-up (default: 0.001)")
+    add(
+        "--speeches",
+        type=flags.integer(2),
+        metavar="N",
+        help="only the latest N, of which some are held out (default: all)",
+    )
 
     given = vars(parser.parse_args(arguments))
     kind = "the comparison of implementations"
@@ -114,9 +124,10 @@ def flag(name: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     kind, options = parse(arguments)
     try:
+        flags.check_output(options.output)
         options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--output: expected a folder to write to, got {options.output}: {error.strerror}") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     if not kind.startswith("--"):
         return twin_models.run(options)
     try:

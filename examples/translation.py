@@ -4,15 +4,17 @@
     python examples/translation.py evaluate --method beam
     python examples/translation.py translate "Napsauta hiiren oikealla painikkeella taulukkoa."
     python examples/translation.py compare --minutes 10
+    python examples/translation.py train --help          the options of a command and their defaults
 
 `train` fetches the corpus, sets documents aside, trains subwords and the model, and writes what it found to --output:
-sample translations, BLEU and chrF, the cross-attention of a sentence as cross_attention.png, and loss.png. With
---baseline it trains torch.nn.Transformer in the same time. Ctrl-C saves; --resume goes on to the bit. `translate` takes
-a text, a file, or lines from the standard input, each translated as it comes. `compare` trains with each kind of
+BLEU and chrF as scores.json, translations.txt, the cross-attention of a sentence as cross_attention.png, and loss.png.
+With --baseline it trains torch.nn.Transformer in the same time. Ctrl-C saves; --resume goes on to the bit. `translate`
+takes a text, a file, or lines from the standard input, each translated as it comes. `compare` trains with each kind of
 positions and decodes in each way. Under `torchrun --nproc-per-node N` a training step takes a batch in each process.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -23,10 +25,11 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
+from parts.common import flags
 from parts.common.reports import table, write_text
 from parts.translation.corpora import Pair, load_documents
 from parts.translation.figures import attention_map, bars
-from parts.translation.preparation import load_tokenizer, save_tokenizer, split, train_tokenizer
+from parts.translation.preparation import FEWEST_SUBWORDS, load_tokenizer, save_tokenizer, split, train_tokenizer
 from parts.translation.subword_sampling import load_segmentations, sample_segmentations
 from parts.translation.translator import (
     LONGEST,
@@ -51,6 +54,8 @@ from pynlp.models.config import POSITIONS
 from pynlp.training import IGNORED, Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, latest, process_group
 
 OUTPUT = Path("results/translation")
+DEFAULT = Options()
+LARGEST_HEAD = 256  # dimensions
 COMPARED = ("rope", "relative", "alibi", "sinusoidal")
 SIDES = ("source.safetensors", "target.safetensors")  # segmentations of the texts to train on
 FEW_EPOCHS = 20  # that segmentations other than the plain one would only slow down
@@ -66,51 +71,80 @@ def main(words: Sequence[str] | None = None) -> None:
         {"train": train, "evaluate": evaluate, "translate": translate, "compare": compare}[command](folder, **arguments)
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         raise SystemExit(f"translation.py {command}: {error}") from None
+    except FloatingPointError as error:
+        raise SystemExit(f"translation.py {command}: --learning-rate: expected a lower one: {error}") from None
     except Interrupted:
-        print(f"To go on: python {sys.argv[0]} train --resume --output {folder}", file=sys.stderr)
+        print(f"To go on: {sys.executable} {sys.argv[0]} train --resume --output {folder}", file=sys.stderr)
         raise
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser. Options that are not on the command line are not in its result: the functions have the defaults."""
-    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(dest="command", required=True)
     names = ("train", "evaluate", "translate", "compare")
     helps = ("train a model", "measure it on the test set", "translate", "positions and ways to decode in one table")
     parsers = {
-        name: commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS)
+        name: commands.add_parser(
+            name, help=text, description=f"{text.capitalize()}.", argument_default=argparse.SUPPRESS
+        )
         for name, text in zip(names, helps, strict=True)
     }
     for command in parsers.values():
-        command.add_argument("--output", type=Path, help=f"folder of the model and the figures ({OUTPUT})")
+        command.add_argument("--output", type=Path, help=f"folder of the model and the figures (default: {OUTPUT})")
     for name in ("train", "compare"):
-        add = parsers[name].add_argument
-        add("--corpus", nargs="+", help="libreoffice (default), homeassistant, opus-100, a TSV file, or two files")
-        add("--minutes", type=float, help="time to train (10); the number of steps follows from it")
-        add("--steps", type=int, help="updates, instead of a time")
-        for option in ("dim", "layers", "heads", "vocabulary", "max-tokens", "seed"):
-            add(f"--{option}", type=int)
-        for option in ("dropout", "learning-rate"):
-            add(f"--{option}", type=float)
+        add_training_options(parsers[name])
     add = parsers["train"].add_argument
-    add("--positions", choices=POSITIONS)
-    add("--baseline", action="store_true", help="torch.nn.Transformer instead")
-    add("--overfit", type=int, help="train and test on so many pairs")
+    add("--positions", choices=POSITIONS, help=f"how tokens know their places (default: {DEFAULT.positions})")
+    add("--baseline", action="store_true", help="torch.nn.Transformer instead of pynlp's model")
+    add("--overfit", type=flags.integer(1), metavar="N", help="train and test on the same N pairs (default: do not)")
     add("--resume", action="store_true", help="go on from the last checkpoint, with the options it was begun with")
-    add("--tensorboard", action="store_true")
+    add("--tensorboard", action="store_true", help="write TensorBoard's files as well, to tensorboard/ in --output")
     for name in ("evaluate", "translate"):
-        parsers[name].add_argument("--method", choices=METHODS, help="how to decode (beam)")
-        parsers[name].add_argument("--beam-size", type=int, help="5 by default")
+        add = parsers[name].add_argument
+        add("--method", choices=METHODS, help="how to decode (default: beam)")
+        add("--beam-size", type=flags.integer(1), metavar="N", help="hypotheses that a beam keeps (default: 5)")
     add = parsers["translate"].add_argument
-    add("text", nargs="?", help="otherwise the standard input is translated, a line at a time")
-    add("--file", type=Path, help="a text a line")
+    add("text", nargs="?", help="what to translate (default: the standard input, a line at a time)")
+    add("--file", type=Path, help="a UTF-8 file, a text a line, in place of `text` (default: none)")
     return result
+
+
+def add_training_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--corpus", nargs="+", metavar="NAME", help="libreoffice, homeassistant, opus-100; a file of yours with the "
+        "columns source TAB target, in this order; or two files with a sentence a line, the source's first "
+        f"(default: {' '.join(DEFAULT.corpus)})",
+    )  # fmt: skip
+    time_or_steps = command.add_mutually_exclusive_group()
+    time_or_steps.add_argument(
+        "--minutes", type=flags.minutes, metavar="M", help="time to train and validate, from which the number of steps "
+        f"follows (default: {DEFAULT.minutes:g})",
+    )  # fmt: skip
+    time_or_steps.add_argument(
+        "--steps", type=flags.integer(1), metavar="N", help="updates, instead of a time (default: as --minutes says)"
+    )
+    for name, kind, text in (
+        ("dim", flags.integer(1), "width of the model, a multiple of --heads"),
+        ("layers", flags.integer(1), "blocks of the encoder, and of the decoder"),
+        ("heads", flags.integer(1), "attention heads of a layer"),
+        ("vocabulary", flags.integer(FEWEST_SUBWORDS), "subwords of both languages at most"),
+        ("max-tokens", flags.integer(4), "tokens of a batch at most, source and target with their padding"),
+        ("seed", flags.seed, "of the first weights, the batches and dropout"),
+        ("dropout", flags.share, "share of the features set to 0 in training"),
+        ("learning-rate", flags.positive, "the highest one, after the warm-up"),
+    ):
+        value = getattr(DEFAULT, name.replace("-", "_"))
+        add(f"--{name}", type=kind, metavar="X" if isinstance(value, float) else "N", help=f"{text} (default: {value})")
 
 
 def train(folder: Path, *, resume: bool = False, tensorboard: bool = False, **given) -> None:
     """Trains, or goes on, measures, and writes the figures."""
     with process_group() as device:
         first = not dist.is_initialized() or dist.get_rank() == 0
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: expected its package to be installed, got none: pip install tensorboard")
         if first and not resume:
             prepare(folder, Options(**given), device)
         if dist.is_initialized():
@@ -133,35 +167,93 @@ def resumed_options(folder: Path, given: dict) -> Options:
 
 
 def prepare(folder: Path, options: Options, device: torch.device) -> None:
-    """Sets documents aside, trains the subwords, plans the steps, and writes all of that down."""
+    """Sets documents aside, trains the subwords, plans the steps, and writes all of that down.
+
+    Raises:
+        FileExistsError, ValueError: something is not as expected, and nothing was written; the message names the flag.
+    """
     if (folder / OPTIONS).exists():
         raise FileExistsError(f"--output: expected a folder without a model, or --resume, got {folder}")
+    flags.check_output(folder)
+    check_sizes(options)
     if options.overfit:
         options = replace(options, dropout=0.0, label_smoothing=0.0)
     options = replace(options, corpus=tuple(options.corpus))
     if options.bf16 is None:
         options = replace(options, bf16=has_bf16(device))
         print(f"training in {'bf16' if options.bf16 else 'fp32: no instructions for bf16 here'}")
-    documents = load_documents(*options.corpus)
+    try:
+        documents = load_documents(*options.corpus)
+    except ValueError as error:
+        raise ValueError(f"--corpus: {str(error).removeprefix('corpus: ')}") from None
     held_out = min(HELD_OUT, max(1, sum(len(document.pairs) for document in documents) // 10))
     pairs = split(documents, validation=held_out, test=held_out)
     parts = {name: getattr(pairs, name) for name in ("train", "validation", "test")}
     if options.overfit:
         parts = dict.fromkeys(parts, pairs.train[: options.overfit])
+    print(f"Learning {options.vocabulary:,} subwords at most", flush=True)
+    tokenizer = train_tokenizer(parts["train"], options.vocabulary)
+    for part in ("train", "validation"):
+        check_lengths(tokenizer, parts[part], options, part)
+    if options.steps is None:
+        options = replace(options, steps=planned_steps(options, tokenizer, parts, device))
+    plain = plain_batches(tokenizer, parts["train"], options)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         write_pairs(folder / f"{name}.tsv", part)
-    tokenizer = train_tokenizer(parts["train"], options.vocabulary)
     save_tokenizer(tokenizer, folder / TOKENIZER)
-    plain = plain_batches(tokenizer, parts["train"], options)
-    if options.steps is None:
-        seconds = seconds_per_step(options, tokenizer, plain, device)
-        options = replace(options, steps=max(20, round(60 * options.minutes / seconds)))
-        print(f"{seconds:.2f} s a step: {options.steps} steps in {options.minutes:g} minutes")
     if options.steps > FEW_EPOCHS * len(plain.epoch(0)) and not options.overfit:
         for side, texts in zip(SIDES, zip(*parts["train"], strict=True), strict=True):
             sample_segmentations(tokenizer, list(texts), folder / side)
     save_options(folder, options)
+
+
+def check_sizes(options: Options) -> None:
+    """Refuses sizes of which no model can be made.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    dim, heads, head_dim = options.dim, options.heads, options.dim // options.heads
+    if dim % heads:
+        raise ValueError(f"--heads: expected a divisor of --dim {dim}, got {heads}")
+    if options.baseline:
+        return
+    if head_dim > LARGEST_HEAD:
+        raise ValueError(f"--heads: expected at least {-(-dim // LARGEST_HEAD)} with --dim {dim}, got {heads}")
+    if options.positions == "rope" and head_dim % 2:
+        raise ValueError(
+            f"--dim: expected an even number a head with --positions rope, got {dim} / {heads} = {head_dim}"
+        )
+    if options.positions == "sinusoidal" and dim % 2:
+        raise ValueError(f"--dim: expected an even number with --positions sinusoidal, got {dim}")
+
+
+def check_lengths(tokenizer, pairs: list[Pair], options: Options, part: str) -> None:
+    """Refuses pairs of which none fits into a batch.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    both = (encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
+    shortest = min(max(map(len, ids)) for ids in zip(*both, strict=True)) + 1
+    if shortest > longest_side(options) + 1:
+        raise ValueError(
+            f"--max-tokens: expected at least {2 * shortest}, for the shortest pair of the {part} set, got "
+            f"{options.max_tokens}"
+        )
+
+
+def planned_steps(options: Options, tokenizer, parts: dict[str, list[Pair]], device: torch.device) -> int:
+    """Steps that take `minutes` on this machine together with the validations between them; 20 at least."""
+    step = seconds_per_step(options, tokenizer, plain_batches(tokenizer, parts["train"], options), device)
+    validation = seconds_per_validation(options, tokenizer, parts["validation"], device)
+    steps = max(20, round((60 * options.minutes - VALIDATIONS * validation) / step))
+    print(
+        f"{step:.2f} s a step and {validation:.1f} s a validation: {steps} steps and {VALIDATIONS} validations in "
+        f"{options.minutes:g} minutes"
+    )
+    return steps
 
 
 def trainer(folder: Path, options: Options, tokenizer, device: torch.device, tensorboard: bool) -> Trainer:
@@ -191,13 +283,13 @@ def trainer(folder: Path, options: Options, tokenizer, device: torch.device, ten
 
     def score(model: TranslationLoss) -> float:
         sources, references = zip(*pairs["validation"][:SCORED], strict=True)
-        outputs = Translator(model.model, tokenizer).translate(sources, method="greedy")
+        outputs = Translator(model.model, tokenizer).translate(sources, method="greedy", progress=True)
         return BLEU().corpus_score(outputs, [references]).score
 
     same = {name: value for name, value in asdict(options).items() if name not in ("corpus", "minutes", "steps")}
     return Trainer(
         model, loss, config, data, folder, validation=validation, score=score, description={"options": same},
-        tensorboard=tensorboard,
+        tensorboard=tensorboard, score_name=f"BLEU of {min(SCORED, len(pairs['validation']))} texts, greedy",
     )  # fmt: skip
 
 
@@ -258,13 +350,33 @@ def seconds_per_step(options: Options, tokenizer, data: Batches, device: torch.d
     return sum(warm) / len(warm)
 
 
+@torch.no_grad()
+def seconds_per_validation(options: Options, tokenizer, pairs: list[Pair], device: torch.device) -> float:
+    """Seconds of a validation: the loss of all pairs, and as many greedy steps as the references have tokens."""
+    model = TranslationLoss(options.make_model(tokenizer.get_vocab_size()), 0.0).to(device).eval()
+    data = plain_batches(tokenizer, pairs, options)
+    begin = time.perf_counter()
+    for items in tqdm(data.epoch(0), "Timing the validation loss", unit="batch", leave=False, delay=2):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            model(*(x.to(device) for x in data.collate(items))).item()
+    scored = [
+        [ids[: LONGEST // 2 - 1] for ids in encode(tokenizer, texts)] for texts in zip(*pairs[:SCORED], strict=True)
+    ]
+    scored = sorted(zip(*scored, strict=True), key=lambda both: len(both[0]))
+    translator = Translator(model.model, tokenizer)
+    for start in tqdm(range(0, len(scored), 32), "Timing translations", unit="batch", leave=False, delay=2):
+        sources, targets = zip(*scored[start : start + 32], strict=True)
+        translator.generate(list(sources), "greedy", limits=torch.tensor([len(target) + 1 for target in targets]))
+    return time.perf_counter() - begin
+
+
 def report(folder: Path, translator: Translator, pairs: list[Pair]) -> None:
-    """Prints translations beside their references, and the scores; writes them and the cross-attention."""
+    """Prints the scores, and translations beside their references; writes them and the cross-attention."""
     outputs, scores = measure(translator, pairs, "beam")
+    show(scores)
     step = max(1, len(pairs) // SAMPLES)
     for (source, reference), output in list(zip(pairs, outputs, strict=True))[::step][:SAMPLES]:
         print(f"\n  source:      {source}\n  translation: {output}\n  reference:   {reference}")
-    show(scores)
     write_text(folder / "translations.txt", "\n".join(outputs))
     write_text(folder / "scores.json", json.dumps(scores, indent=1))
     if isinstance(translator.model, EncoderDecoder):
@@ -306,34 +418,45 @@ def evaluate(folder: Path, *, method: str = "beam", beam_size: int = 5) -> None:
 
 
 def translate(folder: Path, *, text: str | None = None, file: Path | None = None, **decoding) -> None:
-    translator = Translator.load(folder, device())
     if text is not None and file is not None:
         raise ValueError(f"text: expected a text or --file, got both ({file})")
+    if file is not None:
+        try:
+            with open(file, "rb") as stream:
+                texts = list(lines_of(stream, str(file)))
+        except OSError as error:
+            raise ValueError(f"--file: expected a file to read, got {file}: {error.strerror}") from None
+    translator = Translator.load(folder, device())
     if text is not None:
         print(translator.translate([text], **decoding)[0])
     elif file is not None:
-        with open(file, "rb") as stream:
-            texts = list(lines_of(stream, str(file)))
-        print("\n".join(translator.translate(texts, progress=True, **decoding)))
+        for output in translator.translate(texts, progress=True, **decoding):
+            print(output)
     else:
         for line in lines_of(sys.stdin.buffer, "standard input"):
             print(translator.translate([line], **decoding)[0], flush=True)
 
 
 def lines_of(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of UTF-8 text as they come."""
+    """The lines of UTF-8 text as they come, without the byte order mark that it may begin with."""
     for number, line in enumerate(stream, 1):
         try:
-            yield line.decode("utf-8").rstrip("\r\n")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{name}, line {number}: expected UTF-8, got byte 0x{line[error.start]:02x} at place {error.start + 1}"
             ) from None
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        if text:  # a mark alone is no line
+            yield text.rstrip("\r\n")
 
 
 def compare(folder: Path, **given) -> None:
     """Trains with each kind of positions, where that was not done yet, and decodes in each way."""
     rows = []
+    for positions in COMPARED:
+        check_sizes(Options(**given, positions=positions))
     for positions in COMPARED:
         own = folder / positions
         train(own, **given, positions=positions, resume=(own / OPTIONS).exists())

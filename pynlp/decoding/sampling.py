@@ -67,7 +67,8 @@ def sample(
 
     Args:
         state, prefix, end, max_length, min_length, no_repeat_ngram: As in `greedy`.
-        temperature: Logits are divided by it; more than 0.
+        temperature: Logits are divided by it; more than 0. A very low one gives the likeliest token, a very high one
+            all that are allowed alike.
         top_k: Only the k likeliest tokens; the lower ones of equally likely ones.
         top_p: Only the likeliest tokens that `top_k` leaves, as few as have together at least this probability.
         seed: Without one it is drawn from PyTorch's default generator.
@@ -173,23 +174,38 @@ def _uniform(seed: int, limits: Tensor, num_samples: int) -> Tensor:
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """A token of each row: the first whose cumulative probability is above the uniform number; both `(rows, 1)`."""
-    logits, tokens = logits / temperature, None
+    tokens = None
     if top_k is not None:
         logits, tokens = largest(logits, min(top_k, logits.shape[1]))
+    scaled = _scale(logits, temperature)
     if top_p is not None and top_p < 1:
-        logits, nucleus = _nucleus(logits, top_p)
+        scaled, nucleus = _nucleus(logits, scaled, top_p)
         tokens = nucleus if tokens is None else tokens.gather(1, nucleus)
-    cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
+    cumulative = scaled.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
     places = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return places if tokens is None else tokens.gather(1, places)
 
 
-def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The largest logits of each row in falling order, -inf behind those that have `top_p` together; their tokens."""
+def _scale(logits: Tensor, temperature: float) -> Tensor:
+    """What the logits have more than each row's largest, which is 0 or less, divided by the temperature.
+
+    So nothing overflows at a low one. One that fp32 cannot hold, or whose inverse it cannot, is brought to its range:
+    else 0 / 0 and inf / inf are NaN.
+    """
+    return (logits - logits.amax(dim=1, keepdim=True)) / min(max(temperature, 2.0**-126), 2.0**126)
+
+
+def _nucleus(logits: Tensor, scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The scaled logits of each row in the logits' falling order, -inf behind those that have `top_p` together.
+
+    Returns:
+        They, as many of them as are needed, and their tokens.
+    """
     vocabulary = logits.shape[1]
-    normalizer = logits.logsumexp(dim=1, keepdim=True)
+    normalizer = scaled.logsumexp(dim=1, keepdim=True)
     for size in (64, 1024, vocabulary):  # the nucleus is small as a rule, and to sort a row takes long
-        values, tokens = largest(logits, min(size, vocabulary))
+        tokens = largest(logits, min(size, vocabulary))[1]
+        values = scaled.gather(1, tokens)
         probabilities = (values - normalizer).exp()
         cumulative = probabilities.cumsum(dim=1, dtype=torch.float64)
         if (cumulative[:, -1] >= top_p).all():

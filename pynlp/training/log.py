@@ -18,13 +18,14 @@ class Log:
         folder: Where `log.csv`, `loss.png` and `tensorboard/` are written.
         step: The last step so far: later rows are dropped.
         tensorboard: Whether TensorBoard's files are written, too.
+        score_name: The score's name in the plot.
 
     Raises:
         ImportError: `tensorboard` is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.path, self.image = folder / "log.csv", folder / "loss.png"
+    def __init__(self, folder: Path, step: int, tensorboard: bool, score_name: str = "score"):
+        self.path, self.image, self.score_name = folder / "log.csv", folder / "loss.png", score_name
         self.tensorboard = _summary_writer(folder / "tensorboard", step) if tensorboard else None
         rows = read_log(self.path, step)
         temporary = self.path.with_name("log.part.csv")
@@ -45,24 +46,30 @@ class Log:
                 if name != "step":
                     self.tensorboard.add_scalar(name, value, row["step"])
 
-    def plot(self) -> None:
-        """Draw training and validation loss of all steps so far, and the score if there is one."""
+    def plot(self, best_step: int | None = None) -> None:
+        """Draw training and validation loss of all steps so far, the score if there is one, and the best step."""
         rows = read_log(self.path)
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        steps = [row["step"] for row in rows]
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8, alpha=0.7, label="training")
+        axes.plot(steps, [row["loss"] for row in rows], lw=0.8, alpha=0.7, label="training loss")
         validated = [row for row in rows if "validation_loss" in row]
         if validated:
             losses = [row["validation_loss"] for row in validated]
-            axes.plot([row["step"] for row in validated], losses, "o-", ms=3, label="validation")
-        axes.set(xlabel="step", ylabel="loss")
+            axes.plot([row["step"] for row in validated], losses, "o-", ms=3, label="validation loss")
+        axes.set(xlabel="step", ylabel="loss (nats per token or example)", title="Training")
+        if len(steps) > 1:
+            axes.set_xlim(steps[0], steps[-1])
         axes.grid(alpha=0.3)
         scored = [row for row in rows if "score" in row]
         if scored:
             right = axes.twinx()
-            right.plot([row["step"] for row in scored], [row["score"] for row in scored], "s--", color="black", ms=3)
-            right.set_ylabel("score (dashed)")
-        axes.legend()
+            values = [row["score"] for row in scored]
+            right.plot([row["step"] for row in scored], values, "s--", color="black", ms=3, label=self.score_name)
+            right.set_ylabel(self.score_name)
+        if best_step is not None:
+            axes.axvline(best_step, color="green", ls=":", label=f"best, step {best_step}")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside it covers no line
         temporary = self.image.with_name("loss.part.png")
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, self.image)

@@ -47,6 +47,7 @@ class Trainer:
         training, validation: Batches to train on, and batches whose loss is only measured.
         folder: Where `step-*/`, `log.csv`, `loss.png` and `tensorboard/` are written.
         score: Gives the model in evaluation mode a number, the more the better; called in the first process.
+        score_name: The score's name in what is printed and in the plot, "BLEU" say.
         description: Facts, as JSON, that a checkpoint must share besides `config`, e.g. the model's configuration.
         tensorboard: Whether TensorBoard's files are written.
 
@@ -65,11 +66,13 @@ class Trainer:
         *,
         validation: Batches | None = None,
         score: Callable[[nn.Module], float] | None = None,
+        score_name: str = "score",
         description: dict[str, Any] | None = None,
         tensorboard: bool = False,
     ):
         self.model, self.loss, self.config, self.training = model, loss, config, training
         self.folder, self.validation, self.score, self.tensorboard = Path(folder), validation, score, tensorboard
+        self.score_name = score_name
         self.description = describe(config, training.summary, description or {})
         self.rank, self.world = rank_and_world()
         if config.batches_per_step % self.world:
@@ -114,8 +117,7 @@ class Trainer:
                 if log is not None:
                     log.write({**row, **values})
                     if values:
-                        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-                        bar.write(f"step {self.progress.step}: {shown}{' (best)' if better else ''}")
+                        bar.write(f"step {self.progress.step}: {self._shown(values)}{' (best)' if better else ''}")
                 speeds.append((row["tokens"], row["seconds"]))
                 tokens, seconds = map(sum, zip(*speeds, strict=True))
                 bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": f"{tokens / seconds:.0f}"}, refresh=False)
@@ -127,6 +129,10 @@ class Trainer:
                 if stops:
                     self._interrupt()
         return self.progress
+
+    def _shown(self, values: dict[str, float]) -> str:
+        names = {"validation_loss": "validation loss", "score": self.score_name}
+        return ", ".join(f"{names[name]} {value:.4g}" for name, value in values.items())
 
     def _begin(self, resume: bool) -> None:
         there = checkpoints.all_checkpoints(self.folder)
@@ -236,7 +242,9 @@ class Trainer:
         values = {}
         if self.validation is not None:
             sums = [0.0, 0.0]
-            for items in self.validation.epoch(0)[self.rank :: self.world]:
+            share = self.validation.epoch(0)[self.rank :: self.world]
+            # A bar below the steps', if it takes longer than an eye's wait.
+            for items in tqdm(share, "Validating", unit="batch", leave=False, delay=2, disable=self.rank > 0):
                 total, count = self._loss(model, self.validation, items)
                 sums = [sums[0] + total.item(), sums[1] + int(count)]
             loss, tokens = sum_over_processes(sums, self.device)
@@ -276,13 +284,13 @@ class Trainer:
             ema = None if self.ema is None else self.ema.module
             checkpoints.save(self.folder, step, state, self.model, self.optimizer, ema)
             checkpoints.keep_only(self.folder, step, self.config.keep_last, self.progress.best_step)
-            log.plot()
+            log.plot(self.progress.best_step)
         gather(None)  # torchrun ends all processes with the first one that ends: none may while another writes
 
     def _log(self) -> AbstractContextManager[Log | None]:
         if self.rank > 0:
             return nullcontext()
-        return closing(Log(self.folder, self.progress.step, self.tensorboard))
+        return closing(Log(self.folder, self.progress.step, self.tensorboard, self.score_name))
 
     @contextmanager
     def _ctrl_c_asks_to_stop(self) -> Iterator[None]:

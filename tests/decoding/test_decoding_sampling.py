@@ -143,3 +143,41 @@ def test_without_a_seed_pytorchs_is_used():
     first, second = draw(), draw()
     torch.manual_seed(4)
     assert draw() == first != second
+
+
+class Fixed:
+    """A state with the same logits at every step."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def step(self, tokens):
+        return self.logits.expand(len(tokens), -1)
+
+    def select(self, rows):
+        pass
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_lowest_temperatures_give_the_likeliest_token(dtype, temperature):
+    state = Fixed(torch.tensor([1.0, -math.inf, 7.0, 6.999, -3e38, 0.0], dtype=dtype))
+    for cut in ({}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 4, "top_p": 0.5}):
+        options = dict(end=1, max_length=1, num_samples=100, temperature=temperature, seed=0, **cut)
+        (found,) = sample(state, torch.tensor([[0]]), **options)
+        assert {tuple(h.tokens) for h in found} == {(2,)}, cut
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300, 1.7e308])
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [({}, [0, 2, 3, 5]), ({"top_k": 3}, [0, 2, 3]), ({"top_p": 0.5}, [2, 3]), ({"top_k": 3, "top_p": 0.6}, [2, 3])],
+)
+def test_the_highest_temperatures_give_all_allowed_tokens_alike(temperature, cut, expected):
+    state = Fixed(torch.tensor([1.0, -math.inf, 7.0, 6.0, -math.inf, 0.0]))
+    options = dict(end=1, max_length=1, num_samples=1000, temperature=temperature, seed=0, **cut)
+    (found,) = sample(state, torch.tensor([[0]]), **options)
+    counts = Counter(h.tokens[0] for h in found)
+    assert sorted(counts) == expected
+    share = 1000 / len(expected)
+    assert all(abs(count - share) < 5 * math.sqrt(share) for count in counts.values())

@@ -201,7 +201,7 @@ def test_bad_data_and_prompts_end_before_training(folder, tmp_path):
     for path in folder.iterdir():
         (short / path.name).write_bytes(path.read_bytes())
     (short / "train_LM.txt").write_text("Too short a text.")
-    with pytest.raises(SystemExit, match="--data-dir: training text: expected 33 tokens or more, got 5"):
+    with pytest.raises(SystemExit, match="--data-dir: training text: expected 330 tokens or more, got 5"):
         run("three", short, tmp_path)
     (short / "train_LM.txt").write_bytes((folder / "train_LM.txt").read_bytes())
     (short / "test_LM_hbush.txt").write_text("One")
@@ -234,6 +234,12 @@ def test_bad_data_and_prompts_end_before_training(folder, tmp_path):
         (["--part", "two", "--temperature", "0"], "--temperature: expected a finite number above 0, got 0"),
         (["--part", "two", "--steps", "1"], "--steps: expected at least 2, got 1"),
         (["--part", "two", "--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--part", "two", "--temperature", "nan"], "--temperature: expected a finite number above 0, got nan"),
+        (["--part", "two", "--top-p", "nan"], "--top-p: expected more than 0 and at most 1, got nan"),
+        (["--speeches", "1"], "--speeches: expected at least 2, got 1"),
+        (["--learning-rate", "-1"], "--learning-rate: expected a finite number above 0, got -1"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a finite number above 0, got nan"),
+        (["--batch", "many"], "--batch: expected a whole number, got 'many'"),
     ],
 )
 def test_wrong_combinations_are_named(capsys, arguments, message):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -113,6 +114,20 @@ def test_translates_an_argument_a_file_and_lines_as_they_come(trained, tmp_path,
         assert process.wait() == 0
 
 
+def test_an_empty_file_has_no_translation_and_a_byte_order_mark_is_no_text(trained, tmp_path, capsys, monkeypatch):
+    path, text = tmp_path / "in.txt", "Tiedosto on tallennettu."
+    [expected] = Translator.load(trained, "cpu").translate([text], method="greedy")
+    for content, lines in [
+        (b"", []), (b"\xef\xbb\xbf", []), (b"\n", [""]), (f"\ufeff{text}\r\n".encode(), [expected]),
+        (f"{text}\n\n".encode(), [expected, ""]),
+    ]:  # fmt: skip
+        path.write_bytes(content)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        for words in (["--file", path], []):
+            run("translate", "--method", "greedy", *words, folder=trained)
+            assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines), (content, words)
+
+
 def test_ways_to_decode(trained):
     model = Translator.load(trained, "cpu")
     texts = [source for source, _ in read_pairs(trained / "test.tsv")[:5]]
@@ -160,8 +175,29 @@ def test_evaluate_and_compare(tsv, tmp_path, capsys):
 
 def test_minutes_become_steps(tsv, tmp_path, capsys):
     run("train", "--corpus", tsv, "--minutes", 0.01, *TINY, folder=tmp_path)
-    assert "s a step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "s a step" in said and said.index("BLEU ") < said.index("reference:")
     assert load_options(tmp_path).steps == len((tmp_path / "log.csv").read_text().splitlines()) - 1 >= 20
+
+
+def test_the_minutes_are_of_steps_and_validations(tmp_path, monkeypatch):
+    monkeypatch.setattr(translation, "seconds_per_step", lambda *arguments: 0.5)
+    monkeypatch.setattr(translation, "seconds_per_validation", lambda *arguments: 20.0)
+    parts = dict.fromkeys(("train", "validation"), [("kissa", "cat")])
+    for minutes, steps in [(10, (600 - 6 * 20) / 0.5), (2.5, (150 - 6 * 20) / 0.5), (1, 20)]:
+        options = Options(minutes=minutes)
+        assert translation.planned_steps(options, Bytes(), parts, torch.device("cpu")) == steps
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def encode_batch(self, texts):
+        return [Ids([*text.encode()]) for text in texts]
+
+
+class Ids(NamedTuple):
+    ids: list[int]
 
 
 @pytest.mark.slow
@@ -266,6 +302,109 @@ def test_what_does_not_fit(tsv, trained, tmp_path, monkeypatch):
     (other / "options.json").write_text(json.dumps(options | {"colour": 2}))
     with pytest.raises(SystemExit, match="options.json: expected the options of a trained model, got: .*colour"):
         run("translate", "Tiedosto", folder=other)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--minutes", "-1"], "--minutes: expected more than 0 and at most 1000000, got -1"),
+        (["train", "--minutes", "nan"], "--minutes: expected more than 0"),
+        (["train", "--minutes", "1e308"], "--minutes: expected more than 0"),
+        (["train", "--minutes", "ten"], "--minutes: expected a number, got 'ten'"),
+        (["train", "--minutes", "1", "--steps", "2"], "--steps: not allowed with argument --minutes"),
+        (["compare", "--minutes", "1", "--steps", "2"], "--steps: not allowed with argument --minutes"),
+        (["train", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["train", "--steps", "1.5"], "--steps: expected a whole number, got '1.5'"),
+        (["train", "--learning-rate", "-1"], "--learning-rate: expected a finite number above 0, got -1"),
+        (["train", "--learning-rate", "inf"], "--learning-rate: expected a finite number above 0, got inf"),
+        (["train", "--dropout", "1"], "--dropout: expected at least 0 and less than 1, got 1"),
+        (["train", "--dropout", "nan"], "--dropout: expected at least 0 and less than 1, got nan"),
+        (["train", "--vocabulary", "258"], "--vocabulary: expected at least 259, got 258"),
+        (["train", "--max-tokens", "3"], "--max-tokens: expected at least 4, got 3"),
+        (["train", "--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["train", "--seed", str(2**64)], "--seed: expected at least 0 and at most"),
+        (["train", "--overfit", "0"], "--overfit: expected at least 1, got 0"),
+        *(
+            (["compare", f"--{name}", "0"], f"--{name}: expected at least 1, got 0")
+            for name in ("dim", "layers", "heads")
+        ),
+        (["translate", "--beam-size", "0"], "--beam-size: expected at least 1, got 0"),
+    ],
+)
+def test_numbers_that_make_no_sense(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*words, folder=tmp_path / "new")
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--dim", 32, "--heads", 7], "--heads: expected a divisor of --dim 32, got 7"),
+        (["train", "--dim", 32, "--heads", 7, "--baseline"], "--heads: expected a divisor of --dim 32, got 7"),
+        (
+            ["train", "--dim", 36, "--heads", 4],
+            "--dim: expected an even number a head with --positions rope, got 36 / 4",
+        ),
+        (
+            ["train", "--dim", 33, "--heads", 3, "--positions", "sinusoidal"],
+            "--dim: expected an even number with --pos",
+        ),
+        (["train", "--dim", 1024, "--heads", 2], "--heads: expected at least 4 with --dim 1024, got 2"),
+        (["compare", "--dim", 36, "--heads", 4], "--dim: expected an even number a head with --positions rope"),
+        (
+            ["train", "--max-tokens", 4],
+            "--max-tokens: expected at least [0-9]+, for the shortest pair of the train set",
+        ),
+        (["train", "--corpus", "."], r"--corpus: \.: expected a file to read, got: Is a directory"),
+        (["train", "--corpus", "a", "b", "c"], "--corpus: expected libreoffice"),
+        (["translate", "--file", "."], r"--file: expected a file to read, got \.: Is a directory"),
+        (["translate", "--file", "nowhere"], "--file: expected a file to read, got nowhere: No such file"),
+    ],
+)
+def test_what_makes_no_model_is_refused_before_anything_is_written(words, message, tsv, tmp_path):
+    words = [*words, "--corpus", tsv] if words[0] != "translate" and "--corpus" not in words else words
+    with pytest.raises(SystemExit, match=f"translation.py {words[0]}: {message}"):
+        run(*words, folder=tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_or_is_not_installed(tsv, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--output: expected a folder to write to, got .*: File exists"):
+        run("train", "--corpus", tsv, folder=tmp_path / "file")
+    monkeypatch.setattr(translation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--tensorboard: expected its package to be installed, got none"):
+        run("train", "--corpus", tsv, "--tensorboard", folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_learning_rate_that_is_too_high_is_named(tsv, tmp_path):
+    with pytest.raises(SystemExit, match="--learning-rate: expected a lower one: loss: expected a finite"):
+        run("train", "--corpus", tsv, "--steps", 30, "--learning-rate", 1e30, *TINY, folder=tmp_path)
+
+
+def test_the_help_is_whole_and_tells_each_default():
+    parser = translation.parser()
+    assert translation.__doc__.strip() in parser.format_help()
+    (commands,) = (action for action in parser._actions if action.dest == "command")
+    defaults = flags_and_defaults(commands.choices["train"])
+    for name in ("dim", "layers", "heads", "vocabulary", "max_tokens", "seed", "dropout", "learning_rate", "positions"):
+        assert defaults[name] == str(getattr(Options(), name))
+    assert "source TAB target" in commands.choices["train"].format_help()
+    for command in commands.choices.values():
+        flags_and_defaults(command)
+
+
+def flags_and_defaults(parser):
+    """The defaults that the help tells, by option; all options have help, and those that take a value a default."""
+    found = {}
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.nargs != 0:
+            found[action.dest] = re.search(r"\(default: (.*)\)$", action.help)[1]
+    return found
 
 
 @pytest.mark.parametrize("way", ["file", "standard input"])

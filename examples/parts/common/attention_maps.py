@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from parts.common.reports import write
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pynlp.nn import MultiHeadAttention
 
@@ -53,11 +54,11 @@ def check_weights(weights: Tensor, *, causal: bool, lengths: Tensor | None = Non
         raise ValueError(f"weights: expected none on {what}, got token {query} on {key} in head {head} of row {row}")
 
 
-def heat_map(axes: Axes, weights: Tensor, looking: list[str], looked_at: list[str]) -> AxesImage:
-    """Weights `(looking, looked at)`, a row for each token that looks."""
+def heat_map(axes: Axes, weights: Tensor, queries: list[str], keys: list[str]) -> AxesImage:
+    """A picture of weights `(queries, keys)`, a row for each query."""
     image = axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axes.set_xticks(range(len(looked_at)), looked_at, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(looking)), looking, fontsize=7)
+    axes.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(queries)), queries, fontsize=7)
     return image
 
 
@@ -67,8 +68,8 @@ def plot_attention(weights: Tensor, tokens: list[str], title: str, path: Path) -
     figure = Figure(figsize=(side * len(weights), side + 0.4), layout="constrained")
     for head, axes in enumerate(figure.subplots(1, len(weights), squeeze=False)[0]):
         image = heat_map(axes, weights[head], tokens, tokens)
-        axes.set(title=f"head {head + 1}", xlabel="is looked at", ylabel="looks")
-    figure.colorbar(image, ax=figure.axes, shrink=0.7)
+        axes.set(title=f"head {head + 1}", xlabel="key", ylabel="query")
+    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="attention weight")
     figure.suptitle(title)
     write(path, lambda part: figure.savefig(part, dpi=130))
 
@@ -86,8 +87,8 @@ def save_attention_maps(model: nn.Module, tokenizer, sentence: str, length: int,
     with recorded_weights(model) as weights:
         model.features(torch.tensor([encoding.ids[:length]]))
     model.train(training)
-    for layer, layer_weights in enumerate(weights, start=1):
+    for layer, layer_weights in enumerate(tqdm(weights, "Drawing the attention", leave=False, delay=2), start=1):
         check_weights(layer_weights, causal=causal)
-        title = f"Layer {layer} of {len(weights)}"
+        title = f"Self-attention weights, layer {layer} of {len(weights)}"
         plot_attention(layer_weights[0], encoding.tokens[:length], title, folder / f"attention_map_{layer}.png")
     return len(weights)

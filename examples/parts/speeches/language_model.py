@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from parts.common.attention_maps import save_attention_maps
+from parts.common.figures import plain_logarithmic
 from parts.common.reports import quote, table, write, write_text
-from parts.speeches.corpus import Study
+from parts.speeches.corpus import PRESIDENTS, Study
 from parts.speeches.perplexity import perplexity
-from parts.speeches.training import Recipe, train
+from parts.speeches.training import Recipe, Trained, train
 from parts.speeches.vocabularies import END, PAD, UNKNOWN, digest, encode_documents, train_words, unknown_words
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
@@ -27,6 +28,8 @@ from pynlp.training import Batches
 
 BLOCK, BATCH = 32, 16  # tokens of a window, windows of a batch
 LEARNING_RATE = 3e-3
+PIECE, NTH = 10, 10  # windows of a piece of text, at most; every so many pieces one is held out
+HELD_OUT = "held out"
 
 
 class Corpus(NamedTuple):
@@ -34,7 +37,8 @@ class Corpus(NamedTuple):
 
     Attributes:
         training: Documents to train on.
-        known: Those of them whose perplexity is told.
+        held_out: Pieces between them, by which the step to keep is chosen.
+        known: Documents of training whose perplexity is told.
         tests: Others, by name.
         sentence: One of a test, to look at.
         source: Where the texts are from.
@@ -42,6 +46,7 @@ class Corpus(NamedTuple):
 
     tokenizer: Tokenizer | ByteLevelBPETokenizer
     training: list[Tensor]
+    held_out: list[Tensor]
     known: list[Tensor]
     tests: dict[str, list[Tensor]]
     sentence: str
@@ -67,11 +72,41 @@ def prepare(study: Study) -> Corpus:
     tokenizer = train_words([*study.training, *(sentence for _, sentence in study.sentences)])
     training = encode_documents(tokenizer, study.training)
     tests = {name: encode_documents(tokenizer, texts) for name, texts in study.tests.items()}
-    for name, documents, least in (("training", training, BLOCK + 1), *((f"test {t}", tests[t], 2) for t in tests)):
+    for name, documents in tests.items():
         longest = max(map(len, documents), default=0)
-        if longest < least:
-            raise ValueError(f"{name} text: expected {least} tokens or more, got {longest}")
-    return Corpus(tokenizer, training, training, tests, study.test_sentences[0][1], study.source)
+        if longest < 2:
+            raise ValueError(f"test {name} text: expected 2 tokens or more, got {longest}")
+    training, held_out = hold_out(training, BLOCK)
+    return Corpus(tokenizer, training, held_out, training, tests, study.test_sentences[0][1], study.source)
+
+
+def hold_out(documents: list[Tensor], length: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Documents without every tenth piece, what is left in one as one where it was, and these pieces.
+
+    Args:
+        length: Tokens of a window of training. A piece has `PIECE` of them, or fewer where there is little text.
+
+    Raises:
+        ValueError: there is not enough text for ten pieces.
+    """
+    total, least = sum(map(len, documents)), length + 1
+    size = min(PIECE * length, total // NTH)
+    kept, held_out, count = [], [], 0
+    for document in documents:
+        rest = []
+        for piece in document.split(max(size, 1)):
+            count += len(piece) >= least
+            if count % NTH == 0 and len(piece) >= least:
+                held_out.append(piece)
+                kept.append(rest)
+                rest = []
+            else:
+                rest.append(piece)
+        kept.append(rest)
+    kept = [torch.cat(pieces) for pieces in kept if pieces]
+    if not held_out or max(map(len, kept)) < least:
+        raise ValueError(f"training text: expected {NTH * least} tokens or more, got {total}")
+    return kept, held_out
 
 
 class Windows:
@@ -110,9 +145,11 @@ def next_token_loss(model: Decoder, batch: tuple[Tensor, Tensor]) -> tuple[Tenso
     return loss, targets.numel()
 
 
-def perplexities(corpus: Corpus, length: int, model: Decoder) -> dict[str, float]:
-    """Perplexity of training and of each test, in windows that do not overlap."""
-    parts = {"training": corpus.known, **corpus.tests}
+def perplexities(corpus: Corpus, length: int, brief: bool, model: Decoder) -> dict[str, float]:
+    """Perplexity of what is held out and, unless `brief`, of training and each test, in windows without overlap."""
+    parts = {HELD_OUT: corpus.held_out}
+    if not brief:
+        parts = {"training": corpus.known, **parts, **corpus.tests}
     return {name: perplexity(model, documents, length) for name, documents in parts.items()}
 
 
@@ -125,16 +162,17 @@ def train_model(
     batch: int = BATCH,
     apart: int = 1,
     learning_rate: float = LEARNING_RATE,
-    every: int = 100,
+    every: int = 50,
+    brief: bool = False,
     bf16: bool = False,
-) -> dict[int, dict[str, float]]:
-    """Trains the model on windows of `length` tokens, `batch` a step; perplexities at the steps they were told."""
+) -> Trained:
+    """Trains the model on windows of `length` tokens, `batch` a step, and tells perplexities as `perplexities` does."""
     windows = Windows(corpus.training, length, apart)
     batches = Batches([length] * len(windows), length * batch, windows, seed=recipe.seed)
     return train(
         model, next_token_loss, batches, recipe, every=every, learning_rate=learning_rate, bf16=bf16,
-        evaluate=partial(perplexities, corpus, length),
-        score=lambda values: -values["training"],
+        evaluate=partial(perplexities, corpus, length, brief),
+        score=lambda values: -values[HELD_OUT], score_name="minus the held-out perplexity",
         description={"model": asdict(model.config), "vocabulary": digest(corpus.tokenizer)},
     )  # fmt: skip
 
@@ -171,21 +209,34 @@ def sample_text(model: Decoder, corpus: Corpus, sampling: Sampling, length: int,
     return text
 
 
-def perplexity_table(evaluations: dict[int, dict[str, float]]) -> str:
-    names = list(next(iter(evaluations.values())))
-    rows = ([step, *(f"{values[name]:.1f}" for name in names)] for step, values in evaluations.items())
-    return table(["perplexity at step", *names], rows)
+def perplexity_tables(trained: Trained) -> str:
+    """The result, of the kept step, and all steps."""
+    names = list(next(iter(trained.evaluations.values())))
+    rows = [[step, *(f"{values[name]:.1f}" for name in names)] for step, values in trained.evaluations.items()]
+    kept = [row for row in rows if row[0] == trained.kept]
+    return "\n\n".join((
+        f"The result: step {trained.kept}, which foretells best what was held out of the training text.",
+        table(["perplexity", *names], [["kept", *row[1:]] for row in kept]),
+        "All steps:",
+        table(["perplexity at step", *names], rows),
+    ))  # fmt: skip
 
 
-def plot_perplexity(evaluations: dict[int, dict[str, float]], path: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+def plot_perplexity(trained: Trained, path: Path) -> None:
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in next(iter(evaluations.values())):
-        values = [row[name] for row in evaluations.values()]
-        axes.semilogy(list(evaluations), values, "o--" if name == "training" else "o-", ms=3, label=name)
-    axes.set(xlabel="step", ylabel="perplexity")
+    steps = list(trained.evaluations)
+    for name in next(iter(trained.evaluations.values())):
+        values = [row[name] for row in trained.evaluations.values()]
+        style = {"training": "o--", HELD_OUT: "s-."}.get(name, "o-")
+        axes.plot(steps, values, style, ms=3, label=PRESIDENTS.get(name, name))
+    axes.axvline(trained.kept, color="black", ls=":", label=f"kept: step {trained.kept}")
+    axes.set(xlabel="step", ylabel="perplexity", title="Perplexity of training text, held-out text and tests")
+    plain_logarithmic(axes.yaxis)
+    if len(steps) > 1:
+        axes.set_xlim(steps[0], steps[-1])
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     write(path, lambda part: figure.savefig(part, dpi=150))
 
 
@@ -195,14 +246,14 @@ def unknown_shares(corpus: Corpus) -> str:
 
 
 def report_model(
-    model: Decoder, corpus: Corpus, evaluations: dict[int, dict[str, float]], sampling: Sampling, length: int, out: Path
+    model: Decoder, corpus: Corpus, trained: Trained, sampling: Sampling, length: int, out: Path
 ) -> list[str]:
     """Figures of a word model into the folder `out`, and paragraphs on it; `length` tokens are sampled."""
-    plot_perplexity(evaluations, out / "perplexity.png")
+    plot_perplexity(trained, out / "perplexity.png")
     layers = save_attention_maps(model, corpus.tokenizer, corpus.sentence, BLOCK, out, causal=True)
     text = sample_text(model, corpus, sampling, length, out)
     return [
-        perplexity_table(evaluations),
+        perplexity_tables(trained),
         f"Windows of {BLOCK} words; words that are in no training text: {unknown_shares(corpus)}. In all {layers} "
         "layers rows of the attention add up to 1, and nothing attends ahead.",
         quote(text),
@@ -212,12 +263,12 @@ def report_model(
 def run(corpus: Corpus, recipe: Recipe, sampling: Sampling) -> None:
     encode_prompt(corpus.tokenizer, sampling.prompt, BLOCK - 1)
     model = make_model(corpus.tokenizer.get_vocab_size(), "sinusoidal", recipe.seed)
-    evaluations = train_model(model, corpus, recipe)
+    trained = train_model(model, corpus, recipe)
     report = "\n\n".join((
         f"A causal language model, from {corpus.source}; {model.parameter_count():,} parameters, {recipe.steps} steps, "
         f"seed {recipe.seed}.",
         # No longer than what it is trained with: positions behind that mean nothing to it.
-        *report_model(model, corpus, evaluations, sampling, BLOCK, recipe.output),
+        *report_model(model, corpus, trained, sampling, BLOCK, recipe.output),
     ))  # fmt: skip
     write_text(recipe.output / "results.md", report)
     print(f"\n{report}\n\nTables, figures and checkpoints: {recipe.output}")

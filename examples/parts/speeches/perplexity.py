@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pynlp.functional import linear_cross_entropy
 from pynlp.models import Decoder
@@ -39,6 +40,7 @@ def negative_log_likelihood(
         raise ValueError(f"stride: expected 1 to length={length}, got {stride}")
     nats, count, training, device = 0.0, 0, model.training, model.output_weight.device
     model.eval()
+    bar = tqdm(total=sum(map(len, documents)), desc="Perplexity", unit="token", leave=False, delay=2)
     for document in documents:
         if len(document) < 2:
             continue
@@ -46,7 +48,9 @@ def negative_log_likelihood(
         rows = max(1, TOKENS_AT_ONCE // inputs.shape[1])
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             nats += linear_cross_entropy(model.features(x), model.output_weight, y, reduction="sum").item()
+            bar.update(int((y != IGNORED).sum()))
         count += len(document) - 1
+    bar.close()
     model.train(training)
     if count == 0:
         raise ValueError("documents: expected one with 2 tokens or more, got none")

@@ -43,13 +43,13 @@ def run(corpus: Corpus, recipe: Recipe, sampling: Sampling) -> None:
         begun = recipe.resume and latest(folder) is not None
         main = (positions, seed) == ("alibi", recipe.seed)
         own = Recipe(recipe.steps, seed, begun, folder)
-        evaluations = train_model(model, corpus, own, every=100 if main else recipe.steps)
+        trained = train_model(model, corpus, own, brief=not main)
         results[positions].append(measure(model, corpus))
         if main:
             paragraphs = [
                 f"A causal language model with ALiBi, from {corpus.source}; {model.parameter_count():,} parameters, "
                 f"{recipe.steps} steps, seed {seed}.",
-                *report_model(model, corpus, evaluations, sampling, 4 * BLOCK, recipe.output),
+                *report_model(model, corpus, trained, sampling, 4 * BLOCK, recipe.output),
             ]
     plot_lengths(results, recipe.output / "lengths.png")
     report = "\n\n".join((
@@ -125,11 +125,13 @@ def plot_lengths(results: dict[str, list[Result]], path: Path) -> None:
     for positions, found in results.items():
         lengths = [factor * BLOCK for factor in FACTORS if found[0][times(factor)] is not None]
         values = [[result[times(length // BLOCK)] for result in found] for length in lengths]
-        axes.plot(lengths, [mean(row) for row in values], "o-", ms=4, label=positions)
+        axes.plot(lengths, [mean(row) for row in values], "o-", ms=4, label=positions, clip_on=False)
         axes.fill_between(lengths, [min(row) for row in values], [max(row) for row in values], alpha=0.2)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel=f"words of a window (trained with {BLOCK})", ylabel="perplexity, all tests; lowest to highest seed")
+    axes.set(xlabel=f"words of a window (trained with {BLOCK})", ylabel="perplexity, lowest to highest seed")
+    axes.set(title="Perplexity of all tests by the length of the windows", xlim=(BLOCK, FACTORS[-1] * BLOCK))
     axes.set_xticks([factor * BLOCK for factor in FACTORS], [str(factor * BLOCK) for factor in FACTORS])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(POSITIONS), frameon=False)
     write(path, lambda part: figure.savefig(part, dpi=150))

@@ -12,7 +12,14 @@ from parts.common.reports import History
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pynlp.training import Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine
+from pynlp.training import Batches, Interrupted, Trainer, TrainingConfig, WarmupCosine, best, load_weights
+
+
+class Trained(NamedTuple):
+    """The course of a training: values of each step they were asked for, earlier runs' included, and the kept step."""
+
+    evaluations: dict[int, dict[str, float]]
+    kept: int
 
 
 class Recipe(NamedTuple):
@@ -39,21 +46,20 @@ def train(
     *,
     evaluate: Callable[[nn.Module], dict[str, float]],
     score: Callable[[dict[str, float]], float],
+    score_name: str,
     description: dict[str, Any],
     learning_rate: float,
     every: int = 100,
     bf16: bool = False,
-) -> dict[int, dict[str, float]]:
-    """Trains the model, and evaluates it as it goes.
+) -> Trained:
+    """Trains the model, evaluates it as it goes, and gives it the weights of the step with the best score.
 
     Args:
         evaluate: Values of the model by name.
-        score: Of these values, the more the better. Of training's own, so that no test chooses anything.
+        score: Of these values, the more the better. Of a held-out part of training's own, so that no test chooses
+            anything, nor what was trained on, which only gets better.
         description: What a checkpoint must have in common.
         every: Steps from one evaluation, and one checkpoint, to the next; the last step counts as well.
-
-    Returns:
-        The values at each step they were asked for, earlier runs' included.
 
     Raises:
         SystemExit: the folder has other checkpoints than expected; the message says what to do.
@@ -79,7 +85,8 @@ def train(
         save_every=every,
         keep_last=1,
     )
-    trainer = Trainer(model, loss, config, batches, recipe.output, score=evaluate_and_keep, description=description)
+    trainer = Trainer(model, loss, config, batches, recipe.output, score=evaluate_and_keep,
+                      score_name=score_name, description=description)  # fmt: skip
     try:
         trainer.train(resume=recipe.resume)
     except FileExistsError:
@@ -96,4 +103,7 @@ def train(
     except Interrupted:
         print("To go on: the same command with --resume", file=sys.stderr)
         raise
-    return history.rows
+    kept = best(recipe.output)
+    if kept is not None:  # none where no score is a number
+        load_weights(kept, model)
+    return Trained(history.rows, trainer.progress.best_step or trainer.progress.step)

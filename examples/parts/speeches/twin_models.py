@@ -19,9 +19,9 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from parts.common.reports import write
 from parts.speeches.corpus import load_speeches
 from parts.speeches.vocabularies import END, encode_documents, train_byte_pairs
@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pynlp.functional
+from pynlp.decoding import sample
 from pynlp.functional import relative_position_buckets
 from pynlp.models import Decoder, TransformerConfig
 
@@ -122,6 +123,10 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            raise SystemExit(
+                f"--learning-rate: expected a lower one: a loss is {self.losses[-1]} in step {len(self.losses)}"
+            )
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -161,7 +166,7 @@ def speed(run: Run, options: argparse.Namespace) -> float:
 def perplexity(model: Decoder, speeches: list[Tensor], context: int) -> float:
     """exp of the mean loss of all tokens but each speech's first; a speech is cut into pieces of `context`."""
     total, count = 0.0, 0
-    for speech in speeches:
+    for speech in tqdm(speeches, "Perplexity of what is held out", unit="speech", leave=False, delay=1):
         for start in range(0, len(speech) - 1, context):
             tokens = speech[start : start + context + 1]
             total += next_token_loss(model, tokens[None], reduction="sum").item()
@@ -169,16 +174,16 @@ def perplexity(model: Decoder, speeches: list[Tensor], context: int) -> float:
     return math.exp(total / count)
 
 
-@torch.no_grad()
-def sample(model: Decoder, tokenizer: ByteLevelBPETokenizer, seed: int, length: int = 150) -> str:
-    """A continuation of the prompt from the 50 likeliest tokens at temperature 0.8."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = tokenizer.encode(PROMPT).ids
-    while len(tokens) < length and tokens[-1] != tokenizer.token_to_id(END):
-        values, candidates = model(torch.tensor([tokens]))[0, -1].topk(50)
-        chosen = torch.multinomial((values / 0.8).softmax(-1), 1, generator=generator)
-        tokens.append(candidates[chosen].item())
-    return tokenizer.decode(tokens)
+def sample_text(model: Decoder, tokenizer: ByteLevelBPETokenizer, seed: int, length: int = 150) -> str:
+    """A continuation of the prompt from the 50 likeliest tokens at temperature 0.8, by the model's cache."""
+    prompt, end = tokenizer.encode(PROMPT).ids, tokenizer.token_to_id(END)
+    model.eval()
+    length = min(length, model.config.max_positions)
+    [[hypothesis]] = sample(
+        model.decoding_state(1, length), torch.tensor([prompt]), end=end, max_length=length - len(prompt),
+        top_k=50, temperature=0.8, seed=seed,
+    )  # fmt: skip
+    return tokenizer.decode([*prompt, *hypothesis.tokens])
 
 
 def save_model(model: Decoder, tokenizer: ByteLevelBPETokenizer, out: Path) -> None:
@@ -187,33 +192,42 @@ def save_model(model: Decoder, tokenizer: ByteLevelBPETokenizer, out: Path) -> N
     write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
-def plot(runs: dict[str, Run], differences: list[float], path: Path) -> None:
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
+def plot(runs: dict[str, Run], differences: list[float], speeds: dict[str, float], path: Path) -> None:
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplot_mosaic([["loss"], ["difference"], ["speed"]], height_ratios=(5, 3, 2))
+    steps = range(1, len(differences) + 1)
     for (name, run), style in zip(runs.items(), ({"lw": 4, "alpha": 0.4}, {"lw": 1.2, "ls": "--"}), strict=True):
-        upper.plot(range(1, len(run.losses) + 1), run.losses, label=name, **style)
-    upper.set(ylabel="training loss (nats per token)", title="One model, two implementations of its attention")
-    upper.legend()
-    lower.semilogy(range(1, len(differences) + 1), [max(d, 1e-9) for d in differences], color="black", lw=1)
-    lower.hlines(TOLERANCE, 1, COMPARED_STEPS, color="red", label="asserted")
-    lower.set(xlabel="step", ylabel="relative difference")
-    lower.legend()
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
+        panels["loss"].plot(steps, run.losses, label=name, **style)
+    panels["loss"].set(ylabel="training loss (nats per token)", xlabel="step")
+    panels["loss"].legend(loc="upper right", frameon=False)
+    panels["difference"].semilogy(steps, [max(d, 1e-9) for d in differences], color="black", lw=1)
+    asserted = f"at most {TOLERANCE:g} is asserted of the first {COMPARED_STEPS} steps"
+    panels["difference"].hlines(TOLERANCE, 1, COMPARED_STEPS, color="red", label=asserted)
+    panels["difference"].set(xlabel="step", ylabel="relative difference\nof the losses")
+    panels["difference"].legend(loc="lower right", frameon=False)
+    for name in ("loss", "difference"):
+        panels[name].grid(alpha=0.3)
+        if len(steps) > 1:
+            panels[name].set_xlim(1, len(steps))
+    drawn = panels["speed"].barh(list(speeds), list(speeds.values()), color=["C0", "C1"])
+    panels["speed"].bar_label(drawn, fmt="%.0f", label_type="center", color="white")
+    panels["speed"].set(xlabel="training speed (tokens/s, median step)")
+    panels["speed"].invert_yaxis()
+    figure.suptitle("One model, two implementations of its attention")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def run(options: argparse.Namespace) -> None:
-    for name in ("loss.png", "results.json", "sample.txt"):  # an earlier run's would not belong to this one's model
-        (options.output / name).unlink(missing_ok=True)
-
     speeches = list(load_speeches().values())[-(options.speeches or 0) :]
     held_out = max(1, len(speeches) // 30)
+    print(f"Learning byte pairs of {len(speeches)} speeches", flush=True)
     tokenizer = train_byte_pairs(speeches[:-held_out])
     speeches = encode_documents(tokenizer, speeches)
     stream, test = torch.cat(speeches[:-held_out]), speeches[-held_out:]
     if len(stream) <= options.context + 1:
         raise SystemExit(f"--speeches: {len(stream)} tokens to train on are not enough for --context {options.context}")
+    for name in ("loss.png", "results.json", "sample.txt"):  # an earlier run's would not belong to this one's model
+        (options.output / name).unlink(missing_ok=True)
 
     config = TransformerConfig(
         tokenizer.get_vocab_size(),
@@ -233,14 +247,13 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(130)
 
     differences = [abs(a - b) / b for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
-    write(options.output / "loss.png", lambda path: plot(runs, differences, path))
-    text = sample(ours, tokenizer, options.seed)
-    write(options.output / "sample.txt", lambda path: path.write_text(text))
+    speeds = {name: speed(run, options) for name, run in runs.items()}
+    write(options.output / "loss.png", lambda path: plot(runs, differences, speeds, path))
     results = {
         name: {
             "final_loss": statistics.mean(run.losses[-10:]),
             "held_out_perplexity": perplexity(run.model, test, options.context),
-            "tokens_per_second": speed(run, options),
+            "tokens_per_second": speeds[name],
             "losses": run.losses,
         }
         for name, run in runs.items()
@@ -250,12 +263,14 @@ def run(options: argparse.Namespace) -> None:
     results["options"] = {name: str(value) for name, value in vars(options).items()}
     write(options.output / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
 
-    print(f"\n{text}\n")
-    print(f"{'implementation':16}{'final loss':>12}{'held-out perplexity':>22}{'tokens/s':>11}")
+    print(f"\n{'implementation':16}{'final loss':>12}{'held-out perplexity':>22}{'tokens/s':>11}")
     for name in runs:
         row = results[name]
         print(f"{name:16}{row['final_loss']:12.4f}{row['held_out_perplexity']:22.2f}{row['tokens_per_second']:11.0f}")
     print(f"\nLosses differ by {early:.1e} at most in the first {COMPARED_STEPS} steps, by {overall:.1e} in all.")
+    text = sample_text(ours, tokenizer, options.seed)
+    write(options.output / "sample.txt", lambda path: path.write_text(text))
+    print(f"\nA text it samples:\n{text}\n")
     print(f"Curves, model and results: {options.output}")
     if early > TOLERANCE:
         raise SystemExit(f"The first losses differ by more than {TOLERANCE}: the implementations do not agree.")

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 PAD, BEGIN, END = range(3)  # their ids
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+FEWEST_SUBWORDS = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
 class Split(NamedTuple):
@@ -159,10 +161,8 @@ def train_tokenizer(pairs: list[Pair], vocabulary: int = 8000) -> Tokenizer:
     Raises:
         ValueError: the vocabulary has no room for these.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(SPECIAL_TOKENS) + len(alphabet)
-    if vocabulary < least:
-        raise ValueError(f"vocabulary: expected at least {least}, got {vocabulary}")
+    if vocabulary < FEWEST_SUBWORDS:
+        raise ValueError(f"vocabulary: expected at least {FEWEST_SUBWORDS}, got {vocabulary}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -171,7 +171,7 @@ def train_tokenizer(pairs: list[Pair], vocabulary: int = 8000) -> Tokenizer:
         vocab_size=vocabulary,
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=alphabet,
+        initial_alphabet=ALPHABET,
         show_progress=False,
     )
     tokenizer.train_from_iterator(chain.from_iterable(pairs), trainer)

@@ -159,9 +159,10 @@ class Translator:
         found = [""] * len(texts)
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
         written: dict[int, str] = {}
+        options = dict(beam_size=beam_size, length_penalty=length_penalty, top_k=top_k, seed=seed)
         for start in tqdm(range(0, len(order), batch), "Translating", unit="batch", disable=not progress, leave=False):
             rows = order[start : start + batch]
-            outputs = self.generate([pieces[i] for i in rows], method, beam_size, length_penalty, top_k, seed)
+            outputs = self.generate([pieces[i] for i in rows], method, **options)
             written |= zip(rows, self.tokenizer.decode_batch(outputs), strict=True)
         for i, place in enumerate(places):  # in the order of the text
             found[place] = f"{found[place]} {written[i]}".strip()
@@ -169,11 +170,24 @@ class Translator:
 
     @torch.no_grad()
     def generate(
-        self, sources: Sequence[list[int]], method: str, beam_size: int, length_penalty: float, top_k: int, seed: int
+        self,
+        sources: Sequence[list[int]],
+        method: str,
+        *,
+        beam_size: int = 5,
+        length_penalty: float = 1.0,
+        top_k: int = 10,
+        seed: int = 0,
+        limits: Tensor | None = None,
     ) -> list[list[int]]:
-        """Target ids of source ids, without begin and end."""
+        """Target ids of source ids, without begin and end.
+
+        Args:
+            limits: Most tokens of each target, int64 `(sources,)`; by default twice the source's and 10.
+        """
         source, lengths = pad([[*ids, END] for ids in sources], PAD)
-        limits = (2 * lengths + 10).clamp_max(LONGEST - 1).to(self.device)
+        limits = 2 * lengths + 10 if limits is None else limits
+        limits = limits.clamp_max(LONGEST - 1).to(self.device)
         state = self.model.decoding_state(source.to(self.device), lengths.int().to(self.device), int(limits.max()) + 1)
         prefix = torch.full((len(sources), 1), BEGIN, device=self.device)
         rules = dict(end=END, max_length=limits)
