@@ -32,8 +32,8 @@ class Backward {
   }
 
   void run() {
-    run_tasks<&Backward::prepare>(units_.tiles_of_a_head() * in_.heads, this);
-    run_tasks<&Backward::run_task>(units_.blocks(), this);
+    run_tasks<&Backward::prepare>(units_.tiles_of_a_head() * in_.heads, operations(in_), this);
+    run_tasks<&Backward::run_task>(units_.blocks(), 3 * operations(in_), this);
     if (biases_.needed()) biases_.write();
     if (in_.grad_sinks) write_grad_sinks();
   }

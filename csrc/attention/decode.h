@@ -37,9 +37,9 @@ class Decode {
 
   void run() const {
     if (longest_ == 0) return;
-    run_tasks<&Decode::run_task>(first(in_.batch).part, this);
+    run_tasks<&Decode::run_task>(first(in_.batch).part, operations(in_), this);
     if (finished_) return;
-    run_tasks<&Decode::combine_parts>(in_.batch * longest_ * in_.heads, this);
+    run_tasks<&Decode::combine_parts>(in_.batch * longest_ * in_.heads, first(in_.batch).partial, this);
   }
 
  private:
@@ -329,7 +329,7 @@ class Decode {
 // Writes new rows behind those of a cache, keys turned by the angles of their positions.
 inline void append(const AttentionAppend& in) {
   run_tasks(
-      in.batch * in.rows_q,
+      in.batch * in.rows_q, 4 * in.batch * in.rows_q * in.kv_heads * (in.head_dim + in.head_dim_v),
       [](void* context, int64_t task) {
         const AttentionAppend& in = *static_cast<const AttentionAppend*>(context);
         const int64_t b = task / in.rows_q, i = task % in.rows_q;

@@ -37,7 +37,7 @@ class Forward {
 
   void run() const {
     if (block_count_ == 0) return;
-    run_tasks<&Forward::run_task>(block_count_ * in_.heads, this);
+    run_tasks<&Forward::run_task>(block_count_ * in_.heads, operations(in_), this);
   }
 
  private:

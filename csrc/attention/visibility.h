@@ -14,6 +14,13 @@ inline int64_t most(const AttentionInputs& in, int64_t Sequence::* rows) {
   return most;
 }
 
+// The multiply-adds of the scores and sums of all heads, exponentials as a few more; masks aside.
+inline int64_t operations(const AttentionInputs& in) {
+  int64_t scores = 0;
+  for (int64_t b = 0; b < in.batch; ++b) scores += in.sequence(b).queries * in.sequence(b).keys;
+  return scores * in.heads * (in.head_dim + in.head_dim_v + 16);
+}
+
 // Whether decode.h takes a sequence, which reads the keys once for all queries, or forward.h, where each block of
 // queries reads them. decode.h works at once on heads that share keys: the more do, the longer it is faster.
 inline bool few_queries(const AttentionInputs& in, const Sequence& sequence) {

@@ -16,7 +16,9 @@ class Weights {
         group_(in.kv_heads ? in.heads / in.kv_heads : 0),
         pieces_((in.row_count * group_ + AT_ONCE - 1) / AT_ONCE) {}
 
-  void run() const { run_tasks<&Weights::run_task>(in_.batch * in_.kv_heads * pieces_, this); }
+  void run() const {
+    run_tasks<&Weights::run_task>(in_.batch * in_.kv_heads * pieces_, operations(in_), this);
+  }
 
  private:
   static constexpr int AT_ONCE = 4;  // queries that a key is read for

@@ -15,7 +15,11 @@ namespace pynlp {
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
+void run_tasks(int64_t tasks, int64_t operations, void (*work)(void*, int64_t), void* context) {
+  if (operations < WORTH_SHARING) {
+    for (int64_t task = 0; task < tasks; ++task) work(context, task);
+    return;
+  }
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(tasks, thread_count());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {

@@ -16,7 +16,10 @@ class Activate {
  public:
   explicit Activate(const ActivationForward& in) : in_(in), size_(padded(in.columns)) {}
 
-  void run() const { run_tasks<&Activate::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
+  void run() const {
+    const int64_t tasks = (in_.rows + TASK_ROWS - 1) / TASK_ROWS;
+    run_tasks<&Activate::run_task>(tasks, 32 * in_.rows * in_.columns, this);
+  }
 
  private:
   struct Scratch {
@@ -77,7 +80,10 @@ class ActivateGradient {
  public:
   explicit ActivateGradient(const ActivationBackward& in) : in_(in), size_(padded(in.columns)) {}
 
-  void run() const { run_tasks<&ActivateGradient::run_task>((in_.rows + TASK_ROWS - 1) / TASK_ROWS, this); }
+  void run() const {
+    const int64_t tasks = (in_.rows + TASK_ROWS - 1) / TASK_ROWS;
+    run_tasks<&ActivateGradient::run_task>(tasks, 48 * in_.rows * in_.columns, this);
+  }
 
  private:
   struct Scratch {

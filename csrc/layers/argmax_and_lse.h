@@ -13,7 +13,7 @@ class FindArgmaxAndLse {
  public:
   explicit FindArgmaxAndLse(const ArgmaxAndLse& in) : in_(in) {}
 
-  void run() { run_tasks<&FindArgmaxAndLse::find>(in_.rows, this); }
+  void run() { run_tasks<&FindArgmaxAndLse::find>(in_.rows, 16 * in_.rows * in_.columns, this); }
 
  private:
   static constexpr int64_t BLOCK = 16 * LANES;

@@ -25,13 +25,14 @@ class Linear {
         x_(in.rows <= FEW ? 0 : panels_ * PANEL * depth_ * sizeof(float)) {}
 
   void run() {
+    const int64_t operations = in_.rows * in_.columns * in_.outputs;
     if (in_.rows <= FEW) {
-      run_tasks<&Linear::multiply_few>(blocks_, this);
+      run_tasks<&Linear::multiply_few>(blocks_, operations, this);
       return;
     }
-    run_tasks<&Linear::pack_x>(panels_, this);
+    run_tasks<&Linear::pack_x>(panels_, 4 * in_.rows * in_.columns, this);
     const int64_t chunks = (panels_ + chunk_ - 1) / chunk_;
-    run_tasks<&Linear::multiply>(chunks * blocks_, this);
+    run_tasks<&Linear::multiply>(chunks * blocks_, operations, this);
   }
 
  private:

@@ -45,14 +45,15 @@ class Loss {
     for (first_ = 0; first_ < in_.tokens; first_ += CHUNK) {
       count_ = smaller(CHUNK, in_.tokens - first_);
       padded_ = round_up(count_, PANEL);
-      run_tasks<&Loss::pack_tokens>(padded_ / PANEL, this);
-      run_tasks<&Loss::exponentials>(blocks_, this);
-      run_tasks<&Loss::losses>(padded_ / PANEL, this);
+      const int64_t products = count_ * in_.vocabulary * (in_.dim + 16);
+      run_tasks<&Loss::pack_tokens>(padded_ / PANEL, 8 * count_ * width_, this);
+      run_tasks<&Loss::exponentials>(blocks_, products, this);
+      run_tasks<&Loss::losses>(padded_ / PANEL, 16 * count_ * blocks_, this);
       if (!in_.grad_x.data && !in_.grad_weight.data && !in_.grad_bias) continue;
-      run_tasks<&Loss::gradients>(groups_, this);
-      if (in_.grad_x.data) run_tasks<&Loss::write_grad_x>(padded_ / PANEL, this);
+      run_tasks<&Loss::gradients>(groups_, 2 * products, this);
+      if (in_.grad_x.data) run_tasks<&Loss::write_grad_x>(padded_ / PANEL, 4 * count_ * width_ * groups_, this);
     }
-    if (own_sums_) run_tasks<&Loss::write_grad_weight>(blocks_, this);
+    if (own_sums_) run_tasks<&Loss::write_grad_weight>(blocks_, 4 * in_.vocabulary * width_, this);
   }
 
  private:

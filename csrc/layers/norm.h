@@ -62,7 +62,10 @@ class Norm {
  public:
   explicit Norm(const NormForward& in) : in_(in), size_(padded(in.columns)), task_rows_(task_rows(in.rows)) {}
 
-  void run() const { run_tasks<&Norm::run_task>((in_.rows + task_rows_ - 1) / task_rows_, this); }
+  void run() const {
+    const int64_t tasks = (in_.rows + task_rows_ - 1) / task_rows_;
+    run_tasks<&Norm::run_task>(tasks, 8 * in_.rows * in_.columns, this);
+  }
 
  private:
   static constexpr int MOST = 4;  // rows side by side
@@ -93,7 +96,8 @@ class Norm {
       statistics(values, s.values, means, variances);
       each<ROWS>([&](int r) {
         const int64_t i = first + r;
-        const float scale = variances[r] <= MAX_FLOAT ? 1.0f : scale_down(values[r], s.values + r * size_, means[r], variances[r]);
+        const float scale =
+            variances[r] <= MAX_FLOAT ? 1.0f : scale_down(values[r], s.values + r * size_, means[r], variances[r]);
         const float deviation = 1.0f / __builtin_sqrtf(variances[r] + in_.eps * scale * scale);
         if (in_.centred) in_.mean[i] = means[r] / scale;
         in_.rstd[i] = deviation * scale;
@@ -215,8 +219,8 @@ class NormGradient {
         sums_(parts_ * 2 * size_ * sizeof(float)) {}
 
   void run() const {
-    run_tasks<&NormGradient::run_task>(parts_, this);
-    run_tasks<&NormGradient::add_parts>((size_ + TOGETHER - 1) / TOGETHER, this);
+    run_tasks<&NormGradient::run_task>(parts_, 16 * in_.rows * in_.columns, this);
+    run_tasks<&NormGradient::add_parts>((size_ + TOGETHER - 1) / TOGETHER, 4 * parts_ * size_, this);
   }
 
  private:
