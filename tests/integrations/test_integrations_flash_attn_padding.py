@@ -1,4 +1,4 @@
-"""flash-attn's functions for packed sequences with padding behind the last: zeros there, all else as without, to the bit."""
+"""flash-attn's functions for packed sequences with padding behind the last: zeros there, the same bits elsewhere."""
 
 import pytest
 import torch
