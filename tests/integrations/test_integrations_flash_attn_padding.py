@@ -1,4 +1,4 @@
-"""flash-attn's functions for packed sequences with padding behind: zeros there, all else as without it, to the bit."""
+"""flash-attn's functions for packed sequences with padding behind the last: zeros there, the same bits elsewhere."""
 
 import pytest
 import torch

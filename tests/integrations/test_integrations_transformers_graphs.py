@@ -53,8 +53,11 @@ def padded(name, padding):
     return inputs, kept
 
 
+OWN = ("bloom", "gptj", "falcon")
+
+
 @pytest.mark.parametrize("padding", ["no", "right", "gap"])
-@pytest.mark.parametrize("name", ["mistral", "bloom", "gptj", "falcon", "bert"])
+@pytest.mark.parametrize("name", ["mistral", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in OWN)])
 @torch.no_grad()
 def test_a_forward_pass_is_one_graph(name, padding, graphs, fallbacks):
     """On the kernel where no values decide: of the mask, or of position ids, which may tell of packed sequences."""
@@ -74,7 +77,12 @@ def uncached(name):
     return {} if name == "bert" else dict(use_cache=False)
 
 
-@pytest.mark.parametrize("name, padding", [("llama", "no"), ("mistral", "left"), ("gemma2", "no"), ("gemma2", "gap")])
+STATIC = [("mistral", "left"), ("gemma2", "no"), ("gemma2", "gap")]
+
+
+@pytest.mark.parametrize(
+    "name, padding", [("llama", "no"), *(pytest.param(*x, marks=pytest.mark.slow) for x in STATIC)]
+)
 @torch.no_grad()
 def test_generation_with_a_static_cache_in_one_graph(name, padding, graphs, fallbacks):
     """generate() makes the mask outside of the graph, so the kernel serves all but gaps."""

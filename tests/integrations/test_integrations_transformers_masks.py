@@ -1,7 +1,9 @@
 """What a mask of transformers becomes, and what falls back on transformers' own attention."""
 
 import copy
+import inspect
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ import transformers as hf
 from cases.transformers import (
     BATCH,
     ENCODER_DECODERS,
+    MODELS,
     PATCHED,
     SEQLEN,
     TARGET_SEQLEN,
@@ -346,6 +349,50 @@ def test_patch_refuses_models_that_it_does_not_know():
         match="model: expected .* BloomAttention, FalconAttention, .* T5Attention, got BertForMaskedLM; .*register()",
     ):
         patch(model)
+
+
+@pytest.mark.parametrize("name", ["gpt-neo", "gptj", "falcon"])
+def test_models_with_tables_of_attention_classes_are_made_with_the_kernels(name, fallbacks):
+    """And they keep what eager attention gives, by patch() or by name."""
+    eager, _ = pair(name)
+    cls, config, _ = MODELS[name]
+    made = cls._from_config(cls.config_class(**config), attn_implementation="pynlp").eval()
+    made.load_state_dict(eager.state_dict())
+    inputs, kept = inputs_of(name, "left")
+    assert_same_logits(made(**inputs).logits[kept], eager(**inputs).logits[kept])
+    assert not fallbacks()
+
+
+def test_a_falcon_with_alibi_is_refused():
+    cls, config, _ = MODELS["falcon"]
+    config = cls.config_class(**config | dict(alibi=True))
+    with pytest.raises(ValueError, match="attn_implementation: expected a Falcon with rotary embedding .*alibi=True"):
+        cls._from_config(config, attn_implementation="pynlp")
+    model = cls._from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match="expected a Falcon with rotary embedding .*alibi=True"):
+        patch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_messages_name_the_arguments_of_an_attention_function():
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    module = nn.Module()
+    names = inspect.signature(interface.attention_forward).parameters.keys() | {"dropout", "scaling", "s_aux"}
+    for change in (
+        dict(key=k.half()),
+        dict(value=k[:, :, :3]),
+        dict(key=k[:, :3], value=k[:, :3]),
+        dict(dropout=1.5),
+        dict(s_aux=torch.ones(3)),
+        dict(query=q.to(torch.int64)),
+        dict(query=[1.0]),
+    ):
+        arguments = dict(module=module, query=q, key=k, value=k, attention_mask=structured_mask(2, 5, 5)) | change
+        with pytest.raises((ValueError, TypeError)) as raised:
+            interface.attention_forward(**arguments)
+        message = str(raised.value)
+        assert message.split(":")[0] in names, message
+        assert not re.search(r"\b(q|k|v|sinks|dropout_p)\b", message), message
 
 
 def test_import_needs_transformers_only_where_it_says_so():
