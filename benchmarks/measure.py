@@ -115,7 +115,7 @@ def write_json(name: str, content: object) -> Path:
 def bars(
     labels: list[str], values: list[float], notes: list[str], title: str, xlabel: str, *, logarithmic: bool = False
 ):
-    """A figure of horizontal bars, a label before each and a note behind; the axes end as the data do.
+    """A figure of horizontal bars, each with its label before it and its note behind the axes, which end with the data.
 
     Logarithmic ones begin at 1, and their ticks are 1, 2, 5 and so on.
     """
