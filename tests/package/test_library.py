@@ -14,8 +14,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pynlp import backends
-from pynlp.ops.layers import argmax_and_lse  # noqa: F401  it is declared where decoding needs it
 from pynlp.ops.common import library
+from pynlp.ops.layers import argmax_and_lse  # noqa: F401  it is declared where decoding needs it
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "(Tensor x, Tensor? y, float scale, int[] sizes) -> (Tensor, Tensor)"
