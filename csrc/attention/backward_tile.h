@@ -158,11 +158,11 @@ class TileGradients {
     const auto depth = [](int64_t head_dim) { return (head_dim + E::PAIR - 1) / E::PAIR; };
     float* grad_scores = grad_scores_of(s, part);
     prefetch_next(q, part, sequence.queries);
-    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth(in_.head_dim), s.keys + part.first * key_words,
-                               key_words, 1, s.queries, TILE_QUERIES, s.scores, PITCH);
+    matmul_in_sums<E, 128>(part.rows(), TILE_QUERIES, depth(in_.head_dim), s.keys + part.first * key_words, key_words,
+                           s.queries, TILE_QUERIES, s.scores, PITCH);
     prefetch_next(grad_out, part, sequence.queries);
-    matmul<E, Into::overwrite>(part.rows(), TILE_QUERIES, depth(in_.head_dim_v), s.values + part.first * value_words,
-                               value_words, 1, s.grads, TILE_QUERIES, grad_scores, PITCH);
+    matmul_in_sums<E, 128>(part.rows(), TILE_QUERIES, depth(in_.head_dim_v), s.values + part.first * value_words,
+                           value_words, s.grads, TILE_QUERIES, grad_scores, PITCH);
     float scale = in_.softmax_scale * LOG2_E;
     if (in_.softcap > 0) {
       cap(s.scores, part.rows(), s.cap_slopes);

@@ -182,9 +182,9 @@ class Forward {
     // Keys are read where they are, unless they must be turned or widened first.
     const bool in_place = k.in_place(E::PAIR);
     const int32_t* keys = in_place ? k.words(tile.first, E::PAIR) : s.keys + skipped * words_;
-    matmul<E, Into::overwrite>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, keys,
-                               in_place ? k.stride / E::PAIR : words_, 1, s.queries + slot * words_, QUERIES, s.scores,
-                               QUERIES);
+    matmul_in_sums<E, 128>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, keys,
+                           in_place ? k.stride / E::PAIR : words_, s.queries + slot * words_, QUERIES, s.scores,
+                           QUERIES);
     float scale = in_.softmax_scale * LOG2_E;
     if (in_.softcap > 0) {
       cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);

@@ -142,5 +142,18 @@ __attribute__((noinline)) void matmul(int64_t rows, int64_t columns, int64_t dep
   }
 }
 
+// c = a * b, the terms of fp32 in sums of at most TERMS that are added up: that loses fewer digits than one long sum.
+// Products in bf16 lose more than either.
+template <class E, int64_t TERMS>
+void matmul_in_sums(int64_t rows, int64_t columns, int64_t depth, const void* a, int64_t a_row, const void* b,
+                    int64_t b_depth, float* c, int64_t c_row) {
+  const int64_t most = E::PAIR == 1 ? TERMS : depth;
+  for (int64_t k = 0; k < depth; k += most) {
+    const auto product = k == 0 ? matmul<E, Into::overwrite> : matmul<E, Into::add>;
+    product(rows, columns, smaller(most, depth - k), static_cast<const int32_t*>(a) + k, a_row, 1,
+            static_cast<const int32_t*>(b) + k * b_depth, b_depth, c, c_row, nullptr);
+  }
+}
+
 }  // namespace
 }  // namespace pynlp

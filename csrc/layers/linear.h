@@ -72,11 +72,8 @@ class Linear {
     const int64_t first = block * BLOCK, count = smaller(BLOCK, in_.outputs - first);
     for (int64_t panel = first_panel; panel < smaller(panels_, first_panel + chunk_); ++panel) {
       const int64_t tokens = smaller(PANEL, in_.rows - panel * PANEL), lanes = round_up(tokens, LANES);
-      for (int64_t k = 0; k < in_.columns; k += DEPTH) {
-        const auto product = k == 0 ? matmul<Fp32, Into::overwrite> : matmul<Fp32, Into::add>;
-        product(count, lanes, smaller(DEPTH, in_.columns - k), weight(k, DEPTH).row(first), in_.weight.stride, 1,
-                panel_of_x(panel) + k * PANEL, PANEL, products, PANEL, nullptr);
-      }
+      matmul_in_sums<Fp32, DEPTH>(count, lanes, in_.columns, weight(0, in_.columns).row(first), in_.weight.stride,
+                                  panel_of_x(panel), PANEL, products, PANEL);
       transpose(reinterpret_cast<int32_t*>(products), PANEL, reinterpret_cast<int32_t*>(rows), BLOCK,
                 round_up(count, LANES), lanes);
       for (int64_t t = 0; t < tokens; ++t) write(panel * PANEL + t, first, count, rows + t * BLOCK);
