@@ -8,10 +8,10 @@
 
 The study takes its six files from --data-dir, or makes them of the addresses: train_LM.txt, test_LM_obama.txt,
 test_LM_wbush.txt and test_LM_hbush.txt are text, train_CLS.tsv and test_CLS.tsv have the columns label TAB sentence,
-label 0 for Obama, 1 for W. Bush, 2 for G. H. Bush. A tenth of the training text is held out of training and decides
-which step is kept. Each run writes tables and figures to --output. The study and the preset write checkpoints, too:
-Ctrl-C saves, and the same command with --resume continues; a finished run trains no more then and samples another
-text, for another --prompt say.
+label 0 for Obama, 1 for W. Bush, 2 for G. H. Bush. A twentieth of the training text, or a tenth of the sentences, is
+held out of training and decides which step is kept. Each run writes tables and figures to --output. The study and the
+preset write checkpoints, too: Ctrl-C saves, and the same command with --resume continues; a finished run trains no more
+then and samples another text, for another --prompt say.
 
 On two CPU cores the first takes five minutes, part one two minutes, part two half a minute, part three five minutes,
 the preset forty.

@@ -131,8 +131,8 @@ class Trainer:
         return self.progress
 
     def _shown(self, values: dict[str, float]) -> str:
-        names = {"validation_loss": "validation loss", "score": self.score_name}
-        return ", ".join(f"{names[name]} {value:.4g}" for name, value in values.items())
+        names = {"score": self.score_name}
+        return ", ".join(f"{names.get(name, name)} {value:.4g}" for name, value in values.items())
 
     def _begin(self, resume: bool) -> None:
         there = checkpoints.all_checkpoints(self.folder)

@@ -2,17 +2,23 @@
 
 import math
 
+import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 from parts.common.attention_maps import check_weights, recorded_weights
+from parts.common.figures import plain_logarithmic
 from parts.common.reports import History, quote, table
-from parts.speeches import position_comparison
+from parts.speeches import classifier as speech_classifier
+from parts.speeches import language_model as speech_model
+from parts.speeches import position_comparison, training
 from parts.speeches.classifier import SpeechClassifier, confusion, mean_of_tokens
 from parts.speeches.language_model import Windows, make_model
 from parts.speeches.perplexity import negative_log_likelihood, perplexity, windows
+from parts.translation.figures import attention_map
 
 from pynlp.models import Decoder, TransformerConfig
-from pynlp.training import IGNORED
+from pynlp.training import IGNORED, Batches
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +222,65 @@ def test_the_verdict_follows_the_figures():
     learned = [found(value, None, None, None)[0] for value in (1.0, 2.0, 3.0)]
     row = position_comparison.compare({"learned": learned}, ["1x (32)", "8x (256)"]).splitlines()[-1]
     assert row.split() == "| learned | 2.0 ± 1.0 | n/a |".split()
+
+
+def test_every_twentieth_piece_is_held_out_and_no_token_lost():
+    documents = [torch.arange(0, 2000), torch.arange(2000, 2010), torch.arange(2010, 10000)]
+    kept, held_out = speech_model.hold_out(documents, 8)
+    assert torch.equal(torch.cat([*kept, *held_out]).sort().values, torch.arange(10000))
+    assert [len(piece) for piece in held_out] == [80] * 6 and held_out[0].tolist() == list(range(1520, 1600))
+    for piece in (*kept, *held_out):  # a document's, and as it stood there
+        assert torch.equal(piece, torch.arange(piece[0], piece[0] + len(piece)))
+    short, (piece,) = speech_model.hold_out([torch.arange(180)], 8)
+    assert len(piece) == 9 and len(short) == 1
+    with pytest.raises(ValueError, match="training text: expected 180 tokens or more, got 179"):
+        speech_model.hold_out([torch.arange(179)], 8)
+
+
+def test_every_tenth_sentence_of_each_president_is_held_out():
+    pairs = [(label, f"{label} {number}") for number in range(25) for label in range(3)]
+    kept, held_out = speech_classifier.hold_out(pairs)
+    assert held_out == [(label, f"{label} {number}") for number in (9, 19) for label in range(3)]
+    assert sorted(kept + held_out) == sorted(pairs)
+    with pytest.raises(ValueError, match="training sentences: expected 10 or more of a president, got 9"):
+        speech_classifier.hold_out(pairs[:27])
+
+
+@pytest.mark.usefixtures("one_thread_and_pythons_ctrl_c")
+def test_the_model_of_the_best_step_is_kept_and_told(tmp_path, capsys):
+    model, seen = torch.nn.Linear(1, 1), []
+    scores = iter([0.1, 0.9, 0.5])
+
+    def evaluate(model):
+        seen.append(model.weight.item())
+        return {"training": 1.0 + len(seen), "held out": next(scores)}
+
+    def loss(model, items):
+        return model(torch.ones(len(items), 1)).sum(), len(items)
+
+    batches, recipe = Batches([1] * 8, 4, lambda items: items), training.Recipe(6, 0, False, tmp_path)
+    trained = training.train(
+        model, loss, batches, recipe, evaluate=evaluate, score=lambda values: values["held out"],
+        score_name="held-out accuracy", description={}, learning_rate=0.1, every=2,
+    )  # fmt: skip
+    assert trained.kept == 4 and list(trained.evaluations) == [2, 4, 6]
+    assert len(set(seen)) == 3 and model.weight.item() == seen[1]
+    assert "step 4: held-out accuracy 0.9 (best)" in capsys.readouterr().out
+
+
+def test_ticks_of_a_logarithmic_axis_are_plain():
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], [90, 700])
+    plain_logarithmic(axes.yaxis)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_yticklabels() if 90 <= label.get_position()[1] <= 700] == [
+        "100", "200", "300", "500",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [3, 500])
+def test_a_map_of_a_long_translation_is_a_picture_one_can_look_at(tokens, tmp_path):
+    words = [f"word{i}" for i in range(tokens)]
+    attention_map(words[:10], words, torch.rand(tokens, min(10, tokens)), tmp_path / "map.png")
+    assert matplotlib.image.imread(tmp_path / "map.png").shape[0] < 1800

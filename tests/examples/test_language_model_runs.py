@@ -51,6 +51,14 @@ def rows_of(report, first):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def kept_of(report, history, name, best):
+    """The evaluation of the step that the report calls the result, which is the best of all."""
+    step = int(re.search(r"The result: step (\d+)", report)[1])
+    [kept] = [row for row in history if row["step"] == step]
+    assert kept[name] == best(row[name] for row in history)
+    return kept
+
+
 @pytest.mark.slow
 def test_part_one_learns_and_reports(folder, tmp_path, capsys):
     run("one", folder, tmp_path, "--steps", 150)
@@ -64,7 +72,10 @@ def test_part_one_learns_and_reports(folder, tmp_path, capsys):
     right = sum(confusion[i][i] for i in range(3))
     tested = (folder / "test_CLS.tsv").read_text().splitlines()
     assert [sum(row) for row in confusion] == [sum(line[0] == str(label) for line in tested) for label in range(3)]
-    assert right / total == pytest.approx(history[-1]["test"]) and f"Test accuracy {right / total:.1%}" in report
+    assert (
+        right / total == pytest.approx(kept_of(report, history, "held out", max)["test"])
+        and f"Test accuracy {right / total:.1%}" in report
+    )
     images = sorted(path.name for path in tmp_path.glob("*.png"))
     assert images == [*(f"attention_map_{i}.png" for i in range(1, 5)), "confusion.png", "loss.png"]
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in images)
@@ -77,13 +88,15 @@ def test_part_two_learns_and_reports(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "no training text and read as <unk>: ['zebras']" in said
     report, history = (tmp_path / "results.md").read_text(), evaluations(tmp_path)
-    assert [row["step"] for row in history] == [100, 120]
+    assert [row["step"] for row in history] == [50, 100, 120]
     tokenizer = speech_model.prepare(load_study(folder)).tokenizer
     assert history[-1]["training"] < tokenizer.get_vocab_size() / 4
     shown = rows_of(report, "perplexity at step")
     assert [float(cell) for cell in shown[-1]] == [
-        pytest.approx(history[-1][name], abs=0.06) for name in ("step", "training", *PRESIDENTS)
+        pytest.approx(history[-1][name], abs=0.06) for name in ("step", "training", "held out", *PRESIDENTS)
     ]
+    kept = kept_of(report, history, "held out", min)
+    assert [cell for cell in rows_of(report, "perplexity ")[0][1:]] == [f"{v:.1f}" for v in list(kept.values())[1:]]
     sample = (tmp_path / "sample.txt").read_text()
     assert sample.startswith("We <unk> ")
     assert len(tokenizer.encode(sample.replace("<unk>", "unknown")).ids) == speech_model.BLOCK
@@ -119,8 +132,9 @@ def test_the_preset_trains_on_the_past(tmp_path, monkeypatch):
     monkeypatch.setattr(byte_pair_model, "BLOCK", 64)
     corpus, test_bytes = byte_pair_model.prepare(slice_of)
     past = [text for name, text in slice_of.items() if name[:4] <= "2008"]
-    assert [corpus.tokenizer.decode(ids.tolist()) for ids in corpus.training] == past
-    assert len(corpus.training) == 5 and len(corpus.tests["after 2008"]) == 14
+    tokens = {name: sum(map(len, getattr(corpus, name))) for name in ("training", "held_out")}
+    assert sum(tokens.values()) == sum(len(corpus.tokenizer.encode(text).ids) + 1 for text in past)
+    assert 0.03 < tokens["held_out"] / tokens["training"] < 0.08 and len(corpus.tests["after 2008"]) == 14
     assert test_bytes == sum(len(text.encode()) for name, text in slice_of.items() if name[:4] > "2008")
     monkeypatch.setattr(byte_pair_model, "SAMPLED", 20)
     language_model.main(["--preset", "small", "--steps", "3", "--output", str(tmp_path), "--prompt", "The state of"])
@@ -201,7 +215,7 @@ def test_bad_data_and_prompts_end_before_training(folder, tmp_path):
     for path in folder.iterdir():
         (short / path.name).write_bytes(path.read_bytes())
     (short / "train_LM.txt").write_text("Too short a text.")
-    with pytest.raises(SystemExit, match="--data-dir: training text: expected 330 tokens or more, got 5"):
+    with pytest.raises(SystemExit, match="--data-dir: training text: expected 660 tokens or more, got 5"):
         run("three", short, tmp_path)
     (short / "train_LM.txt").write_bytes((folder / "train_LM.txt").read_bytes())
     (short / "test_LM_hbush.txt").write_text("One")

@@ -110,7 +110,8 @@ def test_it_learns_and_writes_what_it_says(tmp_path, capsys, monkeypatch):
     )
 
     assert (tmp_path / "loss.png").read_bytes() == b"plot" and not list(tmp_path.glob("*part*"))
-    trained, tested = figures[-1].axes[0].lines
+    trained, tested, best = figures[-1].axes[0].lines
+    assert list(best.get_xdata()) == [progress.best_step] * 2
     assert list(trained.get_ydata()) == [float(row["loss"]) for row in rows]
     assert dict(zip(tested.get_xdata(), tested.get_ydata(), strict=True)) == validated
 

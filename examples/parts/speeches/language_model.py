@@ -27,8 +27,8 @@ from pynlp.models import Decoder, TransformerConfig
 from pynlp.training import Batches
 
 BLOCK, BATCH = 32, 16  # tokens of a window, windows of a batch
-LEARNING_RATE = 3e-3
-PIECE, NTH = 10, 10  # windows of a piece of text, at most; every so many pieces one is held out
+LEARNING_RATE = 2e-3
+PIECE, NTH = 10, 20  # windows of a piece of text, at most; every so many pieces one is held out
 HELD_OUT = "held out"
 
 
@@ -81,13 +81,13 @@ def prepare(study: Study) -> Corpus:
 
 
 def hold_out(documents: list[Tensor], length: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Documents without every tenth piece, what is left in one as one where it was, and these pieces.
+    """Documents without every twentieth piece, what is left in one as one where it was, and these pieces.
 
     Args:
         length: Tokens of a window of training. A piece has `PIECE` of them, or fewer where there is little text.
 
     Raises:
-        ValueError: there is not enough text for ten pieces.
+        ValueError: there is not enough text for twenty pieces.
     """
     total, least = sum(map(len, documents)), length + 1
     size = min(PIECE * length, total // NTH)
