@@ -24,7 +24,18 @@ Example:
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        f"pynlp needs torch, which {sys.executable} has not: {sys.executable} -m pip install torch; "
+        "in a checkout where `make` has set up .venv: . .venv/bin/activate"
+    ) from error
 
 from pynlp import functional, probes
 from pynlp.backends import get_isa, has_bf16, set_isa
@@ -33,7 +44,7 @@ from pynlp.ops.common.library import load_native_kernels
 from pynlp.version import __version__
 
 if TYPE_CHECKING:
-    from pynlp import decoding, integrations, models, nn, training
+    from pynlp import decoding, integrations, models, nn, training  # noqa: F401 (for editors and type checkers)
 
 __all__ = ["__version__", "functional", "get_isa", "has_bf16", "info", "probes", "set_isa"]
 _ON_FIRST_USE = ("decoding", "integrations", "models", "nn", "training")

@@ -15,9 +15,22 @@ Example:
     >>> batches = Batches([len(text) + 1 for text in texts], 32, collate)
     >>> config = TrainingConfig(steps=3, learning_rate=1e-2, schedule=WarmupCosine(warmup=1, steps=3))
     >>> Trainer(model, loss, config, batches, "results").train().step
-    3,312 parameters to train on 6 items, 100% of whose batches' tokens are no padding; step 0 of 3
+    3,280 parameters to train on 6 items, 100% of whose batches' tokens are no padding; step 0 of 3
     3
 """
+
+import sys
+
+try:
+    import matplotlib  # noqa: F401
+    import safetensors  # noqa: F401
+    import tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("matplotlib", "safetensors", "tqdm"):
+        raise
+    raise ImportError(
+        f"pynlp.training needs {error.name}: {sys.executable} -m pip install matplotlib safetensors tqdm"
+    ) from error
 
 from pynlp.training.batches import IGNORED, Batches, pad, teacher_forcing
 from pynlp.training.checkpoints import average_weights, best, latest, load_weights

@@ -79,7 +79,7 @@ class Trainer:
         >>> progress = trainer.train()
         9 parameters to train on 64 items, 100% of whose batches' tokens are no padding; step 0 of 20
         >>> progress.step, progress.epoch
-        (20, 4)
+        (20, 5)
         >>> load_weights(latest(trainer.folder), model)
     """
 

@@ -66,7 +66,7 @@ def attention_weights(
         >>> import torch
         >>> from pynlp.functional import attention_weights
         >>> q, k = torch.randn(2, 1, 50, 8, 64).unbind(0)
-        >>> weights = attention_weights(q, k, causal=True, rows=torch.tensor([0, 49]))  # of the first query and the last
+        >>> weights = attention_weights(q, k, causal=True, rows=torch.tensor([0, 49]))  # first query, last query
         >>> weights.shape
         torch.Size([1, 8, 2, 50])
         >>> weights[0, 0, 0, :3].tolist()

@@ -9,8 +9,6 @@ from types import ModuleType
 
 import pytest
 
-import pynlp
-
 MODULES = [
     "pynlp", "pynlp.functional", "pynlp.nn", "pynlp.models", "pynlp.decoding", "pynlp.training",
     "pynlp.integrations.flash_attn", "pynlp.integrations.transformers",
@@ -24,7 +22,8 @@ def public(module: str) -> dict[str, object]:
     return {"": found} | {name: x for name, x in names.items() if inspect.isclass(x) or inspect.isfunction(x)}
 
 
-NAMES = [(module, name) for module in MODULES for name in public(module)]
+WITHOUT = {"Mask"}  # which models are given, and nobody makes
+NAMES = [(module, name) for module in MODULES for name in public(module) if name not in WITHOUT]
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module}.{name}".rstrip(".") for module, name in NAMES])
@@ -47,7 +46,9 @@ def test_a_wrong_example_is_seen():
     assert failures
 
 
-@pytest.mark.parametrize(("module", "name"), [pair for pair in NAMES if not isinstance(public(pair[0])[pair[1]], ModuleType)])
+@pytest.mark.parametrize(
+    ("module", "name"), [pair for pair in NAMES if not isinstance(public(pair[0])[pair[1]], ModuleType)]
+)
 def test_dataclasses_name_all_their_fields(module, name):
     thing = public(module)[name]
     if not dataclasses.is_dataclass(thing):
