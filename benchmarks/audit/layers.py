@@ -20,12 +20,12 @@ from benchmarks.audit.report import Markers, Row, row_of, source_of
 FIGURES = ("instructions", "B/clock by issue (memory)")
 # Layer norms are centred; "wide" residuals are fp32.
 CASES = {
-    "layer norm": dict(centred=True),
-    "layer norm, residual, dropout": dict(centred=True, residual=True, dropout=0.1),
-    "rms norm": dict(),
-    "rms norm, residual": dict(residual=True),
-    "rms norm, fp32 residual, dropout": dict(residual=True, wide=True, dropout=0.1),
-    "layer norm, unaligned": dict(centred=True, residual=True, dropout=0.1, unaligned=True),
+    "layer norm": dict(norm="layer"),
+    "layer norm, residual, dropout": dict(norm="layer", residual=True, dropout=0.1),
+    "rms norm": dict(norm="rms"),
+    "rms norm, residual": dict(norm="rms", residual=True),
+    "rms norm, fp32 residual, dropout": dict(norm="rms", residual=True, wide=True, dropout=0.1),
+    "layer norm, unaligned": dict(norm="layer", residual=True, dropout=0.1, unaligned=True),
     "gelu": dict(kind="gelu"),
     "gelu, dropout": dict(kind="gelu", dropout=0.1),
     "relu, dropout": dict(kind="relu", dropout=0.1),
@@ -82,8 +82,8 @@ def launches(chip: str, columns: int, dtype: torch.dtype, features: dict) -> lis
             target, scale = tensor(512, dtype=torch.int64), tensor(512)
             options = dict(ignore_index=-100, **features["loss"])
             loss.linear_cross_entropy(x, weight, bias, target, scale, True, True, True, **options)
-        else:
-            centred, weight = features.get("centred", False), tensor(columns)
+        elif "norm" in features:
+            centred, weight = features["norm"] == "layer", tensor(columns)
             bias = weight if centred else None
             residual = (
                 rows(dtype=torch.float32 if features.get("wide") else dtype) if features.get("residual") else None
@@ -92,6 +92,8 @@ def launches(chip: str, columns: int, dtype: torch.dtype, features: dict) -> lis
             new = new if new.numel() else rows()
             grad_new = None if residual is None else new
             norm.norm_backward(rows(), grad_new, new, weight, mean, rstd, centred, dropout, seed, centred)
+        else:
+            raise ValueError(f"expected a case of a norm, of a kind of activation or of a loss, got {features}")
     return started
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pynlp.decoding.hypotheses import Hypothesis, coverage_term, length_divisor
 from pynlp.decoding.rules import Rules, check_count
-from pynlp.decoding.state import AttentiveState, DecodingState, attention_weights, largest, next_logits
+from pynlp.decoding.state import AttentiveState, DecodingState, attention_weights, check_state, largest, next_logits
 
 
 @torch.no_grad()
@@ -64,6 +64,7 @@ def beam_search(
         >>> first[0].score >= first[1].score
         True
     """
+    check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
     check_count("beam_size", beam_size, 1)
     check_count("n_best", n_best, 1)

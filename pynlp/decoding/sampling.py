@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pynlp.decoding.hypotheses import Hypothesis
 from pynlp.decoding.rules import Rules, check_count
-from pynlp.decoding.state import DecodingState, largest, next_logits
+from pynlp.decoding.state import DecodingState, check_state, largest, next_logits
 from pynlp.ops.layers.argmax_and_lse import argmax_and_lse
 
 
@@ -51,6 +51,7 @@ def greedy(
         >>> hypothesis.ended or len(hypothesis.tokens) == 10
         True
     """
+    check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
     return _write(state, prefix, rules, 1, lambda logits, likeliest, rows, drawn: likeliest[:, None])
 
@@ -100,6 +101,7 @@ def sample(
         >>> len(drawn)
         3
     """
+    check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
     check_count("num_samples", num_samples, 1)
     if not 0 < temperature < math.inf:

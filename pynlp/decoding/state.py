@@ -71,6 +71,15 @@ class AttentiveState(DecodingState, Protocol):
         ...
 
 
+def check_state(state: object) -> None:
+    for name in ("step", "select"):
+        if not callable(getattr(state, name, None)):
+            raise TypeError(
+                f"state: expected a DecodingState, with step and select, such as a model's decoding_state(..), "
+                f"got {type(state).__name__}"
+            )
+
+
 def next_logits(state: DecodingState, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Step the state by tokens.
 

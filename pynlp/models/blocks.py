@@ -250,6 +250,13 @@ def check_tokens(name: str, tokens: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype int64, got {tokens.dtype}")
 
 
+def check_rows(tokens: Tensor, rows: int) -> None:
+    """Check tokens `(rows, n)` for a state of that many rows."""
+    check_tokens("tokens", tokens)
+    if tokens.shape[0] != rows:
+        raise ValueError(f"tokens: expected {rows} rows, which the state has, got {tokens.shape[0]}")
+
+
 def check_lengths(name: str, lengths: Tensor | None, tokens: Tensor) -> None:
     """Check lengths of rows of tokens `(B, S)`."""
     if lengths is None:

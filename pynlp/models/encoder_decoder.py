@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_tokens
+from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_rows, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.nn import KVCache, LayerCache, Linear, MultiHeadAttention
 from pynlp.ops.attention.attention import attention as fused_attention
@@ -191,6 +191,7 @@ class EncoderDecoderState:
     """
 
     def __init__(self, model: EncoderDecoder, source: Tensor, source_lengths: Tensor | None, max_length: int):
+        check_tokens("source", source)
         batch, seqlen = source.shape
         weight = model.embedding.weight
         shape = model.decoder.cache_shape
@@ -209,6 +210,7 @@ class EncoderDecoderState:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
+        check_rows(tokens, len(self.cache.lengths))
         memories = [SharedSource(k, v, self.sources, self.lengths) for k, v in self.keys_values]
         with torch.inference_mode():
             features = self.model.decode(tokens, memories, self.cache.append(tokens.shape[1]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pynlp.models.blocks import Stack, check_lengths, check_tokens
+from pynlp.models.blocks import Stack, check_lengths, check_rows, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.nn import KVCache, LayerCache, Linear
 from pynlp.ops.attention.attention import attention as fused_attention
@@ -150,6 +150,7 @@ class DecoderState:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits `(R, V)` of what follows tokens `(R, n)`."""
+        check_rows(tokens, len(self.cache.lengths))
         with torch.inference_mode():
             features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
         return linear(features[:, -1], self.model.output_weight)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pynlp.nn.cache import LayerCache
+from pynlp.nn.cache import LayerCache, check_layer_cache
 from pynlp.nn.linear import Linear
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
 from pynlp.ops.attention.positions import alibi_slopes, rotary_tables
 from pynlp.ops.attention.weights import attention_weights
-from pynlp.ops.common.checks import check_share
+from pynlp.ops.common.checks import check_is_tensor, check_share
+from pynlp.ops.common.hints import hint
 
 POSITIONS = ("none", "rope", "alibi", "relative")
 
@@ -152,6 +153,13 @@ class MultiHeadAttention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    @hint(
+        more="keys and values come from x, or for cross-attention both from memory",
+        key_padding_mask="write key_lengths, each row's keys before its padding",
+        attn_mask="say what it masks: causal or window of the module, key_lengths of the call",
+        is_causal="it is an option of the module: causal",
+        need_weights="the weights are what the module's method `weights` gives",
+    )
     def forward(
         self,
         x: Tensor,
@@ -181,6 +189,8 @@ class MultiHeadAttention(nn.Module):
             `(B, Sq, E)`, or `(total, E)`.
         """
         self._check_input(x, memory, key_lengths, cu_seqlens, cu_seqlens_memory, cache)
+        if cache is not None:
+            check_layer_cache(cache)
         if self.rotary is not None and not isinstance(rotary_offset, Tensor) and cu_seqlens is None and cache is None:
             self.rotary.check(rotary_offset, x.shape[1])
 
@@ -246,6 +256,7 @@ class MultiHeadAttention(nn.Module):
         return k, v
 
     def _check_input(self, x, memory, key_lengths, cu_seqlens, cu_seqlens_memory, cache) -> None:
+        check_is_tensor("x", x)
         layout = "batch, seqlen" if cu_seqlens is None else "total"
         dimensions = 3 if cu_seqlens is None else 2
         if x.dim() != dimensions or x.shape[-1] != self.embed_dim:
@@ -299,8 +310,11 @@ class MultiHeadAttention(nn.Module):
             options: Further arguments of the constructor, e.g. `causal` or `positions`.
 
         Raises:
+            TypeError: the module is of another kind.
             ValueError: the module has what this one has not (bias_k, zero attention, unlike kdim and vdim).
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("module: expected add_bias_kv=False and add_zero_attn=False, which have no counterpart")
         if module.kdim != module.vdim:

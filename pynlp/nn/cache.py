@@ -39,19 +39,29 @@ class LayerCache(NamedTuple):
     empty: bool
 
     def check(self, dropout: float, x: Tensor, *projected: Tensor) -> None:
-        """Raise ValueError unless x has as many tokens as were appended, and neither gradients nor dropout are wanted.
+        """Raise ValueError unless x has the cache's entries and new tokens, without gradients or dropout.
 
         Args:
             dropout: What the layer would drop.
             x: `(batch, seqlen, embed_dim)`.
             projected: The queries, keys and values of x.
         """
+        if x.shape[0] != self.lengths.shape[0]:
+            raise ValueError(f"x: expected {self.lengths.shape[0]} rows, the entries of the cache, got {x.shape[0]}")
         if x.shape[1] != self.tokens:
             raise ValueError(f"x: expected the {self.tokens} tokens that were appended to the cache, got {x.shape[1]}")
         if torch.is_grad_enabled() and any(p.requires_grad for p in projected):
             raise ValueError("cache: expected a call under torch.no_grad(), as decoding has no gradients")
         if dropout > 0:
             raise ValueError(f"cache: expected evaluation mode, as decoding drops nothing, got dropout={dropout}")
+
+
+def check_layer_cache(cache: object) -> None:
+    if not isinstance(cache, LayerCache):
+        raise TypeError(
+            f"cache: expected this layer's part of what `append` of a KVCache or PagedKVCache gave, "
+            f"got {type(cache).__name__}"
+        )
 
 
 class OutOfPages(RuntimeError):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pynlp.nn.attention import RotaryTables
-from pynlp.nn.cache import LayerCache
+from pynlp.nn.cache import LayerCache, check_layer_cache
 from pynlp.nn.linear import Linear
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
-from pynlp.ops.common.checks import check_share
+from pynlp.ops.common.checks import check_is_tensor, check_share
 
 
 class LatentAttention(nn.Module):
@@ -118,6 +118,9 @@ class LatentAttention(nn.Module):
 
         A token's row of the cache is its turned rope channels, then its latent.
         """
+        check_is_tensor("x", x)
+        if cache is not None:
+            check_layer_cache(cache)
         layout = "batch, seqlen" if cu_seqlens is None else "total"
         if x.dim() != (3 if cu_seqlens is None else 2) or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x: expected shape ({layout}, {self.embed_dim}), got {tuple(x.shape)}")

@@ -345,7 +345,7 @@ def test_compiled_models_match_eager():
         explained = torch._dynamo.explain(fused)(**inputs, use_cache=False)
         actual = torch.compile(fused, backend="eager")(**inputs, use_cache=False).logits
     assert any("pynlp.attention_forward" in str(graph.graph) for graph in explained.graphs)
-    assert {reason.user_stack[-1].name for reason in explained.break_reasons} <= {"create_sliding_window_causal_mask"}
+    assert {reason.user_stack[-1].name for reason in explained.break_reasons} <= {"structured_mask"}
     assert_same_logits(actual[kept], eager(**inputs).logits[kept])
 
 

@@ -43,7 +43,7 @@ def test_info():
     assert info["isa"] == {"available": backends.available_isas(), "in use": pynlp.get_isa()}
     assert {"attention_forward", "attention_backward"} <= info["back ends"].keys()
     for op, served_by in info["back ends"].items():
-        assert served_by["cpu"] == f"native ({pynlp.get_isa()})", op
+        assert served_by["cpu"] == f"native ({pynlp.get_isa()})", f"{op}: every op has a native kernel"
         if not torch.cuda.is_available():
             assert served_by["cuda"] in ("none: no GPU found", "none: torch is built without GPU support")
 

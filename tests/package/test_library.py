@@ -2,7 +2,11 @@
 what ours is built on is seen here.
 """
 
+import importlib
+import inspect
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pynlp import backends
 from pynlp.ops.common import library
+from pynlp.ops.layers import argmax_and_lse  # noqa: F401  it is declared where decoding needs it
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "(Tensor x, Tensor? y, float scale, int[] sizes) -> (Tensor, Tensor)"
 
 
@@ -278,11 +284,43 @@ def test_argument_whose_dtype_decides():
     assert library.OPS["attention_backward"].place == 2
 
 
+def test_every_op_has_its_parts():
+    """The parameters of references and launchers are the schema's, and so is the place of dtype_of in C++."""
+    places = {}
+    for path in (ROOT / "csrc/bindings").glob("*.cpp"):
+        for name, place in re.findall(r"PYNLP_IMPL\(m, (\w+)(?:, (\d+))?\)", path.read_text()):
+            places[name] = int(place or 0)
+    assert places == {name: op.place for name, op in library.OPS.items()}
+    for name, op in library.OPS.items():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pynlp::{name}", "Meta"), f"{name}: no register_fake"
+        names = [argument.name for argument in getattr(torch.ops.pynlp, name).default._schema.arguments]
+        modules = {"reference": op.reference}
+        if op.triton is not None:
+            modules["launcher"] = importlib.import_module(f"pynlp.kernels.{op.triton}")
+        for kind, module in modules.items():
+            parameters = inspect.signature(getattr(module, name)).parameters.values()
+            fixed = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+            assert fixed == names[: len(fixed)] and len(fixed) <= len(names), f"{name}: {kind}"
+            assert len(fixed) == len(names) or any(p.kind is p.VAR_POSITIONAL for p in parameters), f"{name}: {kind}"
+
+
+def test_a_schema_by_position_only():
+    for schema in ("(Tensor x, float cap=1.0) -> Tensor", "(Tensor x, *, float cap) -> Tensor"):
+        with pytest.raises(ValueError, match="twin: expected a schema of arguments by position"):
+            library.define("twin", schema, SimpleNamespace(twin=twin), triton=None, dtype_of="x")
+    with pytest.raises(ValueError, match="twin: expected dtype_of to be one of x, cap, got 'q'"):
+        library.define("twin", "(Tensor x, float cap) -> Tensor", SimpleNamespace(), triton=None, dtype_of="q")
+
+
+def test_grad_fn_is_called_after_the_op(ours):
+    assert ours(backward)(*inputs(), 0.5, [])[0].grad_fn.name() == "twinBackward"
+
+
 def test_back_end_on_a_gpu(monkeypatch):
     """The launcher serves; the reference does for the named argument in fp64, and, with one warning, without Triton."""
     reference, launchers = (SimpleNamespace(twin=lambda *_, name=name: name) for name in ("reference", "launcher"))
     monkeypatch.setitem(sys.modules, "pynlp.kernels.twins", launchers)
-    kernel = library._gpu_kernel("twin", library.Op(1, "twins"), reference)
+    kernel = library._gpu_kernel("twin", library.Op(1, reference, "twins"))
     single, exact = torch.ones(1), torch.ones(1, dtype=torch.float64)
     assert kernel(exact, single) == "launcher" and kernel(single, exact) == "reference"
     library._launchers.cache_clear()

@@ -203,8 +203,10 @@ def _causal_structure(mask: Tensor | None, options: dict) -> Structure | str:
 
 def _structure_of_own(module: GPTNeoSelfAttention | GPTJAttention | FalconAttention, mask: Tensor | None):
     """The structure of a mask, or the reason, of which the caller is told, why it is left to the original."""
-    structure = structure_in(mask) if module.config._attn_implementation == NAME else "it is not asked for"
-    if isinstance(structure, str) and module.config._attn_implementation == NAME:
+    if module.config._attn_implementation != NAME:
+        return "another attention is asked for"
+    structure = structure_in(mask)
+    if isinstance(structure, str):
         warn_of_fallback(module, structure)
     return structure
 

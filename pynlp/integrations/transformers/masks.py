@@ -75,17 +75,6 @@ class Mask(Tensor):
         """The same mask with a reason, which is not the mask's, why the kernel cannot serve the call."""
         return Mask(self.shape, self.dtype, self.device, reason, lambda: self.dense)
 
-    def within(self, left: int) -> "Mask":
-        """The mask of queries that see no key more than `left` before their own, either; it has a structure."""
-        structure = self.structure.within(left)
-
-        def make_dense() -> Tensor:
-            place = torch.arange(self.shape[3], device=self.device)
-            row = place[: self.shape[2], None] + structure.keys - self.shape[2]
-            return self.dense & (place >= row - left)
-
-        return Mask(self.shape, self.dtype, self.device, structure, make_dense)
-
     def __repr__(self, *, tensor_contents=None):
         return f"Mask({tuple(self.shape)}, {self.reason or self.structure})"
 

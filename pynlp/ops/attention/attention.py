@@ -5,11 +5,25 @@ from torch import Tensor
 
 from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import autocast, prepare_dropout, rows_in_place
+from pynlp.ops.common.hints import hint
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.reference.attention import attention as reference
 from pynlp.reference.attention.attention import Options
 from pynlp.reference.common.dtypes import compute_dtype
 
+MASK = "say what it masks: causal=True, window=(left, right), key_lengths=lengths"
+# What others call it: scaled_dot_product_attention, flash-attn, torch.nn.MultiheadAttention.
+FOREIGN = dict(
+    more=f"the others go by name. Of a mask {MASK}",
+    attn_mask=MASK,
+    mask=MASK,
+    key_padding_mask="write key_lengths, each row's keys before its padding",
+    is_causal="write causal",
+    scale="write softmax_scale",
+    enable_gqa="leave it out: k and v may have fewer heads",
+    window_size="write window=(left, right), with None for no limit instead of -1",
+    return_attn_probs="write return_lse, or call attention_weights",
+)
 OPTIONS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, Tensor? key_lengths, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks, "
@@ -91,6 +105,7 @@ _attention_forward = register_autograd("attention_forward", _setup_context, _bac
 _attention_backward = refuse_double_backward("attention_backward", "pynlp's attention has")
 
 
+@hint(**FOREIGN)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -114,6 +129,9 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores) v without the scores in memory: `score = softcap(q.k * scale) + biases`, then the mask.
+
+    All tensors are (batch, seqlen, heads, head_dim), as in flash-attn; those of scaled_dot_product_attention are
+    (batch, heads, seqlen, head_dim): hand on `x.transpose(1, 2)`, which is read in place.
 
     Args:
         q: Queries `(batch, seqlen_q, heads, head_dim)`; fp32, bf16, fp16 (fp64 on the reference). Any strides with a
@@ -178,6 +196,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@hint(**FOREIGN)
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -15,11 +15,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, fp64 aside."""
+    if not isinstance(tensors[0], Tensor):  # the checks that follow say so
+        return tensors
     kind = tensors[0].device.type
     if not is_autocast_on(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
 
 
 def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

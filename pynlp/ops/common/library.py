@@ -34,11 +34,13 @@ class Op(NamedTuple):
     """A declared op's back ends.
 
     Attributes:
-        place: Number of the argument whose dtype decides.
+        place: Number of the argument whose dtype decides which back end serves a call.
+        reference: Module that has its default kernel.
         triton: Module in `pynlp.kernels` that has its launcher; None without one.
     """
 
     place: int
+    reference: ModuleType
     triton: str | None
 
 
@@ -48,8 +50,8 @@ OPS: dict[str, Op] = {}
 def define(name: str, schema: str, reference: ModuleType, *, triton: str | None, dtype_of: str) -> None:
     """Declare `pynlp::name`; the functions of its back ends have its name, too.
 
-    The native CPU kernel registers itself when `pynlp._C` is loaded. `pynlp::name_reference` always runs the
-    reference: back ends hand it what they do not serve.
+    The native CPU kernel, which every op has, registers itself when `pynlp._C` is loaded, by PYNLP_IMPL in
+    csrc/bindings. `pynlp::name_reference` always runs the reference: back ends hand it what they do not serve.
 
     Args:
         reference: The module with the default kernel.
@@ -58,18 +60,24 @@ def define(name: str, schema: str, reference: ModuleType, *, triton: str | None,
     """
     tags = (torch.Tag.pt2_compliant_tag,)
     arguments = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(", ")]
-    op = OPS[name] = Op(arguments.index(dtype_of), triton)
+    if "=" in schema or "*" in arguments:
+        raise ValueError(f"{name}: expected a schema of arguments by position, without defaults, got {schema}")
+    if dtype_of not in arguments:
+        raise ValueError(f"{name}: expected dtype_of to be one of {', '.join(arguments)}, got {dtype_of!r}")
+    op = OPS[name] = Op(arguments.index(dtype_of), reference, triton)
     LIBRARY.define(f"{name}{schema}", tags=(*tags, torch.Tag.needs_fixed_stride_order))
     LIBRARY.define(f"{name}_reference{schema}", tags=tags)
     LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_reference", getattr(reference, name), "CompositeExplicitAutograd")
     if triton is not None:
-        LIBRARY.impl(name, _gpu_kernel(name, op, reference), "CUDA")  # ROCm answers to the same key
+        LIBRARY.impl(name, _gpu_kernel(name, op), "CUDA")  # ROCm answers to the same key
 
 
-def _gpu_kernel(name: str, op: Op, reference: ModuleType) -> Callable:
+def _gpu_kernel(name: str, op: Op) -> Callable:
     def kernel(*arguments):
-        serves = reference if arguments[op.place].dtype == torch.float64 else _launchers(op.triton) or reference
+        serves = op.reference
+        if arguments[op.place].dtype != torch.float64:
+            serves = _launchers(op.triton) or op.reference
         return getattr(serves, name)(*arguments)
 
     return kernel
@@ -156,6 +164,8 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
         def vmap(info, in_dims, *inputs):
             return one_by_one(Gradient.apply, info.batch_size, in_dims, inputs)
 
+    Gradient = type(Gradient)(name, Gradient.__bases__, dict(vars(Gradient)))  # grad_fn is called after the op
+
     def kernel(keyset, *arguments):
         if (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or is_transformed():
             return Gradient.apply(*arguments, keyset)
@@ -164,7 +174,6 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     def call(*arguments):
         return op(*arguments) if torch.compiler.is_compiling() else kernel(None, *arguments)
 
-    Gradient.__name__ = f"{name}_gradient"
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return call
 
