@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
 import pdoc
@@ -18,7 +20,7 @@ MODULES = (
     "pynlp.integrations.flash_attn", "pynlp.integrations.transformers", "pynlp.probes",
 )  # fmt: skip
 PAGES = {  # text, the page that it becomes, and its title
-    "README.md": ("index.html", "pynlp"),
+    "README.md": ("index.html", "Overview"),
     "docs/coming_from.md": ("coming_from.html", "Coming from other libraries"),
     "examples/README.md": ("examples.html", "Examples"),
     "benchmarks/FIGURES.md": ("figures.html", "Figures"),
@@ -28,8 +30,10 @@ PAGES = {  # text, the page that it becomes, and its title
 def build(folder: Path) -> None:
     """Write all pages into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "Cannot determine where", UserWarning)  # methods that torch makes
     render.configure(docformat="google", show_source=False, template_directory=ROOT / "docs" / "templates")
     modules = {name: doc.Module.from_name(name) for name in MODULES}
+    render.env.filters["fenced"] = fenced
     render.env.globals["version"] = modules["pynlp"].obj.__version__
     for name, module in modules.items():
         # Those that are imported on first use are in no __all__.
@@ -41,6 +45,12 @@ def build(folder: Path) -> None:
         pages = [(name, link) for link, name in PAGES.values()]
         template = render.env.get_template("page.html.jinja2")
         write(folder / page, template.render(text=text, title=title, pages=pages, all_modules=modules))
+
+
+def fenced(docstring: str) -> str:
+    """A docstring whose example is a block of code, which pdoc loses in a section."""
+    text, heading, example = docstring.partition("Example:\n")
+    return f"{text}###### Example:\n```pycon\n{textwrap.dedent(example).strip()}\n```\n" if heading else text
 
 
 def linked(text: str, source: Path, folder: Path) -> str:
