@@ -1,12 +1,13 @@
-# make demo | translate | bench | check | test | nightly | fuzz | sanitize: each is complete on a fresh machine. It creates
-# .venv, installs what constraints.txt pins, builds the native extension and runs. What is up to date is not done again.
+# make demo | translate | bench | docs | check | test | nightly | fuzz | sanitize: each is complete on a fresh machine. It
+# creates .venv, installs what constraints.txt pins, builds the native extension and runs. What is up to date is not done
+# again.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 APT := apt-get install -y python3-venv python3-dev g++
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo translate bench check test nightly fuzz sanitize lint install clean FORCE
+.PHONY: demo translate bench docs check test nightly fuzz sanitize lint install clean FORCE
 
 demo: install
 	$(PY) examples/language_model.py
@@ -25,6 +26,10 @@ bench: install build/.models
 	$(PY) -m benchmarks.models.transformers_generate
 	$(PY) -m benchmarks.audit
 
+# The reference, from the docstrings, and the texts beside it: build/docs/index.html.
+docs: install
+	$(PY) docs/build.py
+
 PYTEST := $(PY) -m pytest
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal --durations=15
 
@@ -36,7 +41,7 @@ test: install build/.models lint
 # in Triton's interpreter, or that repeat others at a lesser instruction set.
 FAMILY ?= $(filter-out common,$(notdir $(wildcard kernels/[a-z]*)))
 check: install lint
-	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package -m "not slow and not triton and not lesser_isa"
+	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package tests/docs -m "not slow and not triton and not lesser_isa"
 
 # What takes too long for every change: all tests at every instruction set, all kernels on all chips.
 nightly: test sanitize fuzz

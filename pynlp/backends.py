@@ -86,6 +86,11 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for products in bf16; without them these take far longer than fp32's.
 
     On CPUs PyTorch's own then take a hundred times as long, as on most before Intel's Sapphire Rapids and AMD's Zen 4.
+
+    Example:
+        >>> import torch
+        >>> import pynlp
+        >>> dtype = torch.bfloat16 if pynlp.has_bf16(torch.device("cpu")) else torch.float32
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -93,7 +98,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def get_isa() -> str | None:
-    """The level of instruction sets that the native CPU kernels use; None without the extension."""
+    """The level of instruction sets that the native CPU kernels use; None without the extension.
+
+    Example:
+        >>> import pynlp
+        >>> pynlp.get_isa() in (None, "portable", "avx2", "avx512", "avx512_bf16_vnni")
+        True
+    """
     return _isa
 
 
@@ -105,6 +116,12 @@ def set_isa(level: str) -> None:
     Raises:
         ValueError: no such level, or the CPU lacks it.
         RuntimeError: the native extension is missing.
+
+    Example:
+        >>> import pynlp
+        >>> pynlp.set_isa("portable")
+        >>> pynlp.get_isa()
+        'portable'
     """
     if level not in ISA_FEATURES:
         raise ValueError(f"level: expected one of {', '.join(ISA_FEATURES)}, got {level!r}")

@@ -1,4 +1,12 @@
-"""All public functions, stateless, as in torch.nn.functional."""
+"""All public functions, stateless, as in torch.nn.functional.
+
+Example:
+    >>> import torch
+    >>> from pynlp import functional as F
+    >>> q, k, v = torch.randn(3, 2, 100, 8, 64)  # (batch, seqlen, heads, head_dim)
+    >>> F.attention(q, k, v, causal=True, alibi_slopes=F.alibi_slopes(8)).shape
+    torch.Size([2, 100, 8, 64])
+"""
 
 from pynlp.ops.attention.attention import attention, attention_varlen
 from pynlp.ops.attention.decode import attention_decode

@@ -11,7 +11,14 @@ from pynlp.version import __version__
 
 
 def info() -> dict:
-    """Versions, devices, the instruction set in use, and for each op the back end that serves it and why."""
+    """Versions, devices, the instruction set in use, and for each op the back end that serves it and why.
+
+    Example:
+        >>> import pynlp
+        >>> served_by = pynlp.info()["back ends"]["attention_forward"]
+        >>> sorted(served_by)
+        ['cpu', 'cuda']
+    """
     return {
         "pynlp": __version__,
         "python": platform.python_version(),

@@ -52,6 +52,17 @@ def beam_search(
         TypeError, ValueError: as in `greedy`; the rules forbid every token only if nothing of a sentence is left.
 
     Source: Wu et al., arXiv 1609.08144, section 7; the length penalty's default: Vaswani et al., arXiv 1706.03762.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import beam_search
+        >>> from pynlp.models import EncoderDecoder, TransformerConfig
+        >>> model = EncoderDecoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> state = model.decoding_state(torch.randint(100, (2, 7)), None, max_length=11)
+        >>> starts = torch.tensor([[1], [1]])
+        >>> [first, second] = beam_search(state, starts, end=2, max_length=10, beam_size=4, n_best=2)
+        >>> first[0].score >= first[1].score
+        True
     """
     check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)

@@ -13,6 +13,12 @@ class Hypothesis(NamedTuple):
         log_probability: Natural logarithm of the model's probability of the tokens and, if it ended, the end symbol.
         score: `log_probability` with the penalties of the beam search; elsewhere the same.
         ended: Whether the end symbol was drawn; otherwise it was cut off at `max_length`.
+
+    Example:
+        >>> from pynlp.decoding import Hypothesis
+        >>> hypothesis = Hypothesis(tokens=[7, 3], log_probability=-1.5, score=-1.5, ended=True)
+        >>> hypothesis.tokens
+        [7, 3]
     """
 
     tokens: list[int]

@@ -40,6 +40,16 @@ def greedy(
     Raises:
         TypeError, ValueError: an argument is of another type or out of range, the logits have no finite value or NaN
             or +inf, or the rules forbid every token; the message says which.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import greedy
+        >>> from pynlp.models import Decoder, TransformerConfig
+        >>> model = Decoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> state = model.decoding_state(batch=1, max_length=12)
+        >>> [hypothesis] = greedy(state, torch.tensor([[1, 5]]), end=2, max_length=10, no_repeat_ngram=3)
+        >>> hypothesis.ended or len(hypothesis.tokens) == 10
+        True
     """
     check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)
@@ -80,6 +90,16 @@ def sample(
         TypeError, ValueError: as in `greedy`.
 
     Source: top_p: Holtzman et al., arXiv 1904.09751.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import sample
+        >>> from pynlp.models import Decoder, TransformerConfig
+        >>> model = Decoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> state = model.decoding_state(batch=1, max_length=12)
+        >>> [drawn] = sample(state, torch.tensor([[1, 5]]), end=2, max_length=10, num_samples=3, top_p=0.9, seed=0)
+        >>> len(drawn)
+        3
     """
     check_state(state)
     rules = Rules(prefix, end=end, max_length=max_length, min_length=min_length, no_repeat_ngram=no_repeat_ngram)

@@ -13,6 +13,19 @@ class DecodingState(Protocol):
     """Sequences that a model is writing, one a row, with its memory of them (a cache, the encoded source).
 
     It starts with one row a sentence and nothing written.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import greedy
+        >>> class Counting:
+        ...     def step(self, tokens):  # the token after n is n + 1
+        ...         return 10 * torch.nn.functional.one_hot(tokens[:, -1] + 1, 10).float()
+        ...
+        ...     def select(self, rows):  # it remembers nothing
+        ...         pass
+        >>> [hypothesis] = greedy(Counting(), torch.tensor([[0]]), end=5, max_length=9)
+        >>> hypothesis.tokens, hypothesis.ended
+        ([1, 2, 3, 4], True)
     """
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -37,7 +50,17 @@ class DecodingState(Protocol):
 
 
 class AttentiveState(DecodingState, Protocol):
-    """A `DecodingState` whose model attends to a source, as a coverage penalty needs."""
+    """A `DecodingState` whose model attends to a source, as a coverage penalty needs.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.models import EncoderDecoder, TransformerConfig
+        >>> model = EncoderDecoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> state = model.decoding_state(torch.randint(100, (2, 7)), None, max_length=20)
+        >>> logits = state.step(torch.tensor([[1], [1]]))
+        >>> state.attention.shape
+        torch.Size([2, 7])
+    """
 
     @property
     def attention(self) -> Tensor:

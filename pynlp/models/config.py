@@ -16,6 +16,8 @@ class TransformerConfig:
     """Sizes and parts of an `Encoder`, a `Decoder` or an `EncoderDecoder`; `dataclasses.asdict` gives plain values.
 
     Attributes:
+        vocab_size: Tokens of the vocabulary; an encoder-decoder has one for source and target.
+        embed_dim: Width of the embeddings and the residual stream, E; a multiple of `heads`.
         layers: Blocks; an encoder-decoder's decoder has so many.
         encoder_layers: Blocks of an encoder-decoder's encoder; `layers` by default.
         heads, kv_heads: Query heads, and key/value heads, a divisor of them; `heads` by default.
@@ -36,6 +38,12 @@ class TransformerConfig:
 
     Raises:
         ValueError: a value is out of range; the message names it.
+
+    Example:
+        >>> from pynlp.models import TransformerConfig
+        >>> config = TransformerConfig(vocab_size=8000, embed_dim=512, heads=8, kv_heads=2, positions="alibi")
+        >>> config.layers, config.norm, config.activation
+        (4, 'rms', 'swiglu')
     """
 
     vocab_size: int

@@ -30,6 +30,19 @@ class EncoderDecoder(nn.Module):
         device, dtype: Those of the parameters.
 
     Source: Vaswani et al., arXiv 1706.03762.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import beam_search
+        >>> from pynlp.models import EncoderDecoder, TransformerConfig
+        >>> model = EncoderDecoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> source, lengths = torch.randint(100, (2, 7)), torch.tensor([7, 4], dtype=torch.int32)
+        >>> model(source, lengths, torch.randint(100, (2, 5))).shape  # logits of the targets' next tokens
+        torch.Size([2, 5, 100])
+        >>> state = model.decoding_state(source, lengths, max_length=20)
+        >>> found = beam_search(state, torch.tensor([[1], [1]]), end=2, max_length=19, beam_size=4)
+        >>> len(found)  # of each source its best hypotheses
+        2
     """
 
     def __init__(

@@ -25,6 +25,13 @@ class Encoder(Stack):
 
     Attributes:
         checkpointing: See `Decoder`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.models import Encoder, TransformerConfig
+        >>> model = Encoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1, norm="layer", activation="gelu"))
+        >>> model(torch.randint(100, (2, 7)), torch.tensor([7, 4], dtype=torch.int32)).shape
+        torch.Size([2, 7, 32])
     """
 
     def __init__(
@@ -66,6 +73,18 @@ class Decoder(Stack):
     Attributes:
         checkpointing: Whether training keeps only the inputs of each block, and backward computes the rest again: same
             gradients, less memory, more time. False at first.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.decoding import sample
+        >>> from pynlp.models import Decoder, TransformerConfig
+        >>> model = Decoder(TransformerConfig(vocab_size=100, embed_dim=32, layers=1)).eval()
+        >>> model(torch.randint(100, (2, 7))).shape  # logits of the next token
+        torch.Size([2, 7, 100])
+        >>> state = model.decoding_state(batch=1, max_length=20)
+        >>> [[hypothesis]] = sample(state, torch.tensor([[1]]), end=2, max_length=19, seed=0)
+        >>> len(hypothesis.tokens) <= 19
+        True
     """
 
     def __init__(

@@ -1,4 +1,12 @@
-"""Modules with parameters, as in torch.nn, and the caches that they decode with."""
+"""Modules with parameters, as in torch.nn, and the caches that they decode with.
+
+Example:
+    >>> import torch
+    >>> from pynlp import nn
+    >>> block = torch.nn.Sequential(nn.RMSNorm(256), nn.MultiHeadAttention(256, heads=8, positions="rope", causal=True))
+    >>> block(torch.randn(2, 10, 256)).shape
+    torch.Size([2, 10, 256])
+"""
 
 from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache

@@ -53,6 +53,16 @@ class MultiHeadAttention(nn.Module):
         ValueError: an argument is out of range; the message names it.
 
     Source: Vaswani et al., arXiv 1706.03762; grouped heads: Ainslie et al., arXiv 2305.13245.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import MultiHeadAttention
+        >>> layer = MultiHeadAttention(256, heads=8, kv_heads=2, positions="rope", causal=True)
+        >>> layer(torch.randn(2, 10, 256)).shape
+        torch.Size([2, 10, 256])
+        >>> cross = MultiHeadAttention(256, heads=8, memory_dim=512)
+        >>> cross(torch.randn(2, 10, 256), torch.randn(2, 30, 512)).shape
+        torch.Size([2, 10, 256])
     """
 
     def __init__(

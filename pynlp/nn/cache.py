@@ -23,6 +23,12 @@ class LayerCache(NamedTuple):
             row i of k and v.
         tokens: New tokens of each entry, for which there is room.
         empty: Whether all lengths are 0: known without asking the device.
+
+    Example:
+        >>> from pynlp.nn import KVCache
+        >>> first, second = KVCache(batch=1, capacity=128, kv_heads=2, head_dim=64, layers=2).append(5)
+        >>> first.tokens, first.lengths.tolist(), first.empty
+        (5, [0], True)
     """
 
     k: Tensor
@@ -63,6 +69,15 @@ class OutOfPages(RuntimeError):
 
     Attributes:
         needed, free: Pages.
+
+    Example:
+        >>> from pynlp.nn import OutOfPages, PagedKVCache
+        >>> cache = PagedKVCache(pages=4, page_size=16, kv_heads=2, head_dim=64)
+        >>> try:
+        ...     cache.append([cache.allocate()], 100)
+        ... except OutOfPages as error:
+        ...     print(error.needed, error.free)
+        7 4
     """
 
     def __init__(self, needed: int, free: int):
@@ -87,6 +102,17 @@ class KVCache:
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import KVCache, MultiHeadAttention
+        >>> layer = MultiHeadAttention(256, heads=8, positions="rope", causal=True).eval()
+        >>> cache = KVCache(2, 128, **layer.cache_shape)  # 2 entries with room for 128 tokens, one layer
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(2, 10, 256), cache=cache.append(10)[0])  # the prompts
+        ...     y = layer(torch.randn(2, 1, 256), cache=cache.append(1)[0])  # one token more
+        >>> cache.lengths
+        [11, 11]
     """
 
     def __init__(
@@ -200,6 +226,15 @@ class PagedKVCache:
         ValueError: an argument is out of range, or a sequence is not there (any more); the message names it.
 
     Source: Kwon et al., arXiv 2309.06180.
+
+    Example:
+        >>> from pynlp.nn import PagedKVCache
+        >>> cache = PagedKVCache(pages=8, page_size=16, kv_heads=2, head_dim=64, layers=3)
+        >>> prompt = cache.allocate()
+        >>> views = cache.append([prompt], 40)  # one a layer, for its `cache` argument
+        >>> other = cache.fork(prompt)  # another continuation: shares the prompt's pages
+        >>> cache.free_pages, cache.length(other)
+        (5, 40)
     """
 
     def __init__(

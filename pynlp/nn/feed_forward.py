@@ -25,6 +25,13 @@ class FeedForward(nn.Module):
         ValueError: an argument is out of range; the message names it.
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.3; gated: Shazeer, arXiv 2002.05202.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import FeedForward
+        >>> layer = FeedForward(256, 1024, activation="swiglu", dropout=0.1)
+        >>> layer(torch.randn(2, 10, 256)).shape
+        torch.Size([2, 10, 256])
     """
 
     def __init__(

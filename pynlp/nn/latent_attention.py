@@ -40,6 +40,17 @@ class LatentAttention(nn.Module):
         ValueError: an argument is out of range; the message names it.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; with the norms of its published code and of DeepSeek-V3.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import KVCache, LatentAttention
+        >>> layer = LatentAttention(256, heads=8, kv_rank=64, nope_dim=32, rope_dim=16, causal=True).eval()
+        >>> x = torch.randn(2, 10, 256)
+        >>> cache = KVCache(2, 10, **layer.cache_shape)
+        >>> with torch.no_grad():
+        ...     y = layer(x, cache=cache.append(10)[0])
+        >>> torch.allclose(y, layer(x), atol=1e-5)
+        True
     """
 
     def __init__(

@@ -6,7 +6,14 @@ from pynlp.ops.layers.linear import linear
 
 
 class Linear(nn.Linear):
-    """nn.Linear with its arguments, parameters and results, and `pynlp.functional.linear`'s speed when decoding."""
+    """nn.Linear with its arguments, parameters and results, and `pynlp.functional.linear`'s speed when decoding.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import Linear
+        >>> Linear(256, 1000, bias=False)(torch.randn(2, 256)).shape
+        torch.Size([2, 1000])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`(.., out_features)` of x `(.., in_features)`."""

@@ -40,6 +40,14 @@ class LayerNorm(_Norm):
         ValueError: an argument is out of range; the message names it.
 
     Source: Ba et al., arXiv 1607.06450.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import LayerNorm
+        >>> norm = LayerNorm(256, dropout=0.1)
+        >>> x, residual = torch.randn(2, 4, 10, 256)
+        >>> y = norm(x)
+        >>> y, residual = norm(x, residual)  # residual + dropout(x), and its norm
     """
 
     def __init__(
@@ -64,6 +72,14 @@ class RMSNorm(_Norm):
     """Root-mean-square normalisation of x, or of residual + dropout(x). Arguments and errors are those of `LayerNorm`.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import RMSNorm
+        >>> norm = RMSNorm(256)
+        >>> x, residual = torch.randn(2, 4, 10, 256)
+        >>> y = norm(x)
+        >>> y, residual = norm(x, residual)
     """
 
     def __init__(

@@ -32,6 +32,13 @@ class Batches:
 
     Raises:
         ValueError: there are no items, or one is empty or longer than `max_tokens`; the message names it.
+
+    Example:
+        >>> from pynlp.training import Batches
+        >>> texts = [[5, 6], [7], [5, 7, 6, 5], [6, 6, 6]]
+        >>> batches = Batches([len(text) for text in texts], 8, lambda items: [texts[item] for item in items])
+        >>> sorted(item for batch in batches.epoch(0) for item in batch)
+        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -99,7 +106,14 @@ def _bucket(lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pad(sequences: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Token ids int64 `(B, S)`, padded at their ends, and their lengths int64 `(B,)`."""
+    """Token ids int64 `(B, S)`, padded at their ends, and their lengths int64 `(B,)`.
+
+    Example:
+        >>> from pynlp.training import pad
+        >>> tokens, lengths = pad([[5, 6], [7]], padding=0)
+        >>> tokens.tolist(), lengths.tolist()
+        ([[5, 6], [7, 0]], [2, 1])
+    """
     rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
     return pad_sequence(rows, batch_first=True, padding_value=padding), torch.tensor([len(row) for row in rows])
 
@@ -110,6 +124,14 @@ def teacher_forcing(
     """A decoder's inputs `start y`, its targets `y end`, and their lengths: int64 `(B, S)`, `(B, S)`, `(B,)`.
 
     Inputs are padded by `padding`, targets by `IGNORED`. S is one more than the longest of the sequences y.
+
+    Example:
+        >>> from pynlp.training import teacher_forcing
+        >>> inputs, targets, lengths = teacher_forcing([[5, 6], [7]], start=1, end=2, padding=0)
+        >>> inputs.tolist()
+        [[1, 5, 6], [1, 7, 0]]
+        >>> targets.tolist()
+        [[5, 6, 2], [7, 2, -100]]
     """
     inputs, lengths = pad([[start, *sequence] for sequence in sequences], padding)
     targets, _ = pad([[*sequence, end] for sequence in sequences], IGNORED)

@@ -34,7 +34,21 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder of checkpoints; a damaged one is left out with a warning."""
+    """The newest whole checkpoint in a folder of checkpoints; a damaged one is left out with a warning.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pynlp.training import latest
+        >>> from pynlp.training.checkpoints import save  # which Trainer calls
+        >>> model, folder = torch.nn.Linear(2, 2), Path("results")
+        >>> for step in (100, 200):
+        ...     state = {"progress": {"best_step": 100}}
+        ...     path = save(folder, step, state, model, torch.optim.AdamW(model.parameters()))
+
+        >>> latest(folder).name
+        'step-00000200'
+    """
     for path in reversed(all_checkpoints(folder)):
         damage = _damage(path)
         if damage is None:
@@ -44,7 +58,21 @@ def latest(folder: Path) -> Path | None:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the best score so far; None where nothing was validated yet."""
+    """The checkpoint with the best score so far; None where nothing was validated yet.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pynlp.training import best
+        >>> from pynlp.training.checkpoints import save  # which Trainer calls
+        >>> model, folder = torch.nn.Linear(2, 2), Path("results")
+        >>> for step in (100, 200):
+        ...     state = {"progress": {"best_step": 100}}
+        ...     path = save(folder, step, state, model, torch.optim.AdamW(model.parameters()))
+
+        >>> best(folder).name
+        'step-00000100'
+    """
     path = latest(folder)
     step = None if path is None else read_state(path)["progress"]["best_step"]
     return None if step is None else path_of(folder, step)
@@ -55,6 +83,18 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
     Raises:
         ValueError: they are another model's; the message names what differs.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pynlp.training import latest, load_weights
+        >>> from pynlp.training.checkpoints import save  # which Trainer calls
+        >>> model, folder = torch.nn.Linear(2, 2), Path("results")
+        >>> for step in (100, 200):
+        ...     state = {"progress": {"best_step": 100}}
+        ...     path = save(folder, step, state, model, torch.optim.AdamW(model.parameters()))
+
+        >>> load_weights(latest(folder), model)
     """
     _load_module(path / (EMA if (path / EMA).exists() else MODEL), model)
 
@@ -63,6 +103,18 @@ def average_weights(paths: Sequence[Path], model: nn.Module) -> None:
     """Give a model the mean of the weights of several checkpoints; integer buffers are the last one's.
 
     Source: Vaswani et al., arXiv 1706.03762, section 6.1.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pynlp.training import average_weights
+        >>> from pynlp.training.checkpoints import save  # which Trainer calls
+        >>> model, folder = torch.nn.Linear(2, 2), Path("results")
+        >>> for step in (100, 200):
+        ...     state = {"progress": {"best_step": 100}}
+        ...     path = save(folder, step, state, model, torch.optim.AdamW(model.parameters()))
+
+        >>> average_weights(sorted(folder.glob("step-*"))[-2:], model)
     """
     if not paths:
         raise ValueError("paths: expected at least one checkpoint, got none")

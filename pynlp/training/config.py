@@ -16,9 +16,11 @@ class TrainingConfig:
 
     Attributes:
         steps: Updates of the weights.
-        learning_rate: The highest one; `schedule` gives each step's share of it.
+        learning_rate: The highest one.
+        schedule: Each step's share of the learning rate: `WarmupCosine`, `WarmupInverseSquareRoot`.
         batches_per_step: Batches whose gradients make one update, those of all processes together.
         weight_decay: Decay of matrices; biases and norms have none. Loshchilov and Hutter, arXiv 1711.05101.
+        betas: Decay of AdamW's averages of the gradient and of its square. Kingma and Ba, arXiv 1412.6980.
         clip_norm: Largest norm of all gradients together.
         bf16: Whether the loss is computed under autocast; `pynlp.has_bf16` tells where that is faster.
         ema_decay: Decay of the weights' moving average, which is then validated in their place; None = no average.
@@ -29,6 +31,12 @@ class TrainingConfig:
 
     Raises:
         ValueError: a field is out of range; the message names it.
+
+    Example:
+        >>> from pynlp.training import TrainingConfig, WarmupCosine
+        >>> config = TrainingConfig(steps=1000, learning_rate=1e-3, schedule=WarmupCosine(warmup=100, steps=1000))
+        >>> config.betas, config.clip_norm
+        ((0.9, 0.98), 1.0)
     """
 
     steps: int

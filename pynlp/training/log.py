@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -99,5 +100,7 @@ def _summary_writer(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("tensorboard: expected it to be installed: pip install tensorboard") from error
+        raise ImportError(
+            f"tensorboard: expected it to be installed: {sys.executable} -m pip install tensorboard"
+        ) from error
     return SummaryWriter(folder, purge_step=step + 1)

@@ -17,6 +17,12 @@ def process_group() -> Iterator[torch.device]:
 
     Yields:
         The device of this process.
+
+    Example:
+        >>> from pynlp.training import process_group
+        >>> with process_group() as device:  # torchrun --nproc-per-node 2 train.py: two processes, without it one
+        ...     print(device.type in ("cpu", "cuda"))
+        True
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")

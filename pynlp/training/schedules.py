@@ -8,7 +8,18 @@ from dataclasses import dataclass
 class WarmupCosine:
     """Rises linearly to 1 in `warmup` steps, then falls along a cosine to `floor` at step number `steps` and stays.
 
+    Attributes:
+        warmup: Steps of the rise, at least 1.
+        steps: The step from which on the factor is `floor`; more than `warmup`.
+        floor: The last factor, 0 to 1.
+
     Source: Loshchilov and Hutter, arXiv 1608.03983, equation 5.
+
+    Example:
+        >>> from pynlp.training import WarmupCosine
+        >>> schedule = WarmupCosine(warmup=10, steps=100)
+        >>> schedule(0), schedule(9), round(schedule(99), 6)
+        (0.1, 1.0, 0.1)
     """
 
     warmup: int
@@ -35,7 +46,16 @@ class WarmupCosine:
 class WarmupInverseSquareRoot:
     """Rises linearly to 1 in `warmup` steps, then falls with the square root of the step's number.
 
+    Attributes:
+        warmup: Steps of the rise, at least 1.
+
     Source: Vaswani et al., arXiv 1706.03762, equation 3.
+
+    Example:
+        >>> from pynlp.training import WarmupInverseSquareRoot
+        >>> schedule = WarmupInverseSquareRoot(warmup=10)
+        >>> schedule(0), schedule(9), schedule(39)
+        (0.1, 1.0, 0.5)
     """
 
     warmup: int

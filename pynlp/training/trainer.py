@@ -27,7 +27,17 @@ from pynlp.training.randomness import generator_states, restore_generators, seed
 
 
 class Interrupted(SystemExit):
-    """Training was stopped by Ctrl-C, and `checkpoint` has all of it. Uncaught, it ends a script with exit code 130."""
+    """Training was stopped by Ctrl-C, and `checkpoint` has all of it. Uncaught, it ends a script with exit code 130.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from pynlp.training import Interrupted
+        >>> try:
+        ...     raise Interrupted(Path("results/step-00000100"))  # as Trainer.train does
+        ... except Interrupted as interrupted:
+        ...     print(interrupted.checkpoint.name)
+        step-00000100
+    """
 
     def __init__(self, checkpoint: Path):
         super().__init__(130)
@@ -54,6 +64,23 @@ class Trainer:
     Raises:
         ValueError: the batches of a step are no multiple of the processes, no parameter is to be trained, or
             patience has nothing to count by.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.training import Batches, Trainer, TrainingConfig, WarmupCosine, latest, load_weights
+        >>> x = torch.randn(64, 8)
+        >>> y = x.sum(1, keepdim=True)
+        >>> def loss(model, items):  # the sum over a batch, and the number of its items
+        ...     return torch.nn.functional.mse_loss(model(x[items]), y[items], reduction="sum"), len(items)
+        >>> model = torch.nn.Linear(8, 1)
+        >>> batches = Batches([1] * 64, 16, torch.tensor)
+        >>> config = TrainingConfig(steps=20, learning_rate=0.1, schedule=WarmupCosine(warmup=5, steps=20))
+        >>> trainer = Trainer(model, loss, config, batches, "results")
+        >>> progress = trainer.train()
+        9 parameters to train on 64 items, 100% of whose batches' tokens are no padding; step 0 of 20
+        >>> progress.step, progress.epoch
+        (20, 5)
+        >>> load_weights(latest(trainer.folder), model)
     """
 
     def __init__(

@@ -408,4 +408,5 @@ except ImportError as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "pynlp.integrations.transformers needs transformers: pip install 'transformers>=5.20'"
+    hint = f"{sys.executable} -m pip install 'transformers>=5.20'"
+    assert out.strip() == f"pynlp.integrations.transformers needs transformers: {hint}"

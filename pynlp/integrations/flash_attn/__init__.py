@@ -13,6 +13,13 @@ GPU a device-side assertion.
 
 Source: https://github.com/Dao-AILab/flash-attention, flash_attn_interface.py and layers/rotary.py; FlashAttention-2
 (Dao, arXiv 2307.08691).
+
+Example:
+    >>> import torch
+    >>> from pynlp.integrations.flash_attn import flash_attn_func
+    >>> q, k, v = torch.randn(3, 2, 128, 8, 64, dtype=torch.bfloat16)  # (batch, seqlen, heads, head_dim)
+    >>> flash_attn_func(q, k, v, causal=True, window_size=(64, 0)).shape
+    torch.Size([2, 128, 8, 64])
 """
 
 from pynlp.integrations.flash_attn.attention import (

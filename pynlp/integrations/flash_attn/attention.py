@@ -45,6 +45,13 @@ def flash_attn_func(
     Raises:
         NotImplementedError: return_attn_probs with dropout.
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_func
+        >>> q, k, v = torch.randn(3, 2, 100, 8, 64)  # (batch, seqlen, heads, head_dim)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 100, 8, 64])
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
     return results_of(attention(q, k, v, **options), return_attn_probs)
@@ -62,7 +69,15 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of queries, keys and values in one tensor `(batch, seqlen, 3, heads, head_dim)`."""
+    """`flash_attn_func` of queries, keys and values in one tensor `(batch, seqlen, 3, heads, head_dim)`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_qkvpacked_func
+        >>> qkv = torch.randn(2, 100, 3, 8, 64)
+        >>> flash_attn_qkvpacked_func(qkv, causal=True).shape
+        torch.Size([2, 100, 8, 64])
+    """
     q, k, v = unpacked("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -82,7 +97,15 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of keys and values in one tensor `(batch, seqlen_k, 2, kv_heads, head_dim)`."""
+    """`flash_attn_func` of keys and values in one tensor `(batch, seqlen_k, 2, kv_heads, head_dim)`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_kvpacked_func
+        >>> q, kv = torch.randn(2, 100, 8, 64), torch.randn(2, 100, 2, 4, 64)
+        >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
+        torch.Size([2, 100, 8, 64])
+    """
     k, v = unpacked("kv", kv, 2, "(batch, seqlen_k, 2, kv_heads, head_dim)")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs

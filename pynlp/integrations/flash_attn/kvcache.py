@@ -67,6 +67,15 @@ def flash_attn_with_kvcache(
         NotImplementedError: block_table with cache_batch_idx or cache_leftpad; cache_leftpad of a cache whose entries
             do not lie one after the other.
         ValueError, TypeError: an argument's shape, dtype, device or range is off, before the cache is touched.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(2, 3, 128, 2, 64)  # 3 entries with room for 128 tokens
+        >>> q, k, v = torch.randn(3, 1, 8, 64), torch.randn(3, 1, 2, 64), torch.randn(3, 1, 2, 64)
+        >>> lengths = torch.tensor([10, 0, 57], dtype=torch.int32)
+        >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
+        torch.Size([3, 1, 8, 64])
     """
     if k is not None and cache_seqlens is None:
         raise ValueError("cache_seqlens: expected the number of keys in the cache to go with k, got None")

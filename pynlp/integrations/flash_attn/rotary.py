@@ -42,6 +42,14 @@ def apply_rotary_emb(
             beyond the tables is one too; there, tokens at such positions stay as they are.
 
     Source: Su et al., arXiv 2104.09864.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import apply_rotary_emb
+        >>> from pynlp.functional import rotary_tables
+        >>> cos, sin = rotary_tables(128, 64)
+        >>> apply_rotary_emb(torch.randn(2, 100, 8, 64), cos, sin).shape
+        torch.Size([2, 100, 8, 64])
     """
     layout = "(batch, seqlen, heads, head_dim)" if cu_seqlens is None else "(total, heads, head_dim)"
     if x.dim() != layout.count(",") + 1:

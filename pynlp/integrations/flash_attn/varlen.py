@@ -56,6 +56,14 @@ def flash_attn_varlen_func(
 
     Raises:
         As `flash_attn_func`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_varlen_func
+        >>> cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)  # 5 tokens of one sequence, then 7 of another
+        >>> q, k, v = torch.randn(3, 12, 8, 64)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 7, 7, causal=True).shape
+        torch.Size([12, 8, 64])
     """
     options = options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
     if block_table is not None:
@@ -111,7 +119,16 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` of queries, keys and values in one tensor `(total, 3, heads, head_dim)`."""
+    """`flash_attn_varlen_func` of queries, keys and values in one tensor `(total, 3, heads, head_dim)`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_varlen_qkvpacked_func
+        >>> cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)  # 5 tokens of one sequence, then 7 of another
+        >>> qkv = torch.randn(12, 3, 8, 64)
+        >>> flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 7, causal=True).shape
+        torch.Size([12, 8, 64])
+    """
     q, k, v = unpacked("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
@@ -136,7 +153,16 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_varlen_func` of keys and values in one tensor `(total_k, 2, kv_heads, head_dim)`."""
+    """`flash_attn_varlen_func` of keys and values in one tensor `(total_k, 2, kv_heads, head_dim)`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.integrations.flash_attn import flash_attn_varlen_kvpacked_func
+        >>> cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)  # 5 tokens of one sequence, then 7 of another
+        >>> q, kv = torch.randn(12, 8, 64), torch.randn(12, 2, 4, 64)
+        >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 7, 7).shape
+        torch.Size([12, 8, 64])
+    """
     k, v = unpacked("kv", kv, 2, "(total_k, 2, kv_heads, head_dim)")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,

@@ -32,6 +32,15 @@ def register() -> None:
     bidirectional and packed ones, gaps in the padding, `output_attentions=True`, a paged cache, head dimensions above
     256; padding under `torch.compile(fullgraph=True)`, which leaves no way to look at it) runs on transformers' own
     attention, with one warning that names the reason.
+
+    Example:
+        >>> from pynlp.integrations.transformers import register
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> register()
+        >>> config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+        >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="pynlp")
+        >>> model.config._attn_implementation
+        'pynlp'
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, structured_mask)
@@ -56,6 +65,12 @@ def patch(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no module of the model is the attention of one of the six, or it is that of a Falcon with ALiBi.
+
+    Example:
+        >>> from pynlp.integrations.transformers import patch
+        >>> from transformers import T5Config, T5Model
+        >>> config = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=50)
+        >>> model = patch(T5Model(config))
     """
     modules = [module for module in model.modules() if type(module) in FUSED or type(module) in FUSED.values()]
     if not modules:

@@ -170,6 +170,16 @@ def attention(
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
 
     Source: FlashAttention-2 (Dao, arXiv 2307.08691).
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import attention, rotary_tables
+        >>> q = torch.randn(2, 100, 8, 64, requires_grad=True)  # (batch, seqlen, heads, head_dim)
+        >>> k, v = torch.randn(2, 2, 100, 2, 64).unbind(0)  # 2 key/value heads for 8 query heads
+        >>> out = attention(q, k, v, causal=True, window=(32, 0), rotary=rotary_tables(100, 64))
+        >>> out.shape
+        torch.Size([2, 100, 8, 64])
+        >>> out.sum().backward()
     """
     q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v)
@@ -232,6 +242,15 @@ def attention_varlen(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import attention, attention_varlen
+        >>> q, k, v = torch.randn(3, 12, 4, 32)  # 5 tokens of one sequence, then 7 of another
+        >>> cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True)
+        >>> torch.equal(out[:5], attention(q[None, :5], k[None, :5], v[None, :5], causal=True)[0])
+        True
     """
     q, k, v = autocast(q, k, v)
     checks.check_queries_keys_values(q, k, v, packed=True)

@@ -109,6 +109,18 @@ def attention_decode(
             beyond the capacity or the pages, a block table that points outside of the cache.
 
     Source: Flash-Decoding (Dao et al., 2023); pages: PagedAttention (Kwon et al., arXiv 2309.06180).
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import attention_decode
+        >>> k_cache, v_cache = torch.zeros(2, 3, 128, 2, 64).unbind(0)  # 3 entries with room for 128 tokens
+        >>> lengths = torch.tensor([10, 0, 57], dtype=torch.int32)
+        >>> q = torch.randn(3, 1, 8, 64)  # one new token each
+        >>> k, v = torch.randn(2, 3, 1, 2, 64).unbind(0)
+        >>> attention_decode(q, k_cache, v_cache, lengths, k=k, v=v).shape
+        torch.Size([3, 1, 8, 64])
+        >>> torch.equal(k_cache[0, 10], k[0, 0])  # written behind the 10 that were there
+        True
     """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_is_tensor(name, x)

@@ -13,6 +13,11 @@ def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Ten
     For a count that is no power of two: the slopes of the next lower power, then every other one of the next higher.
 
     Source: Press et al., arXiv 2108.12409, and its published code.
+
+    Example:
+        >>> from pynlp.functional import alibi_slopes
+        >>> alibi_slopes(4).tolist()
+        [0.25, 0.0625, 0.015625, 0.00390625]
     """
     if heads < 1:
         raise ValueError(f"heads: expected at least 1, got {heads}")
@@ -68,6 +73,12 @@ def rotary_tables(
         ValueError: an argument is out of range, or a scaling lacks one that it needs; the message names it.
 
     Source: Su et al., arXiv 2104.09864.
+
+    Example:
+        >>> from pynlp.functional import rotary_tables
+        >>> cos, sin = rotary_tables(8192, 128, base=500000.0, scaling="llama3", factor=8.0, original_positions=8192)
+        >>> cos.shape
+        torch.Size([8192, 64])
     """
     if positions < 0:
         raise ValueError(f"positions: expected 0 or more, got {positions}")
@@ -148,6 +159,11 @@ def relative_position_buckets(
     In one direction only, all later keys share bucket 0 with the query's own.
 
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
+
+    Example:
+        >>> from pynlp.functional import relative_position_buckets
+        >>> relative_position_buckets(8, max_distance=6, bidirectional=True).tolist()
+        [3, 3, 3, 2, 2, 1, 0, 5, 6, 6, 7, 7, 7]
     """
     _check_buckets("num_buckets", "max_distance", num_buckets, max_distance, bidirectional)
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")

@@ -61,6 +61,16 @@ def attention_weights(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import attention_weights
+        >>> q, k = torch.randn(2, 1, 50, 8, 64).unbind(0)
+        >>> weights = attention_weights(q, k, causal=True, rows=torch.tensor([0, 49]))  # first query, last query
+        >>> weights.shape
+        torch.Size([1, 8, 2, 50])
+        >>> weights[0, 0, 0, :3].tolist()
+        [1.0, 0.0, 0.0]
     """
     q, k = autocast(q, k)
     checks.check_queries_keys_values(q, k, k)

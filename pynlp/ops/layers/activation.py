@@ -67,6 +67,15 @@ def gelu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None)
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
 
     Source: Hendrycks and Gimpel, arXiv 1606.08415; dropout: Srivastava et al., JMLR 15, 2014.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import gelu
+        >>> x = torch.randn(4, 256, requires_grad=True)
+        >>> y = gelu(x, dropout_p=0.1, seed=1)
+        >>> torch.equal(y, gelu(x, dropout_p=0.1, seed=1))
+        True
+        >>> y.sum().backward()
     """
     return _activation("x", x, None, "gelu", dropout_p, seed)
 
@@ -75,6 +84,12 @@ def relu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None)
     """dropout(max(x, 0)), in one pass. Arguments, result and errors are those of `gelu`.
 
     Without dropout, where nothing is fused, it is F.relu.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import relu
+        >>> relu(torch.tensor([-1.0, 0.5])).tolist()
+        [0.0, 0.5]
     """
     return _activation("x", x, None, "relu", dropout_p, seed)
 
@@ -90,6 +105,15 @@ def swiglu(
         dropout_p, seed, result and errors: those of `gelu`.
 
     Source: Shazeer, arXiv 2002.05202.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import swiglu
+        >>> gate, up = torch.randn(2, 4, 256)
+        >>> torch.allclose(swiglu(gate, up), torch.nn.functional.silu(gate) * up, atol=1e-6)
+        True
+        >>> swiglu(torch.randn(4, 512)).shape  # gate and up side by side
+        torch.Size([4, 256])
     """
     check_dtype("gate", gate)
     if up is not None:

@@ -32,6 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         `(.., N)`.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import linear
+        >>> x, weight = torch.randn(1, 512), torch.randn(1024, 512)
+        >>> torch.allclose(linear(x, weight), x @ weight.T, atol=1e-3)
+        True
     """
     if _is_fused(x, weight, bias):
         return torch.ops.pynlp.linear(rows_at_one_stride(x), weight, None if bias is None else as_fp32(bias, x))

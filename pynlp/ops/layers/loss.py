@@ -109,6 +109,16 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
 
     Source: Liger Kernel (Hsu et al., arXiv 2410.10989); Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009).
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import linear_cross_entropy
+        >>> x = torch.randn(4, 10, 64, requires_grad=True)  # hidden states of 4 rows of 10 tokens
+        >>> vocabulary = torch.randn(1000, 64, requires_grad=True)
+        >>> loss = linear_cross_entropy(x, vocabulary, torch.randint(1000, (4, 10)), label_smoothing=0.1)
+        >>> loss.backward()
+        >>> vocabulary.grad.shape
+        torch.Size([1000, 64])
     """
     check_dtype("x", x)
     check_is_tensor("weight", weight)

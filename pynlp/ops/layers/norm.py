@@ -117,6 +117,15 @@ def layer_norm(
         ValueError, TypeError: an argument's shape, dtype, device or range is off; the message names it.
 
     Source: Ba et al., arXiv 1607.06450; dropout: Srivastava et al., JMLR 15, 2014.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import layer_norm
+        >>> x, residual = torch.randn(2, 4, 10, 64)
+        >>> y = layer_norm(x, torch.ones(64), torch.zeros(64))
+        >>> y, new = layer_norm(x, torch.ones(64), torch.zeros(64), residual=residual)
+        >>> torch.equal(new, residual + x)
+        True
     """
     return _norm(x, weight, bias, residual, True, eps, dropout_p, seed)
 
@@ -135,6 +144,13 @@ def rms_norm(
     Arguments, results and errors are those of `layer_norm`.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.functional import rms_norm
+        >>> x = torch.randn(4, 10, 64)
+        >>> torch.allclose(rms_norm(x, torch.ones(64)), torch.nn.functional.rms_norm(x, (64,), eps=1e-6), atol=1e-5)
+        True
     """
     return _norm(x, weight, None, residual, False, eps, dropout_p, seed)
 
