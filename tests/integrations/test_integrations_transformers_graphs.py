@@ -1,15 +1,13 @@
 """Models of transformers on pynlp's attention in one graph, and with tensors that have no values."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from cases.transformers import SEQLEN, VOCABULARY, assert_same_logits, inputs_of, pair
 from torch._subclasses import FakeTensorMode
 
-from pynlp import backends
-from pynlp.integrations.transformers import fused as fused_modules
+from pynlp.ops.attention import positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:attn_implementation='pynlp'")
 
@@ -31,15 +29,6 @@ def graphs():
         return graph
 
     return backend, seen
-
-
-@pytest.fixture
-def fallbacks():
-    """The messages of the fallbacks in a test, each told once."""
-    backends.warn_once.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield lambda: [str(w.message) for w in caught if "transformers' own attention" in str(w.message)]
 
 
 PADDING = {"no": "no", "right": "right", "left": "left", "gap": "left"}
@@ -134,7 +123,7 @@ def test_weights_of_a_graph_are_eagers(graphs):
 @torch.no_grad()
 def test_fake_tensors_leave_nothing_behind(name, padding):
     """Neither a pass with fake tensors before one with real ones nor the other way round."""
-    fused_modules._slopes.clear()
+    positions._kept.clear()
     eager, fused = pair(name)
     inputs, kept = inputs_of(name, padding)
     expected = eager(**inputs).logits[kept]

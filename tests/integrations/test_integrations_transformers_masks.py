@@ -6,7 +6,6 @@ import pickle
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -29,18 +28,8 @@ from torch import nn
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sliding_window_causal_mask_function
 
 import pynlp.integrations.transformers.attention as interface
-from pynlp import backends
 from pynlp.integrations.transformers import Mask, patch
 from pynlp.integrations.transformers.masks import structured_mask
-
-
-@pytest.fixture
-def fallbacks():
-    """The messages of the fallbacks in a test, each told once."""
-    backends.warn_once.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield lambda: [str(w.message) for w in caught if "transformers' own attention" in str(w.message)]
 
 
 def own_mask(seqlen):

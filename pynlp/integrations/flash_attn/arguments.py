@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pynlp.ops.attention import checks
-from pynlp.ops.common.checks import at_once, check, extremes
+from pynlp.ops.common.checks import at_once
 
 
 def options_of(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs) -> dict:
@@ -57,26 +56,6 @@ def may_have_padding(cu_seqlens: Tensor, total: int) -> bool:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype.is_complex:
         return False  # and an error later on
     return not at_once(cu_seqlens) or 0 <= cu_seqlens[-1].item() < total
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_name: str, max_seqlen: int | None, x: Tensor):
-    """Check where packed sequences start and end: from 0 on, never falling, up to the total or less."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
-    checks.check_integers(name, cu_seqlens, tuple(cu_seqlens.shape), x)
-    check(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= total),
-        f"{name}: expected the first to be 0 and the last at most the total, {total}",
-        lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
-    )
-    if cu_seqlens.shape[0] == 1:
-        return
-    shortest, longest = extremes(cu_seqlens.diff())
-    expected = f"{name}: expected values that never fall"
-    check(shortest >= 0, expected, lambda: f"got one {-shortest} below the one before")
-    if max_seqlen is not None:
-        expected = f"{max_name}: expected at least the longest sequence"
-        check(longest <= max_seqlen, expected, lambda: f"got {max_seqlen} and a sequence of {longest}")
 
 
 def sequence_and_place(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pynlp.integrations.flash_attn.arguments import check_cu_seqlens, may_have_padding, sequence_and_place
+from pynlp.integrations.flash_attn.arguments import may_have_padding, sequence_and_place
 from pynlp.integrations.names import in_own_names
 from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import check
@@ -102,7 +102,7 @@ def _packed_rows(
     tables: tuple[Tensor, Tensor], x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of each token of x (total, H, D): (1, total, rotary_dim / 2)."""
-    check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", max_seqlen, x)
+    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", max_seqlen, x, padded=True)
     batch = cu_seqlens.shape[0] - 1
     sequence, position = sequence_and_place(checks.int32(cu_seqlens), x.shape[0])
     if isinstance(offsets, Tensor):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pynlp.integrations.flash_attn.arguments import (
-    check_cu_seqlens,
     may_have_padding,
     options_of,
     results_of,
@@ -87,13 +86,10 @@ def _padding_as_sequences(
     They cost no work, and what the others give stays the same to the bit, dropout too, which counts by a sequence's
     number. The longest sequence is looked at here, as padding may be longer.
     """
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q, padded=True)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q, padded=True)
+    checks.check_as_many_sequences(cu_seqlens_q, cu_seqlens_k)
     batch = cu_seqlens_q.shape[0] - 1
-    if cu_seqlens_k.shape[0] - 1 != batch:
-        raise ValueError(
-            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {batch}, got {cu_seqlens_k.shape[0] - 1}"
-        )
     end_q, end_k = cu_seqlens_q.new_full((2,), q.shape[0]), cu_seqlens_k.new_full((1,), k.shape[0])
     cu_seqlens = torch.cat((cu_seqlens_q, end_q)), torch.cat((cu_seqlens_k, cu_seqlens_k[-1:], end_k))
     if alibi_slopes is not None and alibi_slopes.dim() == 2:
@@ -179,9 +175,7 @@ def _gather_pages(
             raise ValueError(f"{name}: expected shape (pages, page_size, kv_heads, head_dim), got {tuple(x.shape)}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v: expected k's pages and page_size {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
-    if cu_seqlens_k.dim() != 1 or cu_seqlens_k.shape[0] < 1:
-        raise ValueError(f"cu_seqlens_k: expected shape (batch + 1,), got {tuple(cu_seqlens_k.shape)}")
-    checks.check_integers("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_k.shape), q)
+    checks.check_starts("cu_seqlens_k", cu_seqlens_k, q)
     batch, (pages, page_size) = cu_seqlens_k.shape[0] - 1, k.shape[:2]
     if block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")

@@ -27,6 +27,7 @@ from pynlp.integrations.transformers.structure import BLIND, Structure, structur
 from pynlp.ops.attention.attention import attention, attention_varlen
 from pynlp.ops.attention.checks import MAX_HEAD_DIM
 from pynlp.ops.attention.decode import attention_decode
+from pynlp.ops.common.checks import is_autocast_on
 
 GIVEN = "its mask was given as a tensor"
 
@@ -109,7 +110,7 @@ def _decodes(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, options: dict) -
         q.shape[1] == 1
         and dropout_p == 0
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and not torch.is_autocast_enabled(q.device.type)
+        and not is_autocast_on(q.device.type)
         and k.stride(-1) == v.stride(-1) == 1
     )
 

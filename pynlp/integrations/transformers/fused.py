@@ -4,7 +4,6 @@ T5, BLOOM and MPT add a bias to their scores; GPT-Neo, GPT-J and Falcon have att
 what it cannot serve to the original.
 """
 
-import torch
 from torch import Tensor
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
@@ -21,7 +20,7 @@ from pynlp.integrations.transformers.attention import (
 )
 from pynlp.integrations.transformers.masks import NAME, WEIGHTS, Mask
 from pynlp.integrations.transformers.structure import Structure
-from pynlp.ops.attention.positions import alibi_slopes
+from pynlp.ops.attention.positions import alibi_slopes, kept
 
 
 class FusedT5Attention(T5Attention):
@@ -66,7 +65,7 @@ class FusedBloomAttention(BloomAttention):
             *(x.transpose(1, 2) for x in (q, k, v)),
             structure,
             softmax_scale=self.inv_norm_factor,
-            alibi_slopes=_bloom_slopes(self.num_heads, q),
+            alibi_slopes=kept(alibi_slopes, q, self.num_heads),
             dropout_p=self.attention_dropout.p if self.training else 0.0,
         )  # (B, Sq, H, D)
         return dropout_add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training), None
@@ -226,19 +225,3 @@ def _attend_heads(
     dropout_p = module.attn_dropout.p if module.training else 0.0
     out = attend(*(x.transpose(1, 2) for x in (q, k, v)), structure, dropout_p=dropout_p, **options)
     return out.transpose(1, 2), None
-
-
-_slopes: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _bloom_slopes(heads: int, q: Tensor) -> Tensor:
-    """BLOOM's slopes (H,) on q's device, kept from the first call on; those of a trace, or fake ones, are not kept."""
-    if torch.compiler.is_compiling() or type(q) is not Tensor:
-        return alibi_slopes(heads, device=q.device)
-    if (heads, q.device) not in _slopes:
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-            slopes = alibi_slopes(heads, device=q.device)
-        if type(slopes) is not Tensor:
-            return slopes
-        _slopes[heads, q.device] = slopes
-    return _slopes[heads, q.device]

@@ -257,11 +257,7 @@ def attention_varlen(
     total_q, total_k = q.shape[0], k.shape[0]
     cu_seqlens_q = checks.prepare_cu_seqlens("q", cu_seqlens_q, total_q, max_seqlen_q, q)
     cu_seqlens_k = checks.prepare_cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k, q)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {cu_seqlens_q.shape[0] - 1}, "
-            f"got {cu_seqlens_k.shape[0] - 1}"
-        )
+    checks.check_as_many_sequences(cu_seqlens_q, cu_seqlens_k)
     batch = cu_seqlens_q.shape[0] - 1
     lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)

@@ -135,30 +135,54 @@ def prepare_key_lengths(key_lengths: Tensor | None, q: Tensor, batch: int, seqle
 
 def prepare_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None, q: Tensor) -> Tensor:
     """The places where packed sequences start and end, int32: from 0 to the total, never falling."""
-    check_is_tensor(f"cu_seqlens_{name}", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
-    check_integers(f"cu_seqlens_{name}", cu_seqlens, tuple(cu_seqlens.shape), q)
-    check(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total),
-        f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total",
-        lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
-        lambda: f"cu_seqlens_{name}: expected the first to be 0 and the last to be the total, {total}",
-    )
-    if cu_seqlens.shape[0] > 1:
-        shortest, longest = extremes(cu_seqlens.diff())
-        check(
-            shortest >= 0,
-            f"cu_seqlens_{name}: expected values that never fall",
-            lambda: f"got one {-shortest} below the one before",
-        )
-        if max_seqlen is not None:
-            check(
-                longest <= max_seqlen,
-                f"max_seqlen_{name}: expected at least the longest sequence",
-                lambda: f"got {max_seqlen} and a sequence of {longest}",
-            )
+    check_cu_seqlens(f"cu_seqlens_{name}", cu_seqlens, total, f"max_seqlen_{name}", max_seqlen, q)
     return int32(cu_seqlens)
+
+
+def check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, total: int, max_name: str, max_seqlen: int | None, q: Tensor, *, padded: bool = False
+) -> None:
+    """Check where packed sequences start and end: from 0 to the total, never falling.
+
+    Args:
+        padded: Rows may lie behind the last sequence, so the last value may be less than the total.
+    """
+    check_starts(name, cu_seqlens, q)
+    end = "the last at most the total" if padded else "the last to be the total"
+    check(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= total if padded else cu_seqlens[-1] == total),
+        f"{name}: expected the first to be 0 and {end}",
+        lambda: f"got {cu_seqlens[0].item()} and {cu_seqlens[-1].item()}",
+        lambda: f"{name}: expected the first to be 0 and {end}, {total}",
+    )
+    if cu_seqlens.shape[0] == 1:
+        return
+    shortest, longest = extremes(cu_seqlens.diff())
+    check(
+        shortest >= 0,
+        f"{name}: expected values that never fall",
+        lambda: f"got one {-shortest} below the one before",
+    )
+    if max_seqlen is not None:
+        check(
+            longest <= max_seqlen,
+            f"{max_name}: expected at least the longest sequence",
+            lambda: f"got {max_seqlen} and a sequence of {longest}",
+        )
+
+
+def check_starts(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    """Check the shape, dtype and device of places where sequences start, and the last one ends."""
+    check_is_tensor(name, cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    check_integers(name, cu_seqlens, tuple(cu_seqlens.shape), q)
+
+
+def check_as_many_sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    sequences, got = cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1
+    if got != sequences:
+        raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {sequences}, got {got}")
 
 
 def prepare_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:

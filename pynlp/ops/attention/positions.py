@@ -1,10 +1,12 @@
 """Tables for attention's positional schemes: ALiBi slopes, T5 buckets, rotary tables."""
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pynlp.ops.common.checks import is_plain
 
 
 def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -189,15 +191,29 @@ def _check_buckets(buckets_name: str, distance_name: str, num_buckets: int, max_
 
 
 def buckets_like(q: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """The result of `relative_position_buckets` on q's device, kept for later calls; not to be written to."""
+    """The result of `relative_position_buckets` on q's device, as `kept` gives it."""
     _check_buckets("relative_bias", "relative_max_distance", num_buckets, max_distance, bidirectional)
-    # What is made while torch.compile traces, or beside a fake tensor, has no values.
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, nn.Parameter):
-        return relative_position_buckets(num_buckets, max_distance, bidirectional, q.device)
-    return _kept_buckets(num_buckets, max_distance, bidirectional, q.device)
+    return kept(relative_position_buckets, q, num_buckets, max_distance, bidirectional)
 
 
-@lru_cache(maxsize=64)
-def _kept_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return relative_position_buckets(num_buckets, max_distance, bidirectional, device)
+MOST_KEPT = 64
+_kept: dict[tuple, Tensor] = {}
+
+
+def kept(table: Callable[..., Tensor], q: Tensor, *arguments: object) -> Tensor:
+    """`table(*arguments, device=q.device)`, kept for later calls and not to be written to.
+
+    What is made while torch.compile traces, or beside fake tensors, has no values and is not kept.
+    """
+    key = (table, *arguments, q.device)
+    if torch.compiler.is_compiling() or not is_plain(q):
+        return table(*arguments, device=q.device)
+    if key not in _kept:
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+            made = table(*arguments, device=q.device)
+        if not is_plain(made):
+            return made
+        if len(_kept) == MOST_KEPT:
+            _kept.clear()
+        _kept[key] = made
+    return _kept[key]

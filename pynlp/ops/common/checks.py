@@ -159,7 +159,9 @@ def check(
     """
     on_host = not isinstance(condition, Tensor)
     if not on_host:
-        condition = untransformed(condition).all()
+        condition = untransformed(condition)
+        if condition.dim():
+            condition = condition.all()
     if on_host or at_once(condition):
         if not condition:
             raise ValueError(f"{expected if exactly is None else exactly()}, {got()}")
@@ -171,7 +173,12 @@ def check(
 
 def at_once(x: Tensor) -> bool:
     """Whether values of x can be read without waiting for a device, and are there: fake tensors have none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor with values of its own: no fake, quantized, sharded or other kind."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def untransformed(x: Tensor) -> Tensor:

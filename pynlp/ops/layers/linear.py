@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pynlp.ops.common.checks import as_fp32, is_autocast_on, rows_at_one_stride
+from pynlp.ops.common.checks import as_fp32, is_autocast_on, is_plain, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define, is_transformed
 from pynlp.reference.layers import linear as reference
 
@@ -59,7 +59,7 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
-        and type(weight) in (Tensor, nn.Parameter)  # not a quantized or a sharded one
+        and is_plain(weight)
         and weight.stride(1) == 1
         and not is_autocast_on("cpu")
         and not is_transformed()
