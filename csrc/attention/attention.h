@@ -80,7 +80,7 @@ struct AttentionInputs {
 struct AttentionForward : AttentionInputs {
   int64_t num_splits;  // parts of the keys where there are few queries; 0 = chosen by their number
   void* out;           // (entries, rows_q, heads, head_dim_v), contiguous
-  float* lse;          // (entries, heads, rows_q)
+  float* lse;          // (entries, heads, rows_q), or null: not wanted
 };
 
 struct AttentionWeights : AttentionInputs {

@@ -315,7 +315,8 @@ class Decode {
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
     for (int64_t d = 0; d < size_v_; d += LANES) store(out + d, load(out + d) * broadcast(inverse));
     write_row(in_.dtype, out, in_.head_dim_v, in_.out, in_.query_row(sequence, head, i, in_.head_dim_v));
-    in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : best * LN_2 + __builtin_logf(sum);
+    if (in_.lse)
+      in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : best * LN_2 + __builtin_logf(sum);
   }
 
   const AttentionForward& in_;

@@ -346,7 +346,8 @@ class Forward {
       write_row(in_.dtype, rows + (i - first) * columns_, in_.head_dim_v, in_.out,
                 in_.query_row(sequence, head, i, in_.head_dim_v));
       const float sum = s.sum[slot + i - first], maximum = s.maximum[slot + i - first];
-      in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
+      if (in_.lse)
+        in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
     }
   }
 

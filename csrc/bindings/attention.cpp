@@ -1,9 +1,12 @@
 // Attention in torch's dispatcher: tensors become pointers and strides.
 #include "../attention/attention.h"
 
+#include "plan.h"
 #include "tensors.h"
 
 namespace {
+
+using pynlp::Place;
 
 pynlp::View view(const Tensor& x, const char* name) {
   // To torch a tensor without elements is contiguous, whatever its strides.
@@ -96,7 +99,24 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, doubl
   Tensor lse = output(q, {q.size(0), problem.heads, problem.rows_q}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  pynlp::attention_forward(problem);
+  pynlp::run<pynlp::attention_forward>(
+      problem,
+      {{&problem.q.data, Place::input},
+       {&problem.k.data, Place::input},
+       {&problem.v.data, Place::input},
+       {&problem.key_lengths, Place::input, key_lengths.has_value()},
+       {&problem.cu_seqlens_q, Place::input, cu_seqlens_q.has_value()},
+       {&problem.cu_seqlens_k, Place::input, cu_seqlens_k.has_value()},
+       {&problem.sinks, Place::input, sinks.has_value()},
+       {&problem.alibi_slopes, Place::input, alibi_slopes.has_value()},
+       {&problem.relative_bias, Place::input, relative_bias.has_value()},
+       {&problem.relative_buckets, Place::input, relative_buckets.has_value()},
+       {&problem.rotary_cos, Place::input, rotary_cos.has_value()},
+       {&problem.rotary_sin, Place::input, rotary_sin.has_value()},
+       {&problem.rotary_positions, Place::input, rotary_positions.has_value()},
+       {&problem.dropout_seed, Place::seed, dropout_seed.has_value()},
+       {&problem.out, Place::output},
+       {&problem.lse, Place::optional}});
   return {out, lse};
 }
 
@@ -132,7 +152,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_slopes = like(alibi_slopes, needs_slopes, &problem.grad_slopes);
   Tensor grad_table = like(relative_bias, needs_table, &problem.grad_table);
   Tensor grad_sinks = like(sinks, needs_sinks, &problem.grad_sinks);
-  pynlp::attention_backward(problem);
+  pynlp::run<pynlp::attention_backward>(
+      problem,
+      {{&problem.grad_out.data, Place::input},
+       {&problem.grad_lse, Place::input, grad_lse.has_value()},
+       {&problem.q.data, Place::input},
+       {&problem.k.data, Place::input},
+       {&problem.v.data, Place::input},
+       {&problem.out.data, Place::input},
+       {&problem.lse, Place::input},
+       {&problem.key_lengths, Place::input, key_lengths.has_value()},
+       {&problem.cu_seqlens_q, Place::input, cu_seqlens_q.has_value()},
+       {&problem.cu_seqlens_k, Place::input, cu_seqlens_k.has_value()},
+       {&problem.sinks, Place::input, sinks.has_value()},
+       {&problem.alibi_slopes, Place::input, alibi_slopes.has_value()},
+       {&problem.relative_bias, Place::input, relative_bias.has_value()},
+       {&problem.relative_buckets, Place::input, relative_buckets.has_value()},
+       {&problem.rotary_cos, Place::input, rotary_cos.has_value()},
+       {&problem.rotary_sin, Place::input, rotary_sin.has_value()},
+       {&problem.rotary_positions, Place::input, rotary_positions.has_value()},
+       {&problem.dropout_seed, Place::seed, dropout_seed.has_value()},
+       {&problem.grad_q, Place::output},
+       {&problem.grad_k, Place::output},
+       {&problem.grad_v, Place::output},
+       {&problem.grad_slopes, Place::output},
+       {&problem.grad_table, Place::output},
+       {&problem.grad_sinks, Place::output}});
   return {grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks};
 }
 

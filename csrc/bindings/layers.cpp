@@ -4,9 +4,12 @@
 #include <vector>
 
 #include "../common/isa.h"
+#include "plan.h"
 #include "tensors.h"
 
 namespace {
+
+using pynlp::Place;
 
 int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 int64_t rows_of(const Tensor& x) { return columns_of(x) ? x.numel() / columns_of(x) : 0; }
@@ -75,7 +78,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor re
   if (residual || seed) in.added = rows_out(added);
   in.mean = floats(mean);
   in.rstd = floats(rstd);
-  pynlp::norm_forward(in);
+  pynlp::run<pynlp::norm_forward>(in, {{&in.x.data, Place::input},
+                                       {&in.residual.data, Place::input, residual.has_value()},
+                                       {&in.weight, Place::input},
+                                       {&in.bias, Place::input, bias.has_value()},
+                                       {&in.dropout.seed, Place::seed, seed.has_value()},
+                                       {&in.y.data, Place::output},
+                                       {&in.added.data, Place::output},
+                                       {&in.mean, Place::optional},
+                                       {&in.rstd, Place::optional}});
   return {y, added, mean, rstd};
 }
 
@@ -106,26 +117,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y, MaybeTen
   if (separate) in.grad_x = rows_out(grad_x);
   in.grad_weight = floats(grad_weight);
   if (needs_bias) in.grad_bias = floats(grad_bias);
-  pynlp::norm_backward(in);
+  pynlp::run<pynlp::norm_backward>(in, {{&in.grad_y.data, Place::input},
+                                        {&in.grad_added.data, Place::input, grad_added.has_value()},
+                                        {&in.added.data, Place::input},
+                                        {&in.weight, Place::input},
+                                        {&in.mean, Place::input},
+                                        {&in.rstd, Place::input},
+                                        {&in.dropout.seed, Place::seed, seed.has_value()},
+                                        {&in.grad_residual.data, Place::output},
+                                        {&in.grad_x.data, Place::output},
+                                        {&in.grad_weight, Place::output},
+                                        {&in.grad_bias, Place::output}});
   return {grad_residual, grad_x, grad_weight, grad_bias};
 }
 
-// Fills in the kind, x and up, which in a packed swiglu are the halves of x's rows.
+// Fills in the kind, x and up.
 template <class Problem>
-bool fill(Problem& in, const Tensor& x, const MaybeTensor& up, int64_t kind) {
+void fill(Problem& in, const Tensor& x, const MaybeTensor& up, int64_t kind) {
   in.kind = static_cast<pynlp::Activation>(kind);
   const bool packed = in.kind == pynlp::Activation::swiglu && !up;
   in.columns = packed ? columns_of(x) / 2 : columns_of(x);
   in.rows = rows_of(x);
   in.x = rows_in(x, "x");
-  if (packed) {
-    in.up = in.x;
-    in.up.data = static_cast<const char*>(in.x.data) + in.columns * pynlp::bytes_of(in.x.dtype);
-  } else if (up) {
+  if (up) {
     check_like(*up, x, "up");
     in.up = rows_in(*up, "up");
   }
-  return packed;
 }
 
 Tensor activation_forward(Tensor x, MaybeTensor up, int64_t kind, double dropout_p, MaybeTensor seed) {
@@ -136,24 +153,31 @@ Tensor activation_forward(Tensor x, MaybeTensor up, int64_t kind, double dropout
   sizes.back() = in.columns;
   Tensor y = output(x, {sizes.data(), sizes.size()}, x.scalar_type());
   in.y = rows_out(y);
-  pynlp::activation_forward(in);
+  pynlp::run<pynlp::activation_forward>(in, {{&in.x.data, Place::input},
+                                             {&in.up.data, Place::input, up.has_value()},
+                                             {&in.dropout.seed, Place::seed, seed.has_value()},
+                                             {&in.y.data, Place::output}});
   return y;
 }
 
 std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTensor up, int64_t kind, double dropout_p,
                                                MaybeTensor seed) {
   pynlp::ActivationBackward in{};
-  const bool packed = fill(in, x, up, kind);
+  fill(in, x, up, kind);
   STD_TORCH_CHECK(rows_of(grad) == in.rows && columns_of(grad) == in.columns, "pynlp: grad: expected another shape");
   in.grad = rows_in(grad, "grad");
   in.dropout = dropout_of(dropout_p, seed);
   Tensor grad_x = like(x, x.scalar_type());
   Tensor grad_up = up ? like(x, x.scalar_type()) : nothing(x);
   in.grad_x = rows_out(grad_x);
-  in.grad_up = rows_out(packed ? grad_x : grad_up);
+  if (up) in.grad_up = rows_out(grad_up);
   in.grad_stride = columns_of(x);
-  if (packed) in.grad_up.data = static_cast<char*>(in.grad_up.data) + in.columns * pynlp::bytes_of(in.grad_up.dtype);
-  pynlp::activation_backward(in);
+  pynlp::run<pynlp::activation_backward>(in, {{&in.grad.data, Place::input},
+                                              {&in.x.data, Place::input},
+                                              {&in.up.data, Place::input, up.has_value()},
+                                              {&in.dropout.seed, Place::seed, seed.has_value()},
+                                              {&in.grad_x.data, Place::output},
+                                              {&in.grad_up.data, Place::output}});
   return {grad_x, grad_up};
 }
 

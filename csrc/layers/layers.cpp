@@ -15,15 +15,37 @@ constexpr Variant<LayerKernels> VARIANTS[] = {
     {&layers_portable},
 };
 
+// The second half of rows of 2 * columns values.
+RowsIn second_half(RowsIn rows, int64_t columns) {
+  rows.data = static_cast<const char*>(rows.data) + columns * bytes_of(rows.dtype);
+  return rows;
+}
+RowsOut second_half(RowsOut rows, int64_t columns) {
+  rows.data = static_cast<char*>(rows.data) + columns * bytes_of(rows.dtype);
+  return rows;
+}
+
+template <class Problem>
+bool is_packed(const Problem& problem) {
+  return problem.kind == Activation::swiglu && !problem.up.data;
+}
+
 }  // namespace
 
 void norm_forward(const NormForward& problem) { pick(VARIANTS, &LayerKernels::norm_forward)(problem); }
 void norm_backward(const NormBackward& problem) { pick(VARIANTS, &LayerKernels::norm_backward)(problem); }
 void activation_forward(const ActivationForward& problem) {
-  pick(VARIANTS, &LayerKernels::activation_forward)(problem);
+  ActivationForward apart = problem;
+  if (is_packed(problem)) apart.up = second_half(problem.x, problem.columns);
+  pick(VARIANTS, &LayerKernels::activation_forward)(apart);
 }
 void activation_backward(const ActivationBackward& problem) {
-  pick(VARIANTS, &LayerKernels::activation_backward)(problem);
+  ActivationBackward apart = problem;
+  if (is_packed(problem)) {
+    apart.up = second_half(problem.x, problem.columns);
+    apart.grad_up = second_half(problem.grad_x, problem.columns);
+  }
+  pick(VARIANTS, &LayerKernels::activation_backward)(apart);
 }
 void linear_forward(const LinearForward& problem) { pick(VARIANTS, &LayerKernels::linear_forward)(problem); }
 void argmax_and_lse(const ArgmaxAndLse& problem) { pick(VARIANTS, &LayerKernels::argmax_and_lse)(problem); }

@@ -20,7 +20,7 @@ struct NormForward {
   float eps;
   RowDropout dropout;
   RowsOut y, added;    // added: no data where it is x itself
-  float *mean, *rstd;  // (rows,); the mean where centred
+  float *mean, *rstd;  // (rows,), or null: not wanted; the mean where centred
 };
 
 struct NormBackward {
@@ -39,7 +39,7 @@ enum class Activation { gelu, relu, swiglu };
 struct ActivationForward {
   int64_t rows, columns;
   Activation kind;
-  RowsIn x, up;
+  RowsIn x, up;  // a swiglu without up has it in x, behind the gate
   RowDropout dropout;
   RowsOut y;
 };
@@ -47,7 +47,7 @@ struct ActivationForward {
 struct ActivationBackward {
   int64_t rows, columns;
   Activation kind;
-  RowsIn grad, x, up;
+  RowsIn grad, x, up;  // up as above, then grad_up too
   RowDropout dropout;
   RowsOut grad_x, grad_up;
   int64_t grad_stride;  // of their rows

@@ -99,8 +99,8 @@ class Norm {
         const float scale =
             variances[r] <= MAX_FLOAT ? 1.0f : scale_down(values[r], s.values + r * size_, means[r], variances[r]);
         const float deviation = 1.0f / __builtin_sqrtf(variances[r] + in_.eps * scale * scale);
-        if (in_.centred) in_.mean[i] = means[r] / scale;
-        in_.rstd[i] = deviation * scale;
+        if (in_.mean) in_.mean[i] = means[r] / scale;
+        if (in_.rstd) in_.rstd[i] = deviation * scale;
         const float* row = values[r];
         const Float mean = broadcast(means[r]), rstd = broadcast(deviation);
         float* y = result_row(in_.y, i, in_.columns, in_.columns, s.other);

@@ -224,13 +224,62 @@ def _share_of_keys(start, end, full_start, full_end, i_split, splits, BLOCK_N: t
     return Share(start, end, full_start, full_end)
 
 
+class Limits(NamedTuple):
+    """What the lengths of a cache must keep to."""
+
+    capacity: tl.tensor  # keys that an entry can have, without those that are appended
+    pages: tl.tensor  # of the cache
+    first: tl.tensor  # a length and this are the first position of rotary embeddings that is used ...
+    end: tl.tensor  # ... and a length and this the end of them
+    positions: tl.tensor  # of the tables
+
+
+@triton.jit
+def _checked_length(p_lengths, i_b, limits, HAS_ROTARY: tl.constexpr):
+    """The length of an entry, asserted to fit the cache and the tables."""
+    length = tl.load(p_lengths + i_b)
+    tl.device_assert((length >= 0) & (length <= limits.capacity), "cache_lengths: expected values in range")
+    if HAS_ROTARY:
+        tl.device_assert(length + limits.first >= 0, "rotary_offset: expected no position below 0")
+        tl.device_assert(
+            length + limits.end <= limits.positions, "rotary: expected tables that reach the last position"
+        )  # fmt: skip
+    return length
+
+
+@triton.jit
+def _check_pages(p_pages, needed, limits, BLOCK: tl.constexpr):
+    """Asserts that the first pages of an entry are pages of the cache."""
+    for i_page in tl.range(0, needed, BLOCK):
+        o_page = i_page + tl.arange(0, BLOCK)
+        b_page = tl.load(p_pages + o_page, mask=o_page < needed, other=0)
+        tl.device_assert((b_page >= 0) & (b_page < limits.pages), "block_table: expected pages of the cache")
+
+
+@triton.jit
+def attention_check_kernel(
+    p_lengths, p_pages, stride_pages, limits, appended,
+    PAGE: tl.constexpr, HAS_ROTARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Asserts what attention over a cache relies on: lengths, pages and positions of an entry."""
+    i_b = tl.program_id(0).to(tl.int64)
+    limits = Limits(*limits)
+    length = _checked_length(p_lengths, i_b, limits, HAS_ROTARY)
+    if PAGE > 0:
+        _check_pages(p_pages + i_b * stride_pages, tl.cdiv(length + appended, PAGE), limits, BLOCK)
+
+
 @triton.jit(do_not_specialize=["rotary_offset"])
 def attention_append_kernel(
-    k, v, k_cache, v_cache, p_lengths, p_pages, stride_pages, p_cos, p_sin, seqlen, kv_heads, rotary_offset,
+    k, v, k_cache, v_cache, p_lengths, p_pages, stride_pages, p_cos, p_sin, seqlen, kv_heads, rotary_offset, limits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    PAGE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr,
+    PAGE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Appends k, turned by the angles of their places, and v to the keys of each entry; a row is a token's head."""
+    """Appends k, turned by the angles of their places, and v to the keys of each entry; a row is a token's head.
+
+    It also asserts that all of an entry's keys, old and new, lie in the cache.
+    """
+    limits = Limits(*limits)
     k = Heads(*k)
     v = Heads(*v)
     k_cache = Heads(*k_cache)
@@ -241,11 +290,16 @@ def attention_append_kernel(
     m_m = o_m < seqlen * kv_heads
     b_token = (o_m // kv_heads).to(tl.int64)
     b_h = (o_m % kv_heads).to(tl.int64)
-    b_place = tl.load(p_lengths + i_b) + b_token
+    length = _checked_length(p_lengths, i_b, limits, HALF > 0)
+    b_place = length + b_token
     rotary = RowRotary(p_cos, p_sin, b_place + rotary_offset)
     b_page = i_b
     if PAGE > 0:
-        b_page = tl.load(p_pages + i_b * stride_pages + b_place // PAGE, mask=m_m, other=0).to(tl.int64)
+        p_pages += i_b * stride_pages
+        if tl.program_id(0) % tiles == 0:
+            _check_pages(p_pages, length // PAGE, limits, CHECKED)
+        b_page = tl.load(p_pages + b_place // PAGE, mask=m_m, other=0).to(tl.int64)
+        tl.device_assert((b_page >= 0) & (b_page < limits.pages), "block_table: expected pages of the cache")
         b_place = b_place % PAGE
 
     o_k = b_token * k.stride_s + b_h * k.stride_h
@@ -261,7 +315,7 @@ def attention_append_kernel(
 
 @triton.jit(do_not_specialize=["appended", "splits", "left", "right", "radius", "rotary_offset"])
 def attention_decode_kernel(
-    q, k, v, p_out, p_lse, p_max, p_sum, p_lengths, p_pages, stride_pages, p_sinks, p_slopes, stride_slopes, p_line,
+    q, k, v, p_out, p_lse, p_max, p_sum, p_lengths, pages, p_sinks, p_slopes, stride_slopes, table,
     p_cos, p_sin, seqlen_q, appended, heads, group, splits, left, right, radius, rotary_offset, scale, softcap,
     F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -306,6 +360,7 @@ def attention_decode_kernel(
     i_g = i_g.to(tl.int64)
     p_k += i_g * stride_kh * TILE.UNIT
     p_v += i_g * stride_vh * TILE.UNIT
+    p_pages, stride_pages = pages
     if F.PAGE > 0:
         p_pages += i_b * stride_pages
     else:
@@ -315,7 +370,8 @@ def attention_decode_kernel(
     b_place = length - seqlen_q + b_token
     if F.HAS_SLOPES:
         p_slopes += i_b * stride_slopes
-    score = row_score(p_slopes, p_line, b_place, b_h, scale, softcap, radius, left, right, F)
+    p_table, p_buckets = table
+    score = row_score(p_slopes, p_table, p_buckets, b_place, b_h, scale, softcap, heads, radius, left, right, F)
     rotary = RowRotary(p_cos, p_sin, b_place + rotary_offset)
     o_q = b_token.to(tl.int64) * stride_qs + b_h.to(tl.int64) * stride_qh
     b_q = _load_queries(p_q + i_b * stride_qb, o_q, m_m, rotary, F)

@@ -17,13 +17,16 @@ from .decode import (
     DecodeFeatures,
     DecodeTile,
     attention_append_kernel,
+    attention_check_kernel,
     attention_combine_kernel,
     attention_decode_kernel,
 )
 from .decode_configs import configs
-from .launch import bias_line, heads_of, kernel_numbers, needs_long, slopes_stride
+from .launch import heads_of, kernel_numbers, needs_long, slopes_stride, table_radius
 
 APPEND_ROWS = 16
+CHECKED_PAGES = 128  # at once
+ASSERTS = {"debug": True, "sanitize_overflow": False}  # Triton leaves assertions out unless it debugs
 COMBINED = 4096  # numbers of a row's parts that are read at once
 PROGRAMS = 2  # aimed at for each multiprocessor
 # The least keys of a part: starting one, and writing and reading its results, must be worth while.
@@ -63,7 +66,10 @@ def attention_append(
     rotary_offset: int,
     rotary_interleaved: bool,
 ) -> None:
-    """Writes k, turned, and v behind the keys of each entry of the caches."""
+    """Writes k, turned, and v behind the keys of each entry of the caches.
+
+    A length, a page or a position outside of the caches and tables is a failed assertion of the device.
+    """
     batch, seqlen, kv_heads, _ = k.shape
     rows = seqlen * kv_heads
     if batch * rows == 0:
@@ -72,29 +78,37 @@ def attention_append(
     launch(
         attention_append_kernel, (cdiv(rows, APPEND_ROWS) * batch,),
         heads_of(k), heads_of(v), heads_of(k_cache), heads_of(v_cache), cache_lengths, block_table,
-        _page_stride(block_table), rotary_cos, rotary_sin, seqlen, kv_heads, rotary_offset, HEAD_DIM=head_dim,
+        _page_stride(block_table), rotary_cos, rotary_sin, seqlen, kv_heads, rotary_offset,
+        _limits(k_cache, block_table, rotary_cos, seqlen, seqlen, rotary_offset), HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v, BLOCK_D=_piece(head_dim, 256), BLOCK_V=_piece(head_dim_v, 256),
         PAGE=_page(k_cache, block_table), HALF=0 if rotary_cos is None else rotary_cos.shape[1],
-        INTERLEAVED=rotary_interleaved, BLOCK_M=APPEND_ROWS, num_warps=4,
+        INTERLEAVED=rotary_interleaved, BLOCK_M=APPEND_ROWS, CHECKED=CHECKED_PAGES, num_warps=4, **ASSERTS,
     )  # fmt: skip
 
 
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *options
 ) -> tuple[Tensor, Tensor]:
-    """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
+    """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q).
+
+    What attention_append asserts is asserted here where it was not called, or did not see all positions.
+    """
     options = DecodeOptions(*options)
     batch, seqlen_q, heads, _ = q.shape
     kv_heads, head_dim_v = v_cache.shape[2:]
     out = torch.empty((batch, seqlen_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    capacity = _capacity(k_cache, options)
+    capacity = _capacity(k_cache, options.block_table)
     if out.numel() == 0 or capacity == 0:
         lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
         return out.zero_(), lse
+    if options.appended == 0 or (
+        options.rotary_cos is not None and options.rotary_offset + options.appended < seqlen_q
+    ):
+        _check_values(cache_lengths, k_cache, seqlen_q, options)
     group = heads // kv_heads
     left, right, scale = kernel_numbers(options, seqlen_q + capacity)
-    line, radius = bias_line(options.relative_bias, options.relative_buckets)
+    radius = table_radius(options.relative_buckets)
     unit = _unit(k_cache, v_cache)
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
@@ -108,8 +122,9 @@ def attention_decode(
             )
         arguments = (
             heads_of(q), _heads_in_units(k_cache, unit), _heads_in_units(v_cache, unit), results, lse, maxima, sums,
-            cache_lengths, options.block_table, _page_stride(options.block_table), options.sinks,
-            options.alibi_slopes, slopes_stride(options.alibi_slopes), line, options.rotary_cos, options.rotary_sin,
+            cache_lengths, (options.block_table, _page_stride(options.block_table)), options.sinks,
+            options.alibi_slopes, slopes_stride(options.alibi_slopes),
+            (options.relative_bias, options.relative_buckets), options.rotary_cos, options.rotary_sin,
             seqlen_q, options.appended, heads, group, splits, left, right, radius, options.rotary_offset, scale,
             float(options.softcap), features,
             DecodeTile(
@@ -141,9 +156,28 @@ def attention_decode(
     return out, lse
 
 
-def _capacity(k_cache: Tensor, options: DecodeOptions) -> int:
+def _check_values(cache_lengths: Tensor, k_cache: Tensor, seqlen_q: int, options: DecodeOptions) -> None:
+    table, appended = options.block_table, options.appended
+    launch(
+        attention_check_kernel, (cache_lengths.numel(),), cache_lengths, table, _page_stride(table),
+        _limits(k_cache, table, options.rotary_cos, seqlen_q, appended, options.rotary_offset), appended,
+        PAGE=_page(k_cache, table), HAS_ROTARY=options.rotary_cos is not None, BLOCK=CHECKED_PAGES, num_warps=1,
+        **ASSERTS,
+    )  # fmt: skip
+
+
+def _limits(
+    k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, seqlen_q: int, appended: int, offset: int
+) -> tuple[int, int, int, int, int]:
+    """The Limits of a call with queries, or only new keys, for the last `seqlen_q` places."""
+    positions = 0 if rotary_cos is None else rotary_cos.shape[0]
+    first, end = offset + appended - seqlen_q, offset + appended
+    return _capacity(k_cache, block_table) - appended, k_cache.shape[0], first, end, positions
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
     """The number of keys that an entry can have."""
-    return k_cache.shape[1] * (1 if options.block_table is None else options.block_table.shape[1])
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
 def _splits(q: Tensor, kv_heads: int, capacity: int, options: DecodeOptions, config: Config, processors: int) -> int:

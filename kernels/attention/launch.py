@@ -20,7 +20,7 @@ from .backward_queries import attention_backward_queries_kernel
 from .configs import Config, configs, neighbours
 from .forward import attention_forward_kernel
 from .heads import AttentionFeatures, AttentionTile
-from .scores import LOG2E
+from .scores import LOG2E, attention_line_kernel
 from .sequences import STATISTICS_ROWS
 from .statistics import (
     attention_slopes_gradient_kernel,
@@ -29,6 +29,7 @@ from .statistics import (
 )
 
 STATISTICS_BLOCK = 32
+LINE_BLOCK = 256
 
 
 class Options(NamedTuple):
@@ -90,7 +91,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_n, (k, v), tma[1:])
-        line, radius = _tile_line(options, config)
+        line, radius = _tile_line(options, config, compile_only)
         return launch(
             attention_forward_kernel, (options.blocks(q, config.block_m) * batch * heads,),
             heads_of(q), heads_of(k), heads_of(v), out, lse, *descriptors, options.sinks,
@@ -143,7 +144,7 @@ def attention_backward(
 
     def start_keys(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         descriptors = _descriptors(config, config.block_m, (q, grad_out), (tma[0], tma[3]))
-        line, radius = _tile_line(options, config)
+        line, radius = _tile_line(options, config, compile_only)
         return launch(
             attention_backward_keys_kernel, (options.blocks(k, config.block_n) * batch * kv_heads,),
             *tensors, grad_k, grad_v, *descriptors, *_bundles(q, k, options, line, radius), options.dropout_seed,
@@ -157,7 +158,7 @@ def attention_backward(
     def start_queries(config: Config, compile_only: bool = False) -> CompiledKernel | None:
         nonlocal grad_slopes, grad_table
         descriptors = _descriptors(config, config.block_n, (k, v), tma[1:3])
-        line, radius = _tile_line(options, config)
+        line, radius = _tile_line(options, config, compile_only)
         allocate = torch.zeros if options.packed else torch.empty  # programs without queries write nothing
         sums = (batch, heads, options.blocks(q, config.block_m))
         partial_slopes = partial_far = partial_near = None
@@ -387,18 +388,21 @@ def _descriptors(
     return described
 
 
-def bias_line(relative_bias: Tensor | None, buckets: Tensor | None, beyond: int = 0) -> tuple[Tensor | None, int]:
-    """T5's biases by distance, with `beyond` more values on both sides, and the largest distance that has its own."""
-    if relative_bias is None:
-        return None, 0
-    radius = buckets.numel() // 2
-    if beyond:
-        reach = radius + beyond
-        buckets = buckets[torch.arange(-reach, reach + 1, device=buckets.device).clamp_(-radius, radius) + radius]
-    return relative_bias.t().index_select(1, buckets).contiguous(), radius  # (heads, 2 (radius + beyond) + 1)
+def table_radius(buckets: Tensor | None) -> int:
+    """The largest distance that has a T5 bias of its own."""
+    return 0 if buckets is None else buckets.numel() // 2
 
 
-def _tile_line(options: Options, config: Config) -> tuple[Tensor | None, int]:
-    """The bias line in log2 units, as far as a tile may reach, and the largest distance that has a bias of its own."""
-    line, radius = bias_line(options.relative_bias, options.relative_buckets, config.block_m + config.block_n)
-    return None if line is None else line * LOG2E.value, radius
+def _tile_line(options: Options, config: Config, compile_only: bool) -> tuple[Tensor | None, int]:
+    """T5's biases by distance in log2 units, as far as a tile may reach (heads, 2 reach + 1); the table's radius."""
+    radius = table_radius(options.relative_buckets)
+    if options.relative_bias is None:
+        return None, radius
+    table = options.relative_bias
+    heads, reach = table.shape[1], radius + config.block_m + config.block_n
+    line = torch.empty((heads, 2 * reach + 1), dtype=torch.float32, device=table.device)
+    launch(
+        attention_line_kernel, (cdiv(line.shape[1], LINE_BLOCK), heads), table, options.relative_buckets, line,
+        radius, reach, BLOCK=LINE_BLOCK, compile_only=compile_only, num_warps=4,
+    )  # fmt: skip
+    return line, radius

@@ -28,7 +28,9 @@ class RowScore(NamedTuple):
     softcap: tl.tensor
     b_place: tl.tensor  # (ROWS,): the key at which a query stands
     b_slope: tl.tensor  # (ROWS,): ALiBi's in log2 units
-    p_line: tl.tensor  # (ROWS,): T5's biases by distance for the rows' heads, at distance 0
+    p_table: tl.tensor  # (ROWS,): T5's biases of the rows' heads, at bucket 0
+    p_buckets: tl.tensor  # of each distance, at distance 0
+    heads: tl.tensor  # the distance of two buckets' biases
     radius: tl.tensor  # T5's bias is constant from this distance on
     left: tl.tensor
     right: tl.tensor
@@ -105,17 +107,20 @@ def store_rows(
 
 @triton.jit
 def row_score(
-    p_slopes, p_line, b_place, b_h, scale, softcap, radius, left, right, F: tl.constexpr
+    p_slopes, p_table, p_buckets, b_place, b_h, scale, softcap, heads, radius, left, right, F: tl.constexpr
 ):  # fmt: skip
     """The scores of rows that stand at keys b_place, in heads b_h."""
     b_slope = 0.0
     if F.HAS_SLOPES:
         b_slope = tl.load(p_slopes + b_h) * LOG2E
     if F.HAS_TABLE:
-        p_line += b_h * (2 * radius + 1) + radius
+        p_table += b_h
+        p_buckets += radius
     scale = tl.full([], scale, tl.float32)
     softcap = tl.full([], softcap, tl.float32)
-    return RowScore(scale, softcap, b_place, b_slope, or_zero(p_line), radius, left, right)
+    return RowScore(
+        scale, softcap, b_place, b_slope, or_zero(p_table), or_zero(p_buckets), heads, radius, left, right
+    )  # fmt: skip
 
 
 @triton.jit
@@ -126,7 +131,8 @@ def row_scores(b_s, score, i_n, F: tl.constexpr, ACCURATE: tl.constexpr, BLOCK_N
     if F.HAS_TABLE:
         b_distance = b_key[None, :] - score.b_place[:, None]  # (ROWS, BLOCK_N)
         b_distance = tl.minimum(tl.maximum(b_distance, -score.radius), score.radius)
-        b_x += tl.load(score.p_line[:, None] + b_distance) * LOG2E
+        b_bucket = tl.load(score.p_buckets + b_distance)
+        b_x += tl.load(score.p_table[:, None] + b_bucket * score.heads) * LOG2E
     if F.HAS_SLOPES:
         b_distance = b_key.to(tl.float32)[None, :] - score.b_place.to(tl.float32)[:, None]
         b_x -= score.b_slope[:, None] * tl.abs(b_distance)

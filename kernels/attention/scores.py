@@ -197,6 +197,18 @@ def capped_scores(b_s, score, F: tl.constexpr, ACCURATE: tl.constexpr):
 
 
 @triton.jit
+def attention_line_kernel(p_table, p_buckets, p_line, radius, reach, BLOCK: tl.constexpr):
+    """line[h, reach + distance] = table[bucket of the distance, h] in log2 units, for distances -reach .. reach."""
+    i_h = tl.program_id(1)
+    o_distance = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) - reach
+    m_distance = o_distance <= reach
+    o_bucket = tl.minimum(tl.maximum(o_distance, -radius), radius) + radius
+    b_bucket = tl.load(p_buckets + o_bucket)
+    b_bias = tl.load(p_table + b_bucket * tl.num_programs(1) + i_h)
+    tl.store(p_line + i_h * (2 * reach + 1) + reach + o_distance, b_bias * LOG2E, mask=m_distance)
+
+
+@triton.jit
 def line_bias(p_line, base, o_distance, radius, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """T5's bias for each pair of a tile, whose first column has the distance `base` to its first row.
 

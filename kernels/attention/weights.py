@@ -12,9 +12,9 @@ from ..common.integers import cdiv, tile_width
 from ..common.launch import chip_of, choose, launch
 from .configs import Config, configs, neighbours
 from .heads import HeadRotary, Heads, pieces_product
-from .launch import Options, bias_line, heads_of, kernel_numbers, slopes_stride
+from .launch import Options, heads_of, kernel_numbers, slopes_stride, table_radius
 from .rows import RowRotary, load_turned_rows, row_score, row_scores, seen_keys
-from .scores import LOG2E, Biases, softmax_step, start_of_rows
+from .scores import LOG2E, softmax_step, start_of_rows
 
 
 class WeightsFeatures(NamedTuple):
@@ -72,7 +72,7 @@ def _scores(b_q, keys, rotary, score, i_n, F: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def attention_weights_kernel(
-    q, k, p_rows, p_lse, p_weights, p_key_lengths, p_sinks, biases, rotary,
+    q, k, p_rows, p_lse, p_weights, p_key_lengths, p_sinks, p_slopes, stride_slopes, table, radius, rotary,
     rows, seqlen_q, seqlen_k, heads, group, left, right, scale, softcap,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -107,10 +107,11 @@ def attention_weights_kernel(
     if F.HAS_POSITIONS:
         p_positions += i_b * seqlen_k
     rotary = HeadRotary(p_cos, p_sin, p_positions, rotary_offset)
-    p_slopes, stride_slopes, p_line, radius = Biases(*biases)
+    p_table, p_buckets = table
     if F.HAS_SLOPES:
         p_slopes += i_b * stride_slopes
-    score = row_score(p_slopes, p_line, b_place, i_h + tl.zeros_like(o_m), scale, softcap, radius, left, right, F)
+    b_h = i_h + tl.zeros_like(o_m)
+    score = row_score(p_slopes, p_table, p_buckets, b_place, b_h, scale, softcap, heads, radius, left, right, F)
     rotary_q = _row_rotary(rotary, b_place, m_m, F.HAS_POSITIONS)
     p_q, stride_qb, stride_qs, stride_qh = Heads(*q)
     p_q += i_b * stride_qb + i_h.to(tl.int64) * stride_qh
@@ -148,7 +149,6 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
     if weights.numel() == 0:
         return weights
     left, right, scale = kernel_numbers(options, seqlen_q + seqlen_k)
-    line, radius = bias_line(options.relative_bias, options.relative_buckets)
 
     def features(config: Config) -> WeightsFeatures:
         return WeightsFeatures(
@@ -174,7 +174,8 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor | None, lse: Tensor | N
         return launch(
             attention_weights_kernel, (cdiv(count, config.block_m) * batch * heads,),
             heads_of(q), heads_of(k), rows, None if lse is None else lse.contiguous(), weights, options.key_lengths,
-            options.sinks, (options.alibi_slopes, slopes_stride(options.alibi_slopes), line, radius),
+            options.sinks, options.alibi_slopes, slopes_stride(options.alibi_slopes),
+            (options.relative_bias, options.relative_buckets), table_radius(options.relative_buckets),
             (options.rotary_cos, options.rotary_sin, options.rotary_positions, options.rotary_offset),
             count, seqlen_q, seqlen_k, heads, heads // kv_heads, left, right, scale, float(options.softcap),
             features(config), config.block_m, config.block_n, compile_only=compile_only, **config.options(),

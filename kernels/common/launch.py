@@ -20,9 +20,12 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
+from . import plans
+
 Config = TypeVar("Config", bound=tuple)  # a family's NamedTuple: how a kernel is cut and launched
 _fitting: dict[tuple, tuple] = {}
 _tuned: dict[str, tuple] = {}
+chip_of_cpu = "interpreter"  # CPU tensors run in Triton's interpreter, or over a stand-in for the driver
 
 
 class Launch(NamedTuple):
@@ -62,11 +65,11 @@ def pretend(chip: str, fits: Callable[[CompiledKernel], bool]) -> Iterator[Prete
 
 
 def chip_of(x: Tensor) -> str:
-    """The chip family that x lies on; CPU tensors run in Triton's interpreter."""
+    """The chip family that x lies on."""
     if _pretence is not None:
         return _pretence.chip
     if x.device.type != "cuda":
-        return "interpreter"
+        return chip_of_cpu
     return "gfx942" if torch.version.hip else _nvidia_chip(x.device)
 
 
@@ -88,7 +91,10 @@ def launch(kernel, grid: tuple[int, ...], *arguments, compile_only: bool = False
             names = dict(zip(kernel.arg_names, arguments, strict=False)) | options
             _pretence.launches.append(Launch(kernel.__name__, names, compiled))
         return compiled
-    kernel[grid](*arguments, **options)
+    compiled = kernel[grid](*arguments, **options)
+    recording = plans.recording()
+    if recording is not None:
+        recording.launched(kernel, compiled, grid, arguments, options)
 
 
 def choose(
@@ -153,6 +159,8 @@ def _name(device: torch.device) -> str:
 
 def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Iterable[Config]]) -> Config:
     """The config that no neighbour is faster than, by one change at a time."""
+    if plans.recording() is not None:
+        plans.recording().give_up()  # what is measured would be repeated
     times = {config: _time(functools.partial(start, config))}
     while True:
         for candidate in neighbours(config):

@@ -20,6 +20,7 @@ from ..common.rows import load_block, row_strides, store_block
 ELEMENTS = 2048  # a block has at least so many; 16 a thread
 # Elements that all programs of the backward pass sum side by side: enough for any chip, and no more partial sums.
 ALL_ELEMENTS = 2**21
+SUM_ROWS, SUM_COLUMNS = 64, 32  # a block of the parts of the weight's gradient
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 16384, 8192  # the most that a block has, for a multiprocessor's registers
 
 
@@ -303,6 +304,27 @@ def norm_parameters_kernel(
     _store_sums(p_weight_sums, p_bias_sums, b_weight_sum, b_bias_sum, i_program, i_d, F)
 
 
+@triton.jit
+def norm_sums_kernel(
+    p_weight_sums, p_bias_sums, p_grad_weight, p_grad_bias, programs, D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums of the parts (programs, D) that norm_backward_kernel leaves, in a fixed order."""
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_weight_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_bias_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i_row in tl.range(0, programs, ROWS):
+        b_row = i_row + tl.arange(0, ROWS)
+        m = (b_row < programs)[:, None] & (o_d < D)[None, :]  # (ROWS, BLOCK_D)
+        o_sum = b_row.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_weight_sum += tl.load(p_weight_sums + o_sum, mask=m, other=0.0)
+        if HAS_BIAS:
+            b_bias_sum += tl.load(p_bias_sums + o_sum, mask=m, other=0.0)
+    tl.store(p_grad_weight + o_d, tl.sum(b_weight_sum, 0), mask=o_d < D)
+    if HAS_BIAS:
+        tl.store(p_grad_bias + o_d, tl.sum(b_bias_sum, 0), mask=o_d < D)
+
+
 def norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, centred: bool, eps: float,
     dropout_p: float, dropout_seed: Tensor | None,
@@ -364,7 +386,13 @@ def norm_backward(
                 grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
                 features, num_warps=warps,
             )  # fmt: skip
-    return grad_residual, grad_x, weight_sums.sum(0), bias_sums.sum(0)
+    grad_weight = torch.empty(columns, dtype=torch.float32, device=new.device)
+    grad_bias = torch.empty(columns if needs_bias else 0, dtype=torch.float32, device=new.device)
+    launch(
+        norm_sums_kernel, (cdiv(columns, SUM_COLUMNS),), weight_sums, bias_sums, grad_weight, grad_bias, programs,
+        D=columns, HAS_BIAS=needs_bias, ROWS=SUM_ROWS, BLOCK_D=SUM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return grad_residual, grad_x, grad_weight, grad_bias
 
 
 def tile(columns: int, most: int) -> tuple[int, int, int]:

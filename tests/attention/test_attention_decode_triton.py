@@ -194,6 +194,7 @@ def places(step, entry, keys):
 def test_what_is_read(window, new, page_size, splits, monkeypatch):
     """The keys that some query sees, and no other; and of the block table what leads to them."""
     tile(monkeypatch, 16, 32)
+    monkeypatch.setattr(kernels, "_check_values", lambda *arguments: None)  # it reads all pages that lengths need
     step = KernelStep(dict(window=window), new=new, page_size=page_size, lengths=(65, 3), heads=(1, 1), dim=(16, 16))
     step.run()
     step.v_cache[step.place(0, 64 + new)] = math.nan  # computed again with care, where tokens see different keys

@@ -30,17 +30,17 @@ def setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, y)
 
 
-def backward(ctx, grad, grad_sum):
-    x, y = ctx.saved_tensors
+def backward(ctx, saved, grad, grad_sum):
+    x, y = saved
     grad = grad * ctx.scale
     return grad if y is None else grad * y, None if y is None else (grad * x).sum_to_size(y.shape), None, None
 
 
-def failing(ctx, *grads):
+def failing(ctx, saved, *grads):
     raise ArithmeticError("no gradient today")
 
 
-def too_few(ctx, *grads):
+def too_few(ctx, saved, *grads):
     return grads[:1]
 
 
@@ -66,10 +66,13 @@ def torchs():
     scratch = torch.library.Library("pynlp_twins", "DEF")
 
     def declare(backward):
+        def whole(ctx, *grads):
+            return backward(ctx, ctx.saved_tensors, *grads)
+
         scratch.define(f"twin{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
         scratch.impl("twin", twin, "CompositeExplicitAutograd")
         torch.library.register_fake("pynlp_twins::twin", twin, lib=scratch)
-        torch.library.register_autograd("pynlp_twins::twin", backward, setup_context=setup_context, lib=scratch)
+        torch.library.register_autograd("pynlp_twins::twin", whole, setup_context=setup_context, lib=scratch)
         return torch.ops.pynlp_twins.twin.default
 
     yield declare

@@ -7,6 +7,7 @@ from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import autocast, prepare_dropout, rows_in_place
 from pynlp.ops.common.hints import hint
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
+from pynlp.ops.common.plans import planned
 from pynlp.reference.attention import attention as reference
 from pynlp.reference.attention.attention import Options
 from pynlp.reference.common.dtypes import compute_dtype
@@ -80,8 +81,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
+def _backward(ctx, saved, grad_out, grad_lse):
+    q, k, v, out, lse, *tensors = saved
     options = list(ctx.options)
     for i, tensor in zip(_TENSORS, tensors, strict=True):
         options[i] = tensor
@@ -105,6 +106,7 @@ _attention_forward = register_autograd("attention_forward", _setup_context, _bac
 _attention_backward = refuse_double_backward("attention_backward", "pynlp's attention has")
 
 
+@planned
 @hint(**FOREIGN)
 def attention(
     q: Tensor,
@@ -196,6 +198,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@planned
 @hint(**FOREIGN)
 def attention_varlen(
     q: Tensor,

@@ -17,6 +17,7 @@ from pynlp.ops.common.checks import (
     extremes,
     has_shape,
 )
+from pynlp.ops.common.plans import derive
 
 MAX_HEAD_DIM = 256
 
@@ -122,6 +123,10 @@ def check_integers(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> N
 
 
 def int32(x: Tensor) -> Tensor:
+    return derive(_int32, x)
+
+
+def _int32(x: Tensor) -> Tensor:
     return x.to(torch.int32).contiguous()
 
 

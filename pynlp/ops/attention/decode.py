@@ -14,7 +14,8 @@ from pynlp.ops.common.checks import (
     is_autocast_on,
     rows_in_place,
 )
-from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
+from pynlp.ops.common.library import LIBRARY, define, launcher_serves, refuse_derivatives, without_gradient
+from pynlp.ops.common.plans import planned
 from pynlp.reference.attention import decode as reference
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -55,6 +56,11 @@ def _decode_fake(q, k_cache, v_cache, *options):
     )
 
 
+_attention_append = without_gradient("attention_append")
+_attention_decode = without_gradient("attention_decode")
+
+
+@planned
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -135,10 +141,14 @@ def attention_decode(
     if block_table is not None and block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    check_range("cache_lengths", cache_lengths, 0, capacity - appended)
+    asserted = launcher_serves("attention_decode", q)  # by the kernels: here that would take a dozen of them
+    if not asserted:
+        check_range("cache_lengths", cache_lengths, 0, capacity - appended)
     cache_lengths = checks.int32(cache_lengths)
     if block_table is not None:
-        _check_pages(block_table, cache_lengths, appended, k_cache)
+        checks.check_integers("block_table", block_table, (batch, block_table.shape[1]), k_cache)
+        if not asserted:
+            _check_pages(block_table, cache_lengths, appended, k_cache)
         block_table = checks.int32(block_table)
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits: expected at least 1, or None to have it chosen, got {num_splits}")
@@ -147,14 +157,16 @@ def attention_decode(
     sinks = checks.prepare_sinks(sinks, q)
     slopes = checks.prepare_slopes(alibi_slopes, q, batch)
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
-    cos, sin = _prepare_rotary(rotary, rotary_offset, q, cache_lengths, appended)
+    cos, sin = _prepare_rotary(rotary, rotary_offset, q)
+    if cos is not None and not asserted:
+        _check_positions(cos, rotary_offset, cache_lengths, appended, q)
     turn = (cos, sin, rotary_offset, rotary_interleaved)
     refuse_derivatives("attention_decode", q, k, v, k_cache, v_cache, sinks, slopes, table)
     with torch.no_grad():
         if appended:
             rows = (rows_in_place(x) for x in (k, v))
-            torch.ops.pynlp.attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
-        out, lse = torch.ops.pynlp.attention_decode(
+            _attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
+        out, lse = _attention_decode(
             rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
             head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap, sinks,
             slopes, table, buckets, *turn, num_splits or 0,
@@ -216,8 +228,6 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
 
 def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_cache: Tensor) -> None:
     """Check that the entries which the lengths need are pages of the cache."""
-    batch = cache_lengths.shape[0]
-    checks.check_integers("block_table", block_table, (batch, block_table.shape[1]), k_cache)
     if block_table.numel() == 0:
         return
     pages, page_size = k_cache.shape[:2]
@@ -237,7 +247,7 @@ def _check_pages(block_table: Tensor, cache_lengths: Tensor, appended: int, k_ca
 
 
 def _prepare_rotary(
-    rotary: tuple[Tensor, Tensor] | None, rotary_offset: int, q: Tensor, cache_lengths: Tensor, appended: int
+    rotary: tuple[Tensor, Tensor] | None, rotary_offset: int, q: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     if rotary is None:
         checks.check_no_offset(rotary_offset)
@@ -246,14 +256,19 @@ def _prepare_rotary(
     checks.check_offset(rotary_offset)
     if isinstance(rotary_offset, Tensor):
         raise TypeError("rotary_offset: expected an int, the position of each entry's key 0, got a tensor")
-    if cache_lengths.numel():
-        shortest, longest = extremes(cache_lengths)
-        first = shortest + (appended - q.shape[1] + rotary_offset)
-        check(first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query")
-        last = longest + (appended + rotary_offset)
-        check(
-            last <= cos.shape[0],
-            "rotary: expected tables that reach the last position",
-            lambda: f"got {cos.shape[0]} positions, needed {last}",
-        )
     return cos, sin
+
+
+def _check_positions(cos: Tensor, rotary_offset: int, cache_lengths: Tensor, appended: int, q: Tensor) -> None:
+    """Check that the tables have the positions of all queries and new keys."""
+    if cache_lengths.numel() == 0:
+        return
+    shortest, longest = extremes(cache_lengths)
+    first = shortest + (appended - q.shape[1] + rotary_offset)
+    check(first >= 0, "rotary_offset: expected no position below 0", lambda: f"got {first} for the first query")
+    last = longest + (appended + rotary_offset)
+    check(
+        last <= cos.shape[0],
+        "rotary: expected tables that reach the last position",
+        lambda: f"got {cos.shape[0]} positions, needed {last}",
+    )

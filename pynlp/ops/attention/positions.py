@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.common.checks import is_plain
+from pynlp.ops.common.plans import derive
 
 
 def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -193,7 +194,7 @@ def _check_buckets(buckets_name: str, distance_name: str, num_buckets: int, max_
 def buckets_like(q: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     """The result of `relative_position_buckets` on q's device, as `kept` gives it."""
     _check_buckets("relative_bias", "relative_max_distance", num_buckets, max_distance, bidirectional)
-    return kept(relative_position_buckets, q, num_buckets, max_distance, bidirectional)
+    return derive(kept, relative_position_buckets, q, num_buckets, max_distance, bidirectional)
 
 
 MOST_KEPT = 64

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # Private names of torch, the only ones here: the values behind what torch.func's transforms wrap.
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+from pynlp.ops.common.plans import cannot_be_kept, derive
 from pynlp.reference.common.dtypes import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,7 +68,7 @@ def check_share(name: str, share: float) -> None:
 
 def rows_in_place(x: Tensor) -> Tensor:
     """x, copied unless its last dimension is contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else derive(Tensor.contiguous, x)
 
 
 def rows_at_one_stride(x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def rows_at_one_stride(x: Tensor) -> Tensor:
         outer = [(size, stride) for size, stride in zip(sizes[:-1], strides[:-1], strict=True) if size != 1]
         if all(above == size * stride for (_, above), (size, stride) in zip(outer, outer[1:], strict=False)):
             return x
-    return x.contiguous()
+    return derive(Tensor.contiguous, x)
 
 
 def prepare_dropout(
@@ -98,11 +99,15 @@ def prepare_dropout(
         raise TypeError(f"seed: expected an int or one int64 value, got {type(seed).__name__}")
     if dropout_p == 0:
         return 0.0, None
-    if seed is None:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
-    return dropout_p, seed.view(1)
+    return dropout_p, derive(_drawn, x.device) if seed is None else derive(_as_seed, seed, x.device)
+
+
+def _drawn(device: torch.device) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    return seed.view(1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def check_tensor(name: str, x: Tensor, like: Tensor, shapes: list[tuple[int, ...]], of: str = "q") -> None:
@@ -124,7 +129,11 @@ def has_shape(x: Tensor, shape: tuple[int, ...]) -> bool:
 def as_fp32(x: Tensor, like: Tensor) -> Tensor:
     """x contiguous in fp32, in which ops take biases, tables and weights of norms; in fp64 where `like` is."""
     dtype = compute_dtype(like)
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+    return x if x.dtype == dtype and x.is_contiguous() else derive(_contiguous, x, dtype)
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()
 
 
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
@@ -173,6 +182,7 @@ def check(
 
 def at_once(x: Tensor) -> bool:
     """Whether values of x can be read without waiting for a device, and are there: fake tensors have none."""
+    cannot_be_kept()  # what asks has to look at each call's values
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(x)
 
 

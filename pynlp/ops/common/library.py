@@ -1,5 +1,6 @@
 """The `pynlp` operator library: where an op is declared and its back ends are put in the dispatcher."""
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -26,6 +27,8 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 
 from pynlp import backends
+from pynlp.ops.common import native, plans
+from pynlp.ops.common.checks import is_plain
 
 LIBRARY = torch.library.Library("pynlp", "DEF")
 
@@ -78,6 +81,9 @@ def _gpu_kernel(name: str, op: Op) -> Callable:
         serves = op.reference
         if arguments[op.place].dtype != torch.float64:
             serves = _launchers(op.triton) or op.reference
+        launch = plans.launch_by()
+        if launch is not None and serves is not op.reference:
+            return launch(getattr(serves, name), arguments)
         return getattr(serves, name)(*arguments)
 
     return kernel
@@ -91,6 +97,13 @@ def _launchers(module: str) -> ModuleType | None:
         return importlib.import_module(f"pynlp.kernels.{module}")
     backends.warn_once(f"pynlp.{module.split('.')[0]} runs on the slow reference: {reason}")
     return None
+
+
+def launcher_serves(name: str, x: Tensor) -> bool:
+    """Whether the op's Triton launcher serves a call at once with x as the argument that decides."""
+    if torch.compiler.is_compiling() or x.dtype == torch.float64 or not (x.is_cuda or plans.triton_serves_cpu):
+        return False
+    return is_plain(x) and OPS[name].triton is not None and _launchers(OPS[name].triton) is not None
 
 
 def load_native_kernels() -> None:
@@ -118,7 +131,7 @@ def _reference_with_warning(name: str, op: Op) -> Callable:
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> Callable:
-    """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, *grads)`.
+    """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, saved, *grads)`.
 
     The result is that of torch.library.register_autograd, which rebuilds the schema in Python at every call: with 16
     arguments that takes 90 us, more than the attention of a short sequence. Callers in Python also get torch.func's
@@ -126,7 +139,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
     Returns:
         The op for callers in Python. Unless torch.compile traces it, a call comes to Python without a detour through
-        the dispatcher, which takes 10 to 20 us.
+        the dispatcher, which takes 10 to 20 us, and goes on by a plan where there is one.
     """
     op = getattr(torch.ops.pynlp, name).default
 
@@ -136,25 +149,21 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
                 return op(*arguments)
             return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
-    def split(arguments_and_keyset):
-        *arguments, keyset = arguments_and_keyset
-        return arguments, keyset
-
     class Gradient(torch.autograd.Function):
         """Takes the arguments and, from the dispatcher, the keys that are left; else None."""
 
         @staticmethod
         def forward(*inputs):
-            arguments, keyset = split(inputs)
+            *arguments, keyset = inputs
             return below_autograd(keyset, *arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            setup_context(ctx, split(inputs)[0], output)
+            setup_context(ctx, inputs[:-1], output)
 
         @staticmethod
         def backward(ctx, *grads):
-            return *backward(ctx, *grads), None
+            return *backward(ctx, ctx.saved_tensors, *grads), None
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -164,17 +173,86 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
         def vmap(info, in_dims, *inputs):
             return one_by_one(Gradient.apply, info.batch_size, in_dims, inputs)
 
-    Gradient = type(Gradient)(name, Gradient.__bases__, dict(vars(Gradient)))  # grad_fn is called after the op
+    Gradient = _renamed(Gradient, name)
 
     def kernel(keyset, *arguments):
         if (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or is_transformed():
             return Gradient.apply(*arguments, keyset)
         return below_autograd(keyset, *arguments)
 
-    def call(*arguments):
-        return op(*arguments) if torch.compiler.is_compiling() else kernel(None, *arguments)
-
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    slow = functools.partial(kernel, None)
+    record = functools.partial(_recorded, OPS[name], slow)
+    planned = plans.planned_op(slow, _planned_gradient(name, setup_context, backward), record)
+
+    def call(*arguments):
+        return op(*arguments) if torch.compiler.is_compiling() else planned(*arguments)
+
+    return call
+
+
+def _planned_gradient(name: str, setup_context: Callable, backward: Callable) -> Callable:
+    """What `register_autograd` makes, for calls that have a plan, of which backward is then a part."""
+    table = plans.Table()
+
+    class Gradient(torch.autograd.Function):
+        """Takes the arguments and a plans.Served; gives the results that it wants, None for the others."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.served = served = inputs[-1]
+            results = served.runner(inputs)
+            if results is None:
+                raise plans.Stale
+            setup_context(ctx, inputs[:-1], results[0] if served.is_single else results)
+            if served.wanted is None:
+                return tuple(results)
+            return tuple([x if i in served.wanted else None for i, x in enumerate(results)])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            saved = ctx.saved_tensors  # which can be asked for once
+            if torch.is_grad_enabled() or plans.is_backward_watched():
+                return whole_backward(ctx, saved, *grads)
+            kind, tensors = [ctx.served, *ctx.needs_input_grad], []
+            try:
+                plans.describe_saved((*grads, *saved), kind, tensors)
+            except (plans.Stale, RuntimeError):
+                return whole_backward(ctx, saved, *grads)
+            return plans.serve(table, tuple(kind), tensors, whole_backward, (ctx, saved, *grads))
+
+    def whole_backward(ctx, saved, *grads):
+        return *backward(ctx, saved, *grads), None
+
+    # Function.apply looks for defaults in the signature of forward first, which takes longer than all else.
+    return super(torch.autograd.Function, _renamed(Gradient, name)).apply
+
+
+def _renamed(Gradient: type, name: str) -> type:
+    """The autograd.Function with an op's name, after which its grad_fn is called."""
+    return type(Gradient)(name, Gradient.__bases__, dict(vars(Gradient)))
+
+
+def _recorded(op: Op, call: Callable, arguments: Sequence) -> tuple[object, plans.Program | None]:
+    """The result of a call, and what a back end did for it, where that can be told."""
+    if arguments[op.place].is_cpu and not plans.triton_serves_cpu:
+        return native.recorded(call, arguments)
+    if op.triton is None or backends.triton_missing_reason() is not None:
+        return call(*arguments), None
+    recorder = importlib.import_module("pynlp.kernels.common.plans").Recorder()
+    with plans.launching_by(recorder.run):
+        result = call(*arguments)
+    return result, recorder.program
+
+
+def without_gradient(name: str) -> Callable:
+    """`pynlp::name`, which has no gradient, for callers in Python; see `register_autograd`."""
+    op = getattr(torch.ops.pynlp, name).default
+    planned = plans.planned_op(op, None, functools.partial(_recorded, OPS[name], op))
+
+    def call(*arguments):
+        return op(*arguments) if torch.compiler.is_compiling() else planned(*arguments)
+
     return call
 
 
@@ -188,7 +266,7 @@ def refuse_double_backward(name: str, what: str) -> Callable:
         The op for callers in Python.
     """
 
-    def backward(ctx, *gradients):
+    def backward(ctx, saved, *gradients):
         raise no_second_derivative(what)
 
     return register_autograd(name, lambda ctx, inputs, output: None, backward)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pynlp.ops.common.checks import check_dtype, check_tensor, prepare_dropout, promoted, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
+from pynlp.ops.common.plans import planned
 from pynlp.reference.layers import activation as reference
 from pynlp.reference.layers.activation import KINDS
 
@@ -41,8 +42,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, up, seed)
 
 
-def _backward(ctx, grad):
-    x, up, seed = ctx.saved_tensors
+def _backward(ctx, saved, grad):
+    x, up, seed = saved
     grad_x, grad_up = _activation_backward(rows_at_one_stride(grad), x, up, ctx.kind, ctx.dropout_p, seed)
     return grad_x, None if up is None else grad_up, None, None, None
 
@@ -51,6 +52,7 @@ _activation_forward = register_autograd("activation_forward", _setup_context, _b
 _activation_backward = refuse_double_backward("activation_backward", "pynlp's activations have")
 
 
+@planned
 def gelu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(x * Phi(x)), Phi the normal distribution's: the exact GELU, in one pass.
 
@@ -80,6 +82,7 @@ def gelu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None)
     return _activation("x", x, None, "gelu", dropout_p, seed)
 
 
+@planned
 def relu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(max(x, 0)), in one pass. Arguments, result and errors are those of `gelu`.
 
@@ -94,6 +97,7 @@ def relu(x: Tensor, *, dropout_p: float = 0.0, seed: int | Tensor | None = None)
     return _activation("x", x, None, "relu", dropout_p, seed)
 
 
+@planned
 def swiglu(
     gate: Tensor, up: Tensor | None = None, *, dropout_p: float = 0.0, seed: int | Tensor | None = None
 ) -> Tensor:

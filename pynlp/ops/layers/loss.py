@@ -54,14 +54,14 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, saved, grad, *_):
     needs = ctx.needs_input_grad[:3]  # of x, weight and bias
     if grad is None:
         return (None,) * 12
     if ctx.weighted:  # computed in forward, but for a factor
-        loss, *gradients = ctx.saved_tensors
+        loss, *gradients = saved
     else:
-        loss, *gradients = _linear_cross_entropy(*ctx.saved_tensors, grad.contiguous(), *needs, *ctx.options)
+        loss, *gradients = _linear_cross_entropy(*saved, grad.contiguous(), *needs, *ctx.options)
     if torch.is_grad_enabled():  # the loss, which depends on all, says whether there is more to differentiate
         gradients = [refuse_further("pynlp's linear_cross_entropy has", x, loss) for x in gradients]
     if ctx.weighted:

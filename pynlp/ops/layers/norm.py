@@ -13,6 +13,7 @@ from pynlp.ops.common.checks import (
     rows_at_one_stride,
 )
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
+from pynlp.ops.common.plans import planned
 from pynlp.reference.layers import norm as reference
 
 define(
@@ -66,8 +67,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, grad_new, *_):
-    new, weight, mean, rstd, seed = ctx.saved_tensors
+def _backward(ctx, saved, grad_y, grad_new, *_):
+    new, weight, mean, rstd, seed = saved
     grad_y = new.new_zeros(new.shape, dtype=ctx.dtype) if grad_y is None else rows_at_one_stride(grad_y)
     if grad_new is not None:  # of the empty one that is returned where new is x: nothing
         grad_new = rows_at_one_stride(grad_new) if grad_new.shape == new.shape else None
@@ -88,6 +89,7 @@ _norm_forward = register_autograd("norm_forward", _setup_context, _backward)
 _norm_backward = refuse_double_backward("norm_backward", "pynlp's norms have")
 
 
+@planned
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -130,6 +132,7 @@ def layer_norm(
     return _norm(x, weight, bias, residual, True, eps, dropout_p, seed)
 
 
+@planned
 def rms_norm(
     x: Tensor,
     weight: Tensor,
