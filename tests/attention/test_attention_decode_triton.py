@@ -46,10 +46,9 @@ def guarded(launcher):
 @pytest.fixture(autouse=True)
 def launchers(monkeypatch):
     """The public functions start the kernels, on CPUs too."""
-    for module, name in (
-        (kernels, "attention_append"), (kernels, "attention_decode"), (weights_kernels, "attention_weights"),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.ops.pynlp, name, guarded(getattr(module, name)))
+    for name in ("attention_append", "attention_decode"):
+        monkeypatch.setattr(f"pynlp.ops.attention.decode._{name}", guarded(getattr(kernels, name)))
+    monkeypatch.setattr(torch.ops.pynlp, "attention_weights", guarded(weights_kernels.attention_weights))
 
 
 def tile(monkeypatch, block_m=16, block_n=16, piece=256):

@@ -42,13 +42,15 @@ class Call:
         return tensors, options | ({"seed": self.dropout_seed} if self.case.dropout_p else {})
 
     def run(self, function, tensors: dict, options: dict, *more) -> dict[str, Tensor]:
-        """The answers on the drawn machine, which are those of one thread."""
+        """The answers on the drawn machine, which are those of one thread, and of the plan that the second call left."""
         with self.machine.used():
             results = answers(function, tensors, options, *more)
         with dataclasses.replace(self.machine, threads=1).used():
             expected = answers(function, tensors, options, *more)
+            planned = answers(function, tensors, options, *more)
         for name, x in results.items():
             assert torch.equal(x, expected[name]), f"{name} differs with {self.machine.threads} threads"
+            assert torch.equal(x, planned[name]), f"{name} differs by a plan"
         return results
 
     def check(self, function, oracle, tensors: dict, options: dict) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pynlp.nn
 from pynlp import functional as F
+from pynlp.ops.common import plans
 
 SIZE, OTHER_SIZES = 7, (11, 13)  # of the dimension that changes; no other one has them
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -180,6 +181,27 @@ def test_compiled_once_for_all_sizes(name, how):
         compilations.append(counter.frame_count)
     first, *_, last = compilations
     assert last - first <= (1 if how == "automatic" else 0)
+
+
+def other_values(call: Call, seed: int) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = (x + torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in call.tensors)
+    return call._replace(tensors=tuple(tensors))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_later_calls(name, dtype):
+    """By whatever plan earlier calls leave, on tensors with other values, the bits are those without plans."""
+    call = calls(SIZE)[name]
+    call = call._replace(tensors=tuple(x.to(dtype) if x.is_floating_point() else x for x in call.tensors))
+    for seed in range(4):
+        call = other_values(call, seed)
+        results = outputs(call.run(*call.tensors)), gradients(call.run, call) if call.gradients else ()
+        with plans.off():
+            assert_same(results[0], call.run(*call.tensors))
+            if call.gradients:
+                assert_same(results[1], gradients(call.run, call))
 
 
 class Program(nn.Module):
