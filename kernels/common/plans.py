@@ -1,26 +1,24 @@
 """Recordings of launchers: what one allocates, computes with torch and starts, to be done again for other tensors.
 
 The recorded launcher runs as always. A recording is given up at whatever is not known to repeat: without a plan the
-launcher runs again. What a plan takes from Triton is private to its versions: others, and ROCm, get no plans.
+launcher runs again. ROCm, and versions of Triton that are not known to starts.py, get no plans.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 # Private names of torch: tensors in a third of the time that torch.empty takes.
 from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-KNOWN_TRITON = "3.7."
+from . import starts
+
 ALLOCATIONS = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 )
@@ -127,46 +125,34 @@ class Recording(TorchDispatchMode):
 
     def launched(self, kernel, compiled: CompiledKernel | None, grid: tuple, arguments: tuple, options: dict) -> None:
         """Add the start of a kernel."""
-        if compiled is None or not triton.__version__.startswith(KNOWN_TRITON):
+        try:
+            given = starts.arguments_of(kernel, compiled, arguments, options)
+            start = starts.starter(compiled, grid, given)
+        except starts.Unknown:
             self.is_good = False
             return
-        started = compiled.run
-        if not isinstance(started, nvidia.CudaLauncher) or started.global_scratch_size or started.profile_scratch_size:
-            self.is_good = False
-            return
-        values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-        flat = _Flat(self)
-        descriptors = iter(compiled.metadata.tensordesc_meta or ())
-        for name, kind in compiled.src.signature.items():
-            flat.add(kind, values[name], descriptors)
-        count = len(flat.values)
-        if not self.is_good or count != len(started.kernel_signature):
-            self.is_good = False
-            return
-        annotations = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * count
-        size = (*grid, 1, 1)[:3]
-        fixed = compiled.function, started.launch_cooperative_grid, started.launch_pdl, compiled.packed_metadata
-        signature, start, describe = started.kernel_signature, *_launch_functions()
+        describe, values = starts.describer(), given.values
+        pointers = [(place, self.slot(x), may_be_null) for place, x, may_be_null in given.pointers]
+        descriptors = [(place, self.slot(x), known) for place, x, known in given.descriptors]
 
         def make(numbers):
-            template = flat.values
-            pointers = [(place, numbers[slot], may_be_null) for place, slot, may_be_null in flat.pointers]
-            described = [(place, numbers[slot], how) for place, slot, how in flat.descriptors]
+            own_pointers = [(place, numbers[slot], may_be_null) for place, slot, may_be_null in pointers]
+            own_descriptors = [(place, numbers[slot], known) for place, slot, known in descriptors]
 
             def step(slots, stream):
-                filled = template.copy()
-                for place, slot, may_be_null in pointers:
+                filled = values.copy()
+                for place, slot, may_be_null in own_pointers:
                     filled[place] = address = slots[slot].data_ptr()
                     if not address and not may_be_null:  # memory that was freed, or that never was
                         return False
-                for place, slot, how in described:
-                    filled[place] = describe(slots[slot].data_ptr(), *how)
-                start(*size, stream, *fixed, None, None, None, None, None, annotations, signature, filled)
+                for place, slot, known in own_descriptors:
+                    filled[place] = describe(slots[slot].data_ptr(), *known)
+                start(stream, filled)
                 return True
 
             return step
 
-        reads = [slot for _, slot, _ in flat.pointers + flat.descriptors]
+        reads = [slot for _, slot, _ in pointers + descriptors]
         self.steps.append(Step(make, reads, [], True))
 
     def program(self, result: Tensor | Sequence[Tensor] | None) -> "Program | None":
@@ -244,58 +230,6 @@ class _Slot:
         self.number = number
 
 
-class _Flat:
-    """The arguments of a kernel as they reach Triton's C launcher, without constants.
-
-    Attributes:
-        values: All of them, None where a pointer or a descriptor goes.
-        pointers: Places of pointers, their slots, and whether they may be null.
-        descriptors: Places of TMA descriptors, their slots, and what is known of them.
-    """
-
-    def __init__(self, recording: Recording):
-        self.recording = recording
-        self.values: list = []
-        self.pointers: list[tuple[int, int, bool]] = []
-        self.descriptors: list[tuple[int, int, tuple]] = []
-
-    def add(self, kind: str | tuple, value: object, descriptors) -> None:
-        if isinstance(kind, tuple):
-            for part, inner in zip(kind, value, strict=True):
-                self.add(part, inner, descriptors)
-        elif kind == "constexpr":
-            pass
-        elif kind.startswith("tensordesc"):
-            self._add_descriptor(value, next(descriptors, None))
-        elif isinstance(value, Tensor):
-            self.pointers.append((len(self.values), self.recording.slot(value), value.numel() == 0))
-            self.values.append(None)
-        elif isinstance(value, int | float):
-            self.values.append(value)
-        else:
-            self.recording.give_up()
-
-    def _add_descriptor(self, x: TensorDescriptor, meta: dict | None) -> None:
-        slot, sizes = self.recording.slot(x.base), [*x.shape, *x.strides]
-        if meta is None:  # a chip without TMA
-            self.pointers.append((len(self.values), slot, False))
-            self.values += [None, *sizes, x.padding == "nan", x.round_f32_to_tf32, *sizes]
-            return
-        if meta["fp4_padded"] or x.round_f32_to_tf32:
-            self.recording.give_up()
-            return
-        element = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-        known = meta["swizzle"], meta["elem_size"], element, meta["block_size"], x.shape, x.strides, x.padding == "nan"
-        self.descriptors.append((len(self.values), slot, known))
-        self.values += [None, *sizes]
-
-
-def _launch_functions() -> tuple[Callable, Callable]:
-    """Triton's C functions that start a kernel and fill in a TMA descriptor."""
-    utils = driver.active.utils
-    return utils.launch, utils.fill_tma_descriptor_tiled
-
-
 class Program:
     """What a launcher did, to be done again for tensors of the same metadata: see pynlp.ops.common.plans."""
 
@@ -320,7 +254,7 @@ class Program:
         def run(arguments):
             if (
                 driver.active is not active
-                or _is_hooked(hooks)
+                or not starts.waits_for_nobody(hooks)
                 or (device is not None and active.get_current_device() != device)
             ):
                 return None
@@ -341,11 +275,3 @@ class Program:
                 live.append(step)
                 needed = needed.union(step.reads)
         return live[::-1]
-
-
-def _is_hooked(runtime) -> bool:
-    """Whether someone watches launches, or Triton compiles otherwise than it did."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
-        enter is None or enter.calls or leave.calls or runtime.debug or runtime.add_stages_inspection_hook is not None
-    )

@@ -305,11 +305,12 @@ def norm_parameters_kernel(
 
 
 @triton.jit
-def norm_sums_kernel(
-    p_weight_sums, p_bias_sums, p_grad_weight, p_grad_bias, programs, D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The sums of the parts (programs, D) that norm_backward_kernel leaves, in a fixed order."""
+def norm_sums_kernel(p_weight_sums, p_bias_sums, p_grad_weight, p_grad_bias, programs, F: tl.constexpr):
+    """The sums of the parts (programs, D) that the kernels above leave, in a fixed order."""
+    ROWS: tl.constexpr = F.ROWS
+    BLOCK_D: tl.constexpr = F.BLOCK_D
+    D: tl.constexpr = F.D
+    HAS_BIAS: tl.constexpr = F.HAS_BIAS
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_weight_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_bias_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -364,33 +365,34 @@ def norm_backward(
     grad_x = torch.empty(new.shape if separate else (0,), dtype=grad_y.dtype, device=new.device)
     rows_of_block, block, warps = tile(columns, BACKWARD_COLUMNS)
     most = ALL_ELEMENTS // (rows_of_block * block)
-    rows_of_program = cdiv(cdiv(rows, rows_of_block), most) * rows_of_block
-    programs = cdiv(rows, rows_of_program) if rows else 0
-    weight_sums = torch.empty((programs, columns), dtype=torch.float32, device=new.device)
-    bias_sums = torch.empty((programs, columns if needs_bias else 0), dtype=torch.float32, device=new.device)
-    if rows:
-        align, strides = row_strides(grad_y, grad_new, new)
-        features = NormFeatures(
-            D=columns, CENTRED=centred, HAS_BIAS=needs_bias, HAS_RESIDUAL=separate, HAS_DROPOUT=dropout_p > 0,
-            HAS_GRAD_NEW=grad_new is not None, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
-        )  # fmt: skip
-        dropped = dropped_parts(dropout_p)
-        launch(
-            norm_backward_kernel, (programs,),
-            grad_y, grad_new, new, weight, mean, rstd, dropout_seed, grad_residual, grad_x, weight_sums, bias_sums,
-            *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
-        )  # fmt: skip
-        if columns > block:
-            launch(
-                norm_parameters_kernel, (programs * cdiv(columns, block),),
-                grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
-                features, num_warps=warps,
-            )  # fmt: skip
+    rows_of_program = max(1, cdiv(cdiv(rows, rows_of_block), most)) * rows_of_block
+    programs = cdiv(rows, rows_of_program)
     grad_weight = torch.empty(columns, dtype=torch.float32, device=new.device)
     grad_bias = torch.empty(columns if needs_bias else 0, dtype=torch.float32, device=new.device)
+    if rows == 0:
+        return grad_residual, grad_x, grad_weight.zero_(), grad_bias.zero_()
+    weight_sums = torch.empty((programs, columns), dtype=torch.float32, device=new.device)
+    bias_sums = torch.empty((programs, columns if needs_bias else 0), dtype=torch.float32, device=new.device)
+    align, strides = row_strides(grad_y, grad_new, new)
+    features = NormFeatures(
+        D=columns, CENTRED=centred, HAS_BIAS=needs_bias, HAS_RESIDUAL=separate, HAS_DROPOUT=dropout_p > 0,
+        HAS_GRAD_NEW=grad_new is not None, ALIGN=align, ROWS=rows_of_block, BLOCK_D=block,
+    )  # fmt: skip
+    dropped = dropped_parts(dropout_p)
+    launch(
+        norm_backward_kernel, (programs,),
+        grad_y, grad_new, new, weight, mean, rstd, dropout_seed, grad_residual, grad_x, weight_sums, bias_sums,
+        *strides, rows, rows_of_program, dropped, 1 - dropped / 65536, features, num_warps=warps,
+    )  # fmt: skip
+    if columns > block:
+        launch(
+            norm_parameters_kernel, (programs * cdiv(columns, block),),
+            grad_y, new, mean, rstd, weight_sums, bias_sums, strides[0], strides[2], rows, rows_of_program,
+            features, num_warps=warps,
+        )  # fmt: skip
     launch(
         norm_sums_kernel, (cdiv(columns, SUM_COLUMNS),), weight_sums, bias_sums, grad_weight, grad_bias, programs,
-        D=columns, HAS_BIAS=needs_bias, ROWS=SUM_ROWS, BLOCK_D=SUM_COLUMNS, num_warps=4,
+        features._replace(ROWS=SUM_ROWS, BLOCK_D=SUM_COLUMNS), num_warps=4,
     )  # fmt: skip
     return grad_residual, grad_x, grad_weight, grad_bias
 

@@ -42,7 +42,7 @@ class Call:
         return tensors, options | ({"seed": self.dropout_seed} if self.case.dropout_p else {})
 
     def run(self, function, tensors: dict, options: dict, *more) -> dict[str, Tensor]:
-        """The answers on the drawn machine, which are those of one thread, and of the plan that the second call left."""
+        """The answers on the drawn machine, which are those of one thread, and of the plan that a call leaves."""
         with self.machine.used():
             results = answers(function, tensors, options, *more)
         with dataclasses.replace(self.machine, threads=1).used():

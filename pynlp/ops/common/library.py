@@ -214,9 +214,9 @@ def _planned_gradient(name: str, setup_context: Callable, backward: Callable) ->
             saved = ctx.saved_tensors  # which can be asked for once
             if torch.is_grad_enabled() or plans.is_backward_watched():
                 return whole_backward(ctx, saved, *grads)
-            kind, tensors = [ctx.served, *ctx.needs_input_grad], []
+            kind, tensors = [False, ctx.served, *ctx.needs_input_grad], []
             try:
-                plans.describe_saved((*grads, *saved), kind, tensors)
+                plans.describe((*grads, *saved), kind, tensors)
             except (plans.Stale, RuntimeError):
                 return whole_backward(ctx, saved, *grads)
             return plans.serve(table, tuple(kind), tensors, whole_backward, (ctx, saved, *grads))

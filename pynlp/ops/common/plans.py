@@ -112,38 +112,26 @@ class Table(OrderedDict):
 def describe(values: Iterable, kind: list, tensors: list[Tensor]) -> None:
     """Add what is known of values without reading tensors to a kind of call, and their tensors to a list.
 
+    A kind begins with whether gradients are enabled; else it does not matter which tensors require some.
+
     Raises:
         Stale: of a value too little is known.
     """
+    is_enabled = kind[0]
     for x in values:
         what = type(x)
         if what is Tensor or what is nn.Parameter:
             tensors.append(x)
             if x.is_cpu and not triton_serves_cpu:
-                kind += (x.dtype, x.shape, x.stride(), x.requires_grad)
+                kind += (x.dtype, x.shape, x.stride(), is_enabled and x.requires_grad)
             else:
-                kind += (x.dtype, x.shape, x.stride(), x.requires_grad, x.device, x.data_ptr() & 15)
+                needs_gradient = is_enabled and x.requires_grad
+                kind += (x.dtype, x.shape, x.stride(), needs_gradient, x.device, x.data_ptr() & 15)
         elif what in _SIMPLE:
             kind += (what, x)
         elif what is tuple:
             kind += (what, len(x))
             describe(x, kind, tensors)
-        else:
-            raise Stale
-
-
-def describe_saved(values: Sequence[Tensor | None], kind: list, tensors: list[Tensor]) -> None:
-    """The same for what backward takes: whether that requires gradients does not matter."""
-    for x in values:
-        what = type(x)
-        if what is NoneType:
-            kind.append(None)
-        elif what is Tensor or what is nn.Parameter:
-            tensors.append(x)
-            if x.is_cpu and not triton_serves_cpu:
-                kind += (x.dtype, x.shape, x.stride())
-            else:
-                kind += (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15)
         else:
             raise Stale
 

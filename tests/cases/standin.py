@@ -1,0 +1,303 @@
+"""What plans hand to Triton's C launcher, held against what the launchers do, over a driver that is not there.
+
+test_plans_standin.py runs it in a process of its own, `python -m cases.standin [draws]`: it compiles kernels, which the
+other tests, in Triton's interpreter, do not.
+"""
+
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import triton
+from pynlp.kernels.common import starts
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.nvidia import driver as nvidia
+
+from benchmarks import standin
+from pynlp.functional import (
+    alibi_slopes,
+    attention,
+    attention_decode,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_tables,
+    swiglu,
+)
+from pynlp.ops.common import plans
+
+launches: list[list] = []  # of the kernels that were started: all that the C launcher was given, tuples opened
+descriptors: dict[int, tuple] = {}  # what TMA descriptors were made of, by their id
+kept: list = []  # so that no other gets the id of one of them
+
+
+def spy() -> None:
+    """Has the driver's C functions note their arguments."""
+    utils = standin.driver().utils
+    launch, describe, annotate = utils.launch, utils.fill_tma_descriptor_tiled, nvidia.annotate_arguments
+    signatures = {}  # by the id of what Triton makes of them, which cannot be read
+
+    def noted_annotations(signature):
+        result = annotate(signature)
+        kept.append(result)
+        signatures[id(result)] = signature
+        return result
+
+    def opened(signature, arguments) -> list:
+        result = []
+        for kind, argument in zip(signature, arguments, strict=True):
+            if isinstance(kind, tuple):
+                result += opened(kind, argument)
+            elif kind != "constexpr":
+                result.append(argument)
+        return result
+
+    def noted_launch(*arguments):
+        *fixed, annotations, signature, values = arguments
+        fixed[8:11] = [None] * 3  # metadata for hooks, and the hooks
+        opened_values = opened(signatures[id(annotations)], values) if id(annotations) in signatures else values
+        launches.append([*fixed, signature, *opened_values])
+        return launch(*arguments)
+
+    def noted_descriptor(address, *known):
+        result = describe(address, *known)
+        kept.append(result)
+        descriptors[id(result)] = (address, *(list(x) if isinstance(x, list | tuple) else x for x in known))
+        return result
+
+    utils.launch, utils.fill_tma_descriptor_tiled = noted_launch, noted_descriptor
+    nvidia.annotate_arguments = noted_annotations
+
+
+def seen(function: Callable) -> list[list]:
+    """The launches of a call."""
+    launches.clear()
+    function()
+    return [list(launch) for launch in launches]
+
+
+def is_planned(started: list[list]) -> bool:
+    """Whether kernels were given addresses: the launchers give tensors."""
+    return bool(started) and not any(isinstance(x, Tensor) for launch in started for x in launch)
+
+
+def same(planned: object, whole: object, inputs: list[Tensor]) -> bool:
+    """Whether two arguments are the same, but that each call has memory of its own for its results."""
+    if isinstance(whole, Tensor):
+        return isinstance(planned, int) and same_address(planned, whole.data_ptr(), inputs)
+    if id(whole) in descriptors:
+        (address, *known), (other, *others) = descriptors[id(planned)], descriptors[id(whole)]
+        return known == others and same_address(address, other, inputs)
+    return type(planned) is type(whole) and planned == whole
+
+
+def same_address(planned: int, whole: int, inputs: list[Tensor]) -> bool:
+    for x in inputs:
+        start = x.untyped_storage().data_ptr()
+        if start <= whole < start + max(1, x.untyped_storage().nbytes()):
+            return planned == whole
+    return (planned == 0) == (whole == 0) and planned % 16 == whole % 16
+
+
+def check(function: Callable, inputs: list[Tensor], name: str) -> None:
+    """A later call of a kind starts the kernels of a call without plans, with the same arguments."""
+    with plans.off():
+        whole = seen(function)
+    for _ in range(4):  # a backward pass is planned after its forward pass is
+        function()
+    planned = seen(function)
+    assert whole and is_planned(planned), f"{name}: no plan"
+    assert len(planned) == len(whole), f"{name}: {len(planned)} launches for {len(whole)}"
+    for number, (a, b) in enumerate(zip(planned, whole, strict=True)):
+        assert len(a) == len(b), f"{name}: launch {number} has {len(a)} arguments for {len(b)}"
+        for place, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert same(x, y, inputs), f"{name}: launch {number}, argument {place}: {x} for {y}"
+
+
+class Draw:
+    """A call with shapes, layouts and options that are drawn."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.inputs: list[Tensor] = []
+        self.dtype = self.random.choice((torch.bfloat16, torch.float16, torch.float32))
+
+    def size(self, *more: int) -> int:
+        return self.random.choice((1, 2, 15, 16, 17, 48, *more))
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        """A tensor that starts somewhere, and whose rows may be apart."""
+        dtype, offset, gap = dtype or self.dtype, self.random.choice((0, 0, 1, 4, 8)), self.random.choice((0, 0, 1, 8))
+        rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
+        memory = torch.randn(offset + rows * (columns + gap)).to(dtype)
+        self.inputs.append(memory)
+        x = memory[offset:].view(rows, columns + gap)[:, :columns].unflatten(0, shape[:-1] or (1,))
+        x = x if len(shape) > 1 else x[0]
+        return x.requires_grad_() if grad else x
+
+    def use(self, options: dict) -> dict:
+        """The options, whose tensors are the call's inputs, too."""
+        for value in options.values():
+            self.inputs += [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor)]
+        return options
+
+    def both_ways(self, function: Callable) -> Callable:
+        """The call, forward and, by chance, backward."""
+        if self.random.random() < 0.4:
+            return function
+
+        def call():
+            result = function()
+            result = result[0] if isinstance(result, tuple) else result
+            result.backward(torch.ones_like(result))
+
+        return call
+
+
+def draw_gelu(draw: Draw) -> Callable:
+    x = draw.tensor(draw.size(), draw.size(100), grad=True)
+    dropout = draw.random.choice((0.0, 0.3))
+    return draw.both_ways(lambda: gelu(x, dropout_p=dropout))
+
+
+def draw_swiglu(draw: Draw) -> Callable:
+    rows, columns = draw.size(), 2 * draw.size(64)
+    x, up = draw.tensor(rows, columns, grad=True), draw.tensor(rows, columns, grad=True)
+    if draw.random.random() < 0.5:
+        return draw.both_ways(lambda: swiglu(x))
+    return draw.both_ways(lambda: swiglu(x, up))
+
+
+def draw_norm(draw: Draw) -> Callable:
+    rows, columns = draw.size(), draw.size(1000, 20000)
+    x, residual = draw.tensor(rows, columns, grad=True), draw.tensor(rows, columns, grad=True)
+    weight, bias = (draw.tensor(columns, dtype=torch.float32, grad=True) for _ in range(2))
+    options = {"residual": residual} if draw.random.random() < 0.5 else {}
+    options |= {"dropout_p": 0.2} if draw.random.random() < 0.3 else {}
+    if draw.random.random() < 0.5:
+        return draw.both_ways(lambda: rms_norm(x, weight, **options))
+    return draw.both_ways(lambda: layer_norm(x, weight, bias, **options))
+
+
+def draw_attention(draw: Draw) -> Callable:
+    batch, heads, seqlen, dim = draw.random.choice((1, 2)), 2, draw.size(100), draw.random.choice((16, 24, 64))
+    q, k, v = (draw.tensor(batch, seqlen, heads, dim, grad=True) for _ in range(3))
+    options = {"causal": True} if draw.random.random() < 0.5 else {}
+    if draw.random.random() < 0.3:
+        options["rotary"] = rotary_tables(128, 16)
+    elif draw.random.random() < 0.3:
+        options["relative_bias"] = torch.randn(32, heads)
+    elif draw.random.random() < 0.3:
+        options["alibi_slopes"] = alibi_slopes(heads)
+    draw.use(options)
+    return draw.both_ways(lambda: attention(q, k, v, **options))
+
+
+def draw_decode(draw: Draw) -> Callable:
+    batch, capacity, dim = draw.random.choice((1, 3)), draw.random.choice((64, 4096)), draw.random.choice((16, 64))
+    q = draw.tensor(batch, 1, 4, dim)
+    k_cache, v_cache = (torch.randn(batch, capacity, 2, dim).to(draw.dtype) for _ in range(2))
+    lengths, options = torch.full((batch,), 17, dtype=torch.int32), {}
+    if draw.random.random() < 0.5:
+        pages = torch.arange(batch * capacity // 16, dtype=torch.int32).view(batch, -1)
+        k_cache, v_cache = (x.view(-1, 16, 2, dim) for x in (k_cache, v_cache))
+        options["block_table"] = pages
+    if draw.random.random() < 0.6:
+        options |= {"k": draw.tensor(batch, 1, 2, dim), "v": draw.tensor(batch, 1, 2, dim)}
+    if draw.random.random() < 0.3:
+        options["rotary"] = rotary_tables(5000, 16)
+    if draw.random.random() < 0.3:
+        options["relative_bias"] = torch.randn(32, 4)
+    draw.inputs += [k_cache, v_cache, lengths]
+    draw.use(options)
+    return lambda: attention_decode(q, k_cache, v_cache, lengths, **options)
+
+
+DRAWS = {
+    "gelu": draw_gelu,
+    "swiglu": draw_swiglu,
+    "norm": draw_norm,
+    "attention": draw_attention,
+    "decode": draw_decode,
+}
+
+
+@contextmanager
+def changed(owner: object, name: str, value: object):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def check_traps() -> None:
+    """Where Triton is watched, or set to something else, a plan is not used."""
+    x = torch.randn(8, 64)
+    for _ in range(3):
+        gelu(x)
+    assert is_planned(seen(lambda: gelu(x)))
+    hooks, runtime = triton.knobs.runtime, triton.knobs.runtime
+    for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+        watched = []
+        hook.add(watched.append)
+        assert not is_planned(seen(lambda: gelu(x))) and watched, "a hook on launches was not called"
+        hook.remove(watched.append)
+        hook.calls.clear()
+    with changed(runtime, "add_stages_inspection_hook", lambda *arguments: ("", "")):
+        assert not is_planned(seen(lambda: gelu(x)))
+    with changed(runtime, "debug", True):
+        assert not is_planned(seen(lambda: gelu(x)))
+    y = torch.randn(8, 64)
+    with changed(starts, "VERSION", ["4", "0"]):
+        z = torch.randn(9, 64)
+        for _ in range(4):
+            assert not is_planned(seen(lambda: gelu(z))), "a plan for a version of Triton that is not known"
+    y.untyped_storage().resize_(0)
+    assert not is_planned(seen(lambda: gelu(y))), "a launch with an address that is null"
+    assert is_planned(seen(lambda: gelu(x)))
+
+
+def check_launches() -> None:
+    """A step of decoding is three launches at most."""
+    q, k, v = (torch.randn(2, 1, heads, 64) for heads in (4, 2, 2))
+    caches = torch.randn(2, 2, 4096, 2, 64)
+    options = {"rotary": rotary_tables(4096, 64), "relative_bias": torch.randn(32, 4)}
+    lengths = torch.full((2,), 100, dtype=torch.int32)
+    pages = {"block_table": torch.arange(256, dtype=torch.int32).view(2, 128)}
+    for shape, layout in ((caches.shape, {}), ((2, 256, 32, 2, 64), pages)):
+        for new in ({"k": k, "v": v}, {}):
+            step = partial(attention_decode, q, *caches.view(shape), lengths, **options, **layout, **new)
+            for _ in range(4):
+                assert len(seen(step)) <= 3, f"{len(launches)} launches"
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # that CPU kernels are overridden is meant
+    spy()
+    with standin.gpu():
+        check_traps()
+        check_launches()
+        for seed in tqdm(range(count), desc="draws", disable=None):
+            for name, make in DRAWS.items():
+                draw = Draw(seed)
+                check(make(draw), draw.inputs, f"{name}, draw {seed}")
+        # The loss checks its targets' values; its op has a plan of its own.
+        x, weight, target = torch.randn(4, 64, requires_grad=True), torch.randn(64, 64), torch.randint(64, (4,))
+        for _ in range(3):
+            linear_cross_entropy(x, weight, target)
+        assert is_planned(seen(lambda: linear_cross_entropy(x, weight, target)))
+    print(f"{count} draws of {', '.join(DRAWS)}: the same launches")
+
+
+if __name__ == "__main__":
+    main()
