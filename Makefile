@@ -41,7 +41,7 @@ test: install build/.models lint
 # in Triton's interpreter, or that repeat others at a lesser instruction set.
 FAMILY ?= $(filter-out common,$(notdir $(wildcard kernels/[a-z]*)))
 check: install lint
-	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package tests/docs -m "not slow and not triton and not lesser_isa"
+	$(PYTEST) $(PARALLEL) $(FAMILY:%=tests/%) tests/package tests/plans tests/docs -m "not slow and not triton and not lesser_isa"
 
 # What takes too long for every change: all tests at every instruction set, all kernels on all chips.
 nightly: test sanitize fuzz
@@ -59,7 +59,7 @@ sanitize: install
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib:. PYNLP_EVERY_ISA=1 .venv/bin/pytest -q \
-		$(patsubst %,tests/%,$(FAMILY) nn/test_cache.py package/test_random.py fuzz) \
+		$(patsubst %,tests/%,$(FAMILY) nn/test_cache.py package/test_random.py plans/test_plans.py fuzz) \
 		-m "not triton" -k "not compile and not memory"
 
 lint: install

@@ -1,6 +1,11 @@
 """Attention, decoding, norms, activations and the loss on a GPU beside PyTorch's own.
 
-`python -m benchmarks.gpu`.
+`python -m benchmarks.gpu [--minutes N]`.
+
+The most telling comes first: a sample of the tests marked `gpu`, attention's forward and backward pass beside
+FlashAttention and cuDNN, what calls cost above the driver, decoding; then the rest. After N minutes no case is begun
+any more. What there is so far is in results/gpu.json and gpu.md after each part, so that a run that is cut short loses
+nothing.
 
 Peers are SDPA by its FlashAttention and cuDNN kernels, FlexAttention where there is a bias, and PyTorch's operations
 alone ("eager") or compiled. Attention: 16,384 tokens, 2,048 channels in heads of 64 or 128, bf16, as in the papers of
@@ -8,11 +13,14 @@ FlashAttention; FLOP/s count the pairs that the mask leaves. All implementations
 calls from Python, which can take longer than their kernels, and of calls captured in a CUDA graph, which show the GPU's
 time alone. Rates are of the latter; their shares are of what a large matrix product and a large copy reach in this run.
 A result that is further from fp64 than PyTorch's by more than a factor of two (gradients: three) has no time. With
-PYNLP_AUTOTUNE=1 tiles are measured first. Writes results/gpu.json.
+PYNLP_AUTOTUNE=1 tiles are measured first.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -22,8 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from benchmarks.calls import gpu_rows
 from benchmarks.cases import Case, run, sdpa
-from benchmarks.measure import BF16, machine, round_times, table, write_json
+from benchmarks.measure import BF16, RESULTS, machine, round_times, table, write_json
 from pynlp.functional import alibi_slopes, attention, attention_decode, gelu, layer_norm, linear_cross_entropy, rms_norm
 
 TOKENS, CHANNELS = 16384, 2048
@@ -33,6 +42,8 @@ ATTENTION = (  # tokens of a sequence, channels of a head, causal
 COLUMNS = (
     "case", "error", "PyTorch's", "ms", "time / ours", "ms in a graph", "time / ours in it", "rate", "memory / ours",
 )  # fmt: skip
+# Of the tests marked gpu: each op against fp64, plans against calls without them, decoding.
+SAMPLE = "test_functions or test_later_calls or test_decode"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -189,14 +200,19 @@ def eager_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tup
 
 
 def cases() -> dict[str, Callable[[], Case]]:
+    """Makers of the cases by name, the most telling first."""
     made = {}
-    for backward in (False, True):
-        for seqlen, head_dim, causal in ATTENTION:
+    for seqlen, head_dim, causal in ATTENTION:
+        for backward in (False, True):
             name = f"attention {seqlen} {head_dim} {causal} {backward}"
             made[name] = lambda s=seqlen, d=head_dim, c=causal, b=backward: attention_case(s, d, c, b)
-        made[f"alibi {backward}"] = lambda b=backward: alibi_case(b)
+    decode = {}
     for batch, length in ((1, 16384), (16, 16384), (64, 4096)):
-        made[f"decode {batch}"] = lambda b=batch, n=length: decode_case(b, n)
+        decode[f"decode {batch}"] = lambda b=batch, n=length: decode_case(b, n)
+    first, rest = list(made.items())[:4], list(made.items())[4:]
+    made = dict(first) | decode | dict(rest)
+    for backward in (False, True):
+        made[f"alibi {backward}"] = lambda b=backward: alibi_case(b)
     rows, vector = (TOKENS, 4096), (4096,)
     both = {"x": rows, "weight": vector, "bias": vector, "residual": rows}
     made["layer norm"] = lambda: layer_case(
@@ -280,29 +296,69 @@ def shares(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value / values['ours']:.2f}" for name, value in values.items() if name != "ours")
 
 
+def sample_of_tests(seconds: float) -> str:
+    """The last line of pytest on a sample of the tests marked `gpu`, or that they took too long."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/package/test_gpu.py", "-k", SAMPLE]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished after {seconds:.0f} s"
+    return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr[-500:]
+
+
+class Report:
+    """What was measured so far: kept in files after each part, unless only some cases were asked for."""
+
+    def __init__(self, is_kept: bool):
+        self.is_kept, self.content, self.tables = is_kept, {}, []
+
+    def add(self, name: str, content: object) -> None:
+        """Print a part and keep it: rows, which become a table, or a line."""
+        before = name in self.content
+        self.content[name] = content
+        text = f"## {name}\n\n{table(content) if isinstance(content, list) and content else content}\n"
+        self.tables = [*(self.tables[:-1] if before else self.tables), text]
+        if self.is_kept:
+            write_json("gpu", self.content)
+            (RESULTS / "gpu.md").write_text("\n".join(self.tables))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing more after so many")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs a GPU, and there is none")
-    made = {name: make for name, make in cases().items() if only in name}
+    made = {name: make for name, make in cases().items() if options.only in name}
     if not made:
-        parser.error(f"--only: expected a part of one of {', '.join(cases())}, got {only!r}")
+        parser.error(f"--only: expected a part of one of {', '.join(cases())}, got {options.only!r}")
+    end = time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
     torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+    report = Report(is_kept=not options.only)
+    report.add("machine", machine())
+    if not options.only:
+        report.add("tests", sample_of_tests(60 * options.minutes / 4))
+        print(report.tables[-1])
     flops, bandwidth = peaks()
     torch.cuda.empty_cache()
+    report.add("peaks", f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     rows = []
-    for make in tqdm(made.values(), desc="cases", leave=False):
+    for number, make in enumerate(tqdm(made.values(), desc="cases", leave=False)):
+        if time.monotonic() > end:
+            break
+        if number == 2 and not options.only:
+            report.add("launches, in multiples of torch.empty", gpu_rows(20, "cuda"))
+            tqdm.write(report.tables[-1])
         rows.append(row(make(), flops, bandwidth))
         tqdm.write(", ".join(rows[-1].values()))
+        report.add("cases", rows)
         torch.cuda.empty_cache()
-    print(table(rows))
-    where = machine() | {"TFLOP/s": round(flops / 1e12), "GB/s": round(bandwidth / 1e9)}
-    print(f"\n{where}")
-    if not only:
-        print(f"written: {write_json('gpu', {'machine': where, 'cases': rows})}")
+    report.add("left out", ", ".join(list(made)[len(rows) :]) or "nothing")
+    print("\n".join(report.tables))
+    if report.is_kept:
+        print(f"written: {RESULTS / 'gpu.json'}, {RESULTS / 'gpu.md'}")
 
 
 if __name__ == "__main__":

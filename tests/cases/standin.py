@@ -1,6 +1,6 @@
 """What plans hand to Triton's C launcher, held against what the launchers do, over a driver that is not there.
 
-test_plans_standin.py runs it in a process of its own, `python -m cases.standin [draws]`: it compiles kernels, which the
+plans/test_standin.py runs it in a process of its own, `python -m cases.standin [draws]`: it compiles kernels, which the
 other tests, in Triton's interpreter, do not.
 """
 

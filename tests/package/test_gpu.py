@@ -4,6 +4,8 @@ The CPU's are in fp64, on the reference. The kernels themselves have their tests
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from pynlp.functional import (
 )
 from pynlp.models import Decoder, EncoderDecoder, TransformerConfig
 from pynlp.models.config import POSITIONS
+from pynlp.ops.common import plans
 from pynlp.training import Batches, Trainer, TrainingConfig, WarmupCosine, teacher_forcing
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +125,90 @@ def test_compiled_functions(name):
     compiled = outputs_and_gradients(torch.compile(call, fullgraph=True), tensors)
     for i, (x, expected) in enumerate(zip(compiled, outputs_and_gradients(call, tensors), strict=True)):
         assert_near(x, expected.cpu().double(), TOLERANCE[torch.bfloat16], f"result {i}")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_later_calls(name):
+    """By the plans that earlier ones leave, the bits are those without plans."""
+    call, shapes = CALLS[name]
+    for _ in range(6):
+        tensors = {n: x + torch.randn_like(x) for n, x in on_gpu(tensors_of(shapes, torch.bfloat16)).items()}
+        ours = outputs_and_gradients(call, tensors)
+        with plans.off():
+            expected = outputs_and_gradients(call, tensors)
+        for i, (x, exact) in enumerate(zip(ours, expected, strict=True)):
+            assert torch.equal(x, exact), f"result {i}"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_in_a_graph(paged):
+    """A captured step does with other values what a call does, and asserts what a call asserts."""
+    q, k, v = (torch.randn(2, 1, heads, 64, device="cuda").bfloat16() for heads in (8, 2, 2))
+    caches = [torch.randn(2, 256, 2, 64, device="cuda").bfloat16() for _ in range(2)]
+    lengths = torch.tensor([3, 100], dtype=torch.int32, device="cuda")
+    options = {"rotary": rotary_tables(256, 64, device="cuda")}
+    if paged:
+        caches = [x.view(32, 16, 2, 64) for x in caches]
+        options["block_table"] = torch.arange(32, dtype=torch.int32, device="cuda").view(2, 16)
+
+    def step(caches):
+        return attention_decode(q, *caches, lengths, k=k, v=v, **options)
+
+    for _ in range(3):
+        step(caches)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = step(caches)
+    for _ in range(3):
+        for x in (q, k, v):
+            x.normal_()
+        lengths += 7
+        copies = [x.clone() for x in caches]
+        expected = step(copies)
+        graph.replay()
+        assert torch.equal(out, expected) and all(map(torch.equal, caches, copies))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lengths[0] = 257", "cache_lengths: expected values in range"),
+        ("lengths[1] = -1", "cache_lengths: expected values in range"),
+        ("lengths[1] = 202", "rotary: expected tables that reach the last position"),
+        ("pages[1, 0] = 99", "block_table: expected pages of the cache"),
+    ],
+)
+@pytest.mark.parametrize("new", [True, False])
+def test_decode_asserts_on_the_device(change, message, new):
+    """In a process of its own, for it ends the use of the GPU."""
+    program = f"""
+import torch
+from pynlp.functional import attention_decode, rotary_tables
+q, k, v = (torch.randn(2, 1, heads, 64, device="cuda") for heads in (8, 2, 2))
+k_cache, v_cache = torch.randn(2, 32, 16, 2, 64, device="cuda")
+lengths = torch.tensor([3, 100], dtype=torch.int32, device="cuda")
+pages = torch.arange(32, dtype=torch.int32, device="cuda").view(2, 16)
+options = dict(block_table=pages, rotary=rotary_tables(201, 64, device="cuda"), **(dict(k=k, v=v) if {new} else {{}}))
+for _ in range(4):
+    attention_decode(q, k_cache, v_cache, lengths, **options)
+torch.cuda.synchronize()
+{change}
+attention_decode(q, k_cache, v_cache, lengths, **options)
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode != 0 and message in result.stderr + result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU beside the first")
+def test_another_device_than_the_current_one():
+    x = torch.randn(64, 256, device="cuda:1", requires_grad=True)
+    for _ in range(6):
+        y = gelu(x)
+        torch.testing.assert_close(y, torch.nn.functional.gelu(x), atol=1e-5, rtol=1e-5)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.device == x.device and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -81,12 +81,20 @@ def _gpu_kernel(name: str, op: Op) -> Callable:
         serves = op.reference
         if arguments[op.place].dtype != torch.float64:
             serves = _launchers(op.triton) or op.reference
-        launch = plans.launch_by()
+        function, launch = getattr(serves, name), plans.launch_by()
         if launch is not None and serves is not op.reference:
-            return launch(getattr(serves, name), arguments)
-        return getattr(serves, name)(*arguments)
+            function = functools.partial(_launched_by, launch, function)
+        device = arguments[op.place].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton starts kernels on the current one
+                return function(*arguments)
+        return function(*arguments)
 
     return kernel
+
+
+def _launched_by(launch: Callable, launcher: Callable, *arguments):
+    return launch(launcher, arguments)
 
 
 @cache
