@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Private names of torch; tests/package/test_library.py compares what is built on them with torch's.
 from torch._C import (
@@ -27,6 +27,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad, profiler
+from torch.nn import Parameter
 
 MOST = 4096  # kinds of calls of a function; beyond them the one that was not used for longest is forgotten
 triton_serves_cpu = False  # so that alignments of CPU tensors matter: in tests and benchmarks of the launchers
@@ -51,11 +52,11 @@ class Program(Protocol):
 
 class _Thread(threading.local):
     recording: "Recording | None" = None
-    is_off = False
     launches: Callable | None = None
 
 
 _thread = _Thread()
+_is_off = False
 
 
 def launch_by() -> Callable | None:
@@ -75,28 +76,37 @@ def launching_by(launches: Callable) -> Iterator[None]:
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Lets calls of this thread run as if there were no plans; for tests and comparisons."""
-    before, _thread.is_off = _thread.is_off, True
+    """Lets calls run as if there were no plans; for tests and comparisons."""
+    global _is_off
+    before, _is_off = _is_off, True
     try:
         yield
     finally:
-        _thread.is_off = before
+        _is_off = before
 
 
 def is_watched() -> bool:
     """Whether something sees or changes calls that a plan leaves out: autocast, modes, transforms, a profiler."""
-    return _is_any_autocast_enabled() or _get_tracing_state() is not None or is_backward_watched()
+    return (
+        _is_any_autocast_enabled()
+        or _is_torch_function_mode_enabled()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+        or _is_off
+    )
 
 
 def is_backward_watched() -> bool:
     """The same for a backward pass."""
     return (
-        _is_torch_function_mode_enabled()
-        or _len_torch_dispatch_stack() > 0
+        _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or _thread.is_off
+        or _is_off
     )
 
 
@@ -120,7 +130,7 @@ def describe(values: Iterable, kind: list, tensors: list[Tensor]) -> None:
     is_enabled = kind[0]
     for x in values:
         what = type(x)
-        if what is Tensor or what is nn.Parameter:
+        if what is Tensor or what is Parameter:
             tensors.append(x)
             if x.is_cpu and not triton_serves_cpu:
                 kind += (x.dtype, x.shape, x.stride(), is_enabled and x.requires_grad)
