@@ -12,6 +12,7 @@ from triton.compiler import CompiledKernel
 
 from ..common.integers import are_multiples, cdiv, next_power_of_2, tile_width
 from ..common.launch import chip_of, choose, launch
+from ..common.plans import give_up
 from .configs import Config, neighbours
 from .decode import (
     DecodeFeatures,
@@ -232,7 +233,10 @@ def _place_in_keys(k_cache: Tensor, v_cache: Tensor) -> int:
     if k_cache.stride() != v_cache.stride() or k_cache.untyped_storage()._cdata != v_cache.untyped_storage()._cdata:
         return -1
     place = v_cache.storage_offset() - k_cache.storage_offset()
-    return place if 0 <= place <= k_cache.shape[3] - v_cache.shape[3] else -1
+    if not 0 <= place <= k_cache.shape[3] - v_cache.shape[3]:
+        return -1
+    give_up()  # other caches of these shapes and strides may lie apart
+    return place
 
 
 def _piece(size: int, most: int) -> int:

@@ -159,8 +159,7 @@ def _name(device: torch.device) -> str:
 
 def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Iterable[Config]]) -> Config:
     """The config that no neighbour is faster than, by one change at a time."""
-    if plans.recording() is not None:
-        plans.recording().give_up()  # what is measured would be repeated
+    plans.give_up()  # what is measured would be repeated
     times = {config: _time(functools.partial(start, config))}
     while True:
         for candidate in neighbours(config):

@@ -36,6 +36,12 @@ def recording() -> "Recording | None":
     return _thread.recording
 
 
+def give_up() -> None:
+    """Say that what a launcher does depends on more than the metadata of its arguments: it is not repeated."""
+    if _thread.recording is not None:
+        _thread.recording.is_good = False
+
+
 class Step:
     """A part of what a launcher does.
 
@@ -82,9 +88,6 @@ class Recording(TorchDispatchMode):
             self._add(arguments[i])
         self.inputs = [self.slots[id(arguments[i])] for i in self.places]
         self.device = arguments[self.places[0]].device
-
-    def give_up(self) -> None:
-        self.is_good = False
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -235,7 +238,7 @@ class Program:
 
     def __init__(self, recording: Recording, results: list[int]):
         self.places, self.steps, self.results = recording.places, recording.steps, results
-        self.inputs = recording.inputs
+        self.inputs, self.count = recording.inputs, len(results)
         self.device, self.active = recording.device, driver.active
 
     def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
@@ -263,7 +266,9 @@ class Program:
             for step in steps:
                 if not step(slots, stream):
                     return None
-            return [None if i is None else slots[i] for i in outputs]
+            made = [None if i is None else slots[i] for i in outputs]
+            made.append(None)
+            return made
 
         return run
 

@@ -279,6 +279,22 @@ def check_launches() -> None:
                 assert len(seen(step)) <= 3, f"{len(launches)} launches"
 
 
+def check_values_in_keys() -> None:
+    """Values that are channels of the keys are read with them: a plan for such a call would be wrong for others."""
+    q, keys, other = torch.randn(2, 1, 4, 64), *torch.randn(2, 2, 64, 1, 64)
+    lengths, inside, apart = torch.tensor([5, 9], dtype=torch.int32), keys[..., 16:48], other[..., 16:48]
+    with plans.off():
+        (of_apart,) = {launch[4] for launch in seen(partial(attention_decode, q, keys, apart, lengths))[1:]}
+        (of_inside,) = {launch[4] for launch in seen(partial(attention_decode, q, keys, inside, lengths))[1:]}
+    assert of_apart != of_inside
+    for _ in range(4):
+        *_, last = seen(partial(attention_decode, q, keys, inside, lengths))
+        assert last[4] == of_inside
+    for _ in range(4):
+        *_, last = seen(partial(attention_decode, q, keys, apart, lengths))
+        assert last[4] == of_apart, "values from among the keys"
+
+
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     torch.set_num_threads(1)
@@ -296,6 +312,7 @@ def main() -> None:
         for _ in range(3):
             linear_cross_entropy(x, weight, target)
         assert is_planned(seen(lambda: linear_cross_entropy(x, weight, target)))
+        check_values_in_keys()
     print(f"{count} draws of {', '.join(DRAWS)}: the same launches")
 
 

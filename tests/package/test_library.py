@@ -30,17 +30,17 @@ def setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, y)
 
 
-def backward(ctx, saved, grad, grad_sum):
+def backward(ctx, saved, needs, grad, grad_sum):
     x, y = saved
     grad = grad * ctx.scale
     return grad if y is None else grad * y, None if y is None else (grad * x).sum_to_size(y.shape), None, None
 
 
-def failing(ctx, saved, *grads):
+def failing(ctx, saved, needs, *grads):
     raise ArithmeticError("no gradient today")
 
 
-def too_few(ctx, saved, *grads):
+def too_few(ctx, saved, needs, *grads):
     return grads[:1]
 
 
@@ -67,7 +67,7 @@ def torchs():
 
     def declare(backward):
         def whole(ctx, *grads):
-            return backward(ctx, ctx.saved_tensors, *grads)
+            return backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, *grads)
 
         scratch.define(f"twin{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
         scratch.impl("twin", twin, "CompositeExplicitAutograd")

@@ -1,7 +1,9 @@
 """Plans: that they are used, and above all when they are not."""
 
 import contextlib
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -333,11 +335,21 @@ def test_a_call_that_fails_while_it_is_recorded():
         assert torch.equal(planned(x), gelu(x))
 
 
+def test_no_tensor_is_kept():
+    x, weight, q = normal(5, 16).requires_grad_(), normal(16), normal(1, 5, 2, 8)
+    for _ in range(6):
+        rms_norm(x, weight).sum().backward()
+        attention(q, q + 1, q + 2)
+    kept = [weakref.ref(tensor) for tensor in (x, weight, q)]
+    del x, weight, q
+    gc.collect()
+    assert all(reference() is None for reference in kept)
+
+
 def test_the_table_is_bounded(monkeypatch):
     monkeypatch.setattr(plans, "MOST", 8)
     table = plans.Table()
     for i in range(20):
         table.keep((i,), "a plan")
-        if (0,) in table:
-            table.move_to_end((0,))
+        table.used((0,))
     assert len(table) == 8 and (0,) in table and (19,) in table and (10,) not in table

@@ -81,7 +81,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, saved, grad_out, grad_lse):
+def _backward(ctx, saved, needs, grad_out, grad_lse):
     q, k, v, out, lse, *tensors = saved
     options = list(ctx.options)
     for i, tensor in zip(_TENSORS, tensors, strict=True):
@@ -92,7 +92,7 @@ def _backward(ctx, saved, grad_out, grad_lse):
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    needs = [ctx.needs_input_grad[3 + i] for i in _BIASES]  # behind q, k and v
+    needs = [needs[3 + i] for i in _BIASES]  # behind q, k and v
     *grads, grad_slopes, grad_table, grad_sinks = _attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *options, *needs
     )

@@ -139,7 +139,9 @@ def _reference_with_warning(name: str, op: Op) -> Callable:
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> Callable:
-    """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)` saves for `backward(ctx, saved, *grads)`.
+    """Give `pynlp::name` a gradient: `setup_context(ctx, inputs, output)`, `backward(ctx, saved, needs, *grads)`.
+
+    The first saves tensors; the second gets them, and for each argument whether its gradient is needed.
 
     The result is that of torch.library.register_autograd, which rebuilds the schema in Python at every call: with 16
     arguments that takes 90 us, more than the attention of a short sequence. Callers in Python also get torch.func's
@@ -171,7 +173,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
         @staticmethod
         def backward(ctx, *grads):
-            return *backward(ctx, ctx.saved_tensors, *grads), None
+            return *backward(ctx, ctx.saved_tensors, ctx.needs_input_grad, *grads), None
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -204,7 +206,7 @@ def _planned_gradient(name: str, setup_context: Callable, backward: Callable) ->
     table = plans.Table()
 
     class Gradient(torch.autograd.Function):
-        """Takes the arguments and a plans.Served; gives the results that it wants, None for the others."""
+        """Takes the tensors and a plans.Served; gives the results that it wants, else None, and one None more."""
 
         @staticmethod
         def forward(ctx, *inputs):
@@ -212,14 +214,13 @@ def _planned_gradient(name: str, setup_context: Callable, backward: Callable) ->
             results = served.runner(inputs)
             if results is None:
                 raise plans.Stale
-            setup_context(ctx, inputs[:-1], results[0] if served.is_single else results)
-            if served.wanted is None:
-                return tuple(results)
-            return tuple([x if i in served.wanted else None for i, x in enumerate(results)])
+            setup_context(ctx, served.arguments_of(inputs), results[0] if served.is_single else results[:-1])
+            return tuple(results) if served.pick is None else served.pick(results)
 
         @staticmethod
         def backward(ctx, *grads):
             saved = ctx.saved_tensors  # which can be asked for once
+            grads = grads[:-1]
             if torch.is_grad_enabled() or plans.is_backward_watched():
                 return whole_backward(ctx, saved, *grads)
             kind, tensors = [False, ctx.served, *ctx.needs_input_grad], []
@@ -230,7 +231,11 @@ def _planned_gradient(name: str, setup_context: Callable, backward: Callable) ->
             return plans.serve(table, tuple(kind), tensors, whole_backward, (ctx, saved, *grads))
 
     def whole_backward(ctx, saved, *grads):
-        return *backward(ctx, saved, *grads), None
+        needs = [False] * ctx.served.argument_count
+        for place, needed in zip(ctx.served.places, ctx.needs_input_grad, strict=False):
+            needs[place] = needed
+        gradients = backward(ctx, saved, needs, *grads)
+        return *[gradients[place] for place in ctx.served.places], None
 
     # Function.apply looks for defaults in the signature of forward first, which takes longer than all else.
     return super(torch.autograd.Function, _renamed(Gradient, name)).apply
@@ -274,7 +279,7 @@ def refuse_double_backward(name: str, what: str) -> Callable:
         The op for callers in Python.
     """
 
-    def backward(ctx, saved, *gradients):
+    def backward(ctx, saved, needs, *gradients):
         raise no_second_derivative(what)
 
     return register_autograd(name, lambda ctx, inputs, output: None, backward)

@@ -20,6 +20,7 @@ class NativeProgram:
     def __init__(self, call: Callable[..., bool], optional: Sequence[bool], arguments: Sequence, results: list[Tensor]):
         self.call = call
         self.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+        self.count = len(results)
         self.made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
         optional = optional[len(self.places) :]
         self.needed = [i for i, x in enumerate(results) if x.numel() and not optional[i]]  # by the kernel
@@ -39,6 +40,7 @@ class NativeProgram:
                 else:
                     results.append(empty(*x))
                     addresses.append(results[-1].data_ptr())
+            results.append(None)
             return results if call(*addresses) else None
 
         return run

@@ -7,7 +7,9 @@ same: dtypes, shapes, strides, devices, alignments, numbers, and whether gradien
 that is not kept; and where a plan turns out not to fit, the call runs as always.
 """
 
+import copy
 import functools
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +17,7 @@ from contextlib import contextmanager
 from types import NoneType
 from typing import Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 # Private names of torch; tests/package/test_library.py compares what is built on them with torch's.
 from torch._C import (
@@ -27,6 +28,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 MOST = 4096  # kinds of calls of a function; beyond them the one that was not used for longest is forgotten
@@ -40,13 +42,19 @@ class Stale(Exception):
 
 
 class Program(Protocol):
-    """What a back end did for a call of an op, to be done again for other tensors of the same metadata."""
+    """What a back end did for a call of an op, to be done again for other tensors of the same metadata.
+
+    Attributes:
+        count: Number of the op's results.
+    """
+
+    count: int
 
     def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
         """A function that does it: of a sequence that has the op's tensors at `places`, by default its arguments.
 
-        It gives a list of the op's results, with None for those whose number is not in `wanted`, by default all; or
-        None where it does not fit the call.
+        It gives a list of the op's results, None for those whose number is not in `wanted`, by default all, and one
+        None more; or None alone where it does not fit the call.
         """
 
 
@@ -118,6 +126,13 @@ class Table(OrderedDict):
         if len(self) > MOST:
             self.popitem(last=False)
 
+    def used(self, kind: tuple) -> None:
+        """Keep what was used now for longer than what was used before."""
+        try:
+            self.move_to_end(kind)
+        except KeyError:  # another thread's new plan took its place
+            pass
+
 
 def describe(values: Iterable, kind: list, tensors: list[Tensor]) -> None:
     """Add what is known of values without reading tensors to a kind of call, and their tensors to a list.
@@ -166,24 +181,12 @@ class Recording:
             self.numbers.setdefault(id(x), len(self.tensors))
             self.tensors.append(x)
 
-    def filler(self, arguments: Sequence) -> Callable[[Sequence[Tensor]], list]:
-        """A function of the numbered tensors that gives arguments like these."""
-        template, places = list(arguments), []
-        for i, x in enumerate(arguments):
-            if isinstance(x, Tensor):
-                if id(x) not in self.numbers:
-                    self.verdict = _NEVER  # nobody knows where it came from
-                    return list
-                template[i] = None
-                places.append((i, self.numbers[id(x)]))
-
-        def fill(tensors: Sequence[Tensor]) -> list:
-            result = template.copy()
-            for i, number in places:
-                result[i] = tensors[number]
-            return result
-
-        return fill
+    def numbers_of(self, arguments: Sequence) -> list[int]:
+        """The numbers of the tensors among them; where nobody knows where one came from, no plan can be made."""
+        ids = [id(x) for x in arguments if isinstance(x, Tensor)]
+        if any(i not in self.numbers for i in ids):
+            self.verdict = _NEVER
+        return [self.numbers.get(i, 0) for i in ids]
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
@@ -200,16 +203,16 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 def cannot_be_kept() -> None:
     """Say that what a call does depends on more than its metadata: no plan is made of it."""
-    if not torch.compiler.is_compiling() and _thread.recording is not None:
+    if not is_compiling() and _thread.recording is not None:
         _thread.recording.verdict = _NEVER
 
 
 def derive(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """`function(*arguments)`, a tensor that an op takes; a plan calls it again."""
     result = function(*arguments)
-    recording = None if torch.compiler.is_compiling() else _thread.recording
+    recording = None if is_compiling() else _thread.recording
     if recording is not None and id(result) not in recording.numbers:
-        fill = recording.filler(arguments)
+        fill = filler(arguments, recording.numbers_of(arguments))
         recording.steps.append(lambda tensors: tensors.append(function(*fill(tensors))))
         recording.add([result])
     return result
@@ -221,12 +224,13 @@ def planned(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments, **options):
-        if torch.compiler.is_compiling() or is_watched():
+        if is_compiling() or is_watched():
             return function(*arguments, **options)
-        kind, tensors = [torch.is_grad_enabled(), *options], []
+        kind, tensors = [is_grad_enabled(), *options], []
         try:
             describe(arguments, kind, tensors)
-            describe(options.values(), kind, tensors)
+            if options:
+                describe(options.values(), kind, tensors)
         except (Stale, RuntimeError):  # RuntimeError: sparse tensors, say, have no strides
             return function(*arguments, **options)
         return serve(table, tuple(kind), tensors, function, arguments, options)
@@ -255,7 +259,7 @@ def serve(
         table.keep(kind, recording.verdict or _plan(recording, result))
         return result
     else:
-        table.move_to_end(kind)
+        table.used(kind)
         try:
             return plan(tensors)
         except Stale:
@@ -265,23 +269,23 @@ def serve(
 
 def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> Callable[[list[Tensor]], object] | str:
     """A function of a call's tensors that gives its result."""
-    is_single, results = isinstance(result, Tensor), as_list(result)
+    results = as_list(result)
     numbers = [None if x is None else recording.numbers.get(id(x), -1) for x in results]
-    if recording.last is None or -1 in numbers:
+    if recording.last is None or -1 in numbers or len(results) == isinstance(result, tuple):
         return _NEVER
     steps, last = recording.steps, recording.last
     if steps[-1] is last.step and all(i is None or i >= last.first for i in numbers):
         # Of the last op's results no others are made.
         steps, places = steps[:-1], [None if i is None else i - last.first for i in numbers]
-        make = last.served.maker([i for i in places if i is not None], last.fill, last.numbers)
+        make = last.served.maker([i for i in places if i is not None], last.numbers)
     else:
         places = numbers
 
         def make(tensors):
+            tensors.append(None)
             return tensors
 
-    if is_single:
-        (place,) = places
+    pick = picker(places)
 
     def plan(tensors):
         for step in steps:
@@ -289,9 +293,14 @@ def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> C
         made = make(tensors)
         if made is None:
             raise Stale
-        return made[place] if is_single else tuple([None if i is None else made[i] for i in places])
+        return pick(made)
 
     return plan
+
+
+def picker(places: Sequence[int | None]) -> Callable[[Sequence], object]:
+    """A function of a sequence that ends with None: the element at a place, or a tuple of those at several."""
+    return operator.itemgetter(*(-1 if i is None else i for i in places))
 
 
 def as_list(result: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
@@ -303,32 +312,50 @@ class Served:
     """How calls of one kind of an op are served.
 
     Attributes:
-        wanted: Numbers of the results that callers see; None: all.
-        apply: The autograd.Function's; None: no gradient is needed.
+        runner: The back end: of the op's tensors a list of its results, see Program.
+        apply: The autograd.Function's, of the op's tensors and a Served; None: no gradient is needed.
+        places: Of the tensors among the arguments.
+        argument_count: Of the op.
+        arguments_of: A function of the tensors that gives the arguments.
+        pick: Of the results and the None behind them, those that callers want, in their places; None: all.
     """
 
-    def __init__(self, program: Program, apply: Callable | None, is_single: bool, wanted: Sequence[int] | None = None):
-        self.program, self.apply, self.is_single, self.wanted = program, apply, is_single, wanted
-        self.runner = program.runner()
+    def __init__(self, program: Program, apply: Callable | None, arguments: Sequence, is_single: bool):
+        self.program, self.apply, self.is_single, self.pick = program, apply, is_single, None
+        self.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+        self.argument_count = len(arguments)
+        self.arguments_of = filler(arguments, range(len(self.places)))
+        self.runner = program.runner(places=range(len(self.places)))
 
-    def run(self, arguments: Sequence) -> list[Tensor]:
-        """All results, below autograd."""
-        made = self.runner(arguments)
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The op's own result."""
+        made = self.runner(tensors) if self.apply is None else self.apply(*tensors, self)
         if made is None:
             raise Stale
-        return made
+        return made[0] if self.is_single else tuple(made[:-1])
 
-    def __call__(self, *arguments) -> Tensor | tuple[Tensor, ...]:
-        """The op's own result."""
-        made = self.run(arguments) if self.apply is None else self.apply(*arguments, self)
-        return made[0] if self.is_single else tuple(made)  # an op without results is not asked for them
-
-    def maker(self, wanted: Sequence[int], fill: Callable, numbers: Sequence[int]) -> Callable:
+    def maker(self, wanted: Sequence[int], numbers: Sequence[int]) -> Callable:
         """A function of numbered tensors that gives the results in `wanted`, at their places."""
-        if self.apply is None:
+        apply = self.apply
+        if apply is None:
             return self.program.runner(wanted, numbers)
-        served, apply = Served(self.program, self.apply, self.is_single, wanted), self.apply
-        return lambda tensors: apply(*fill(tensors), served)
+        served = copy.copy(self)
+        served.pick = picker([i if i in wanted else None for i in range(self.program.count + 1)])
+        return lambda tensors: apply(*[tensors[i] for i in numbers], served)
+
+
+def filler(arguments: Sequence, numbers: Sequence[int]) -> Callable[[Sequence[Tensor]], list]:
+    """A function of numbered tensors that gives arguments like these, with the tensors of these numbers in them."""
+    template = [None if isinstance(x, Tensor) else x for x in arguments]
+    places = list(zip([i for i, x in enumerate(arguments) if isinstance(x, Tensor)], numbers, strict=True))
+
+    def fill(tensors: Sequence[Tensor]) -> list:
+        result = template.copy()
+        for place, number in places:
+            result[place] = tensors[number]
+        return result
+
+    return fill
 
 
 class LastOp:
@@ -336,13 +363,12 @@ class LastOp:
 
     Attributes:
         step: Its step.
-        fill: A function of the numbered tensors that gives its arguments.
         numbers: Of its tensors.
         first: Number of its first result.
     """
 
-    def __init__(self, step: Callable, served: Served, fill: Callable, numbers: list[int], first: int):
-        self.step, self.served, self.fill, self.numbers, self.first = step, served, fill, numbers, first
+    def __init__(self, step: Callable, served: Served, numbers: list[int], first: int):
+        self.step, self.served, self.numbers, self.first = step, served, numbers, first
 
 
 def planned_op(slow: Callable, apply: Callable | None, record: Callable) -> Callable:
@@ -350,7 +376,7 @@ def planned_op(slow: Callable, apply: Callable | None, record: Callable) -> Call
 
     Args:
         slow: The op.
-        apply: Runs it by its autograd.Function, given the arguments and a Served; None for an op without gradient.
+        apply: Runs it by its autograd.Function, given its tensors and a Served; None for an op without gradient.
         record: Runs it, given the arguments; gives its result, and a Program or None.
     """
     table = Table()
@@ -359,7 +385,7 @@ def planned_op(slow: Callable, apply: Callable | None, record: Callable) -> Call
         if is_watched():
             cannot_be_kept()
             return slow(*arguments)
-        kind, tensors = [torch.is_grad_enabled()], []
+        kind, tensors = [is_grad_enabled()], []
         try:
             describe(arguments, kind, tensors)
         except (Stale, RuntimeError):
@@ -376,15 +402,15 @@ def planned_op(slow: Callable, apply: Callable | None, record: Callable) -> Call
             if program is None:
                 served = _NEVER
             elif are_plain(tensors):
-                needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-                served = Served(program, apply if needs_gradient else None, isinstance(result, Tensor))
+                needs_gradient = is_grad_enabled() and any(x.requires_grad for x in tensors)
+                served = Served(program, apply if needs_gradient else None, arguments, isinstance(result, Tensor))
             table.keep(kind, served)
         elif served is _NEVER:
             result = slow(*arguments)
         else:
-            table.move_to_end(kind)
+            table.used(kind)
             try:
-                result = served(*arguments)
+                result = served(tensors)
             except Stale:
                 served, result = _ONCE, slow(*arguments)
         _note(served, arguments, result)
@@ -401,15 +427,13 @@ def _note(served: Served | str, arguments: tuple, result: Tensor | tuple[Tensor,
     if not isinstance(served, Served):
         recording.verdict = _NEVER if _NEVER in (served, recording.verdict) else _ONCE
         return
-    fill = recording.filler(arguments)
+    numbers = recording.numbers_of(arguments)
     if recording.verdict is not None:
         return
 
     def step(tensors):
-        made = served(*fill(tensors))
-        tensors += as_list(made)
+        tensors += as_list(served([tensors[i] for i in numbers]))
 
     recording.steps.append(step)
-    numbers = [recording.numbers[id(x)] for x in arguments if isinstance(x, Tensor)]
-    recording.last = LastOp(step, served, fill, numbers, len(recording.tensors))
+    recording.last = LastOp(step, served, numbers, len(recording.tensors))
     recording.add(as_list(result))

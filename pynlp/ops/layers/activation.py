@@ -42,7 +42,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, up, seed)
 
 
-def _backward(ctx, saved, grad):
+def _backward(ctx, saved, needs, grad):
     x, up, seed = saved
     grad_x, grad_up = _activation_backward(rows_at_one_stride(grad), x, up, ctx.kind, ctx.dropout_p, seed)
     return grad_x, None if up is None else grad_up, None, None, None

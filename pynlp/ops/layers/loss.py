@@ -54,8 +54,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, saved, grad, *_):
-    needs = ctx.needs_input_grad[:3]  # of x, weight and bias
+def _backward(ctx, saved, needs, grad, *_):
+    needs = needs[:3]  # of x, weight and bias
     if grad is None:
         return (None,) * 12
     if ctx.weighted:  # computed in forward, but for a factor

@@ -67,7 +67,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, saved, grad_y, grad_new, *_):
+def _backward(ctx, saved, needs, grad_y, grad_new, *_):
     new, weight, mean, rstd, seed = saved
     grad_y = new.new_zeros(new.shape, dtype=ctx.dtype) if grad_y is None else rows_at_one_stride(grad_y)
     if grad_new is not None:  # of the empty one that is returned where new is x: nothing
