@@ -1,7 +1,7 @@
 """Small calls and their cost: the time of the calling thread, the least of many rounds in which calls take turns."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from pynlp.ops.common import plans
 CHAIN = 11
 
 
-def least_times(calls: dict[str, Callable], rounds: int, repeats: int, threads: Sequence[int] = (1,)) -> list[dict]:
+def least_times(
+    calls: dict[Hashable, Callable], rounds: int, repeats: int, threads: Sequence[int] = (1,)
+) -> list[dict]:
     """For each number of threads, the microseconds that each call takes of the calling thread.
 
     The least of the rounds counts, in which calls and numbers of threads take turns.
@@ -30,18 +32,20 @@ def least_times(calls: dict[str, Callable], rounds: int, repeats: int, threads: 
     for call in calls.values():
         for _ in range(4):  # a plan is made at the second and used from the third on
             call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            for count, times in zip(threads, least, strict=True):
-                torch.set_num_threads(count)
-                call()
-                if torch.cuda.is_available():  # a full queue would be waited for
-                    torch.cuda.synchronize()
-                start = time.thread_time_ns()
-                for _ in range(repeats):
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                for count, times in zip(threads, least, strict=True):
+                    torch.set_num_threads(count)
                     call()
-                times[name] = min(times[name], (time.thread_time_ns() - start) / repeats / 1e3)
-    torch.set_num_threads(before)
+                    if torch.cuda.is_available():  # a full queue would be waited for
+                        torch.cuda.synchronize()
+                    start = time.thread_time_ns()
+                    for _ in range(repeats):
+                        call()
+                    times[name] = min(times[name], (time.thread_time_ns() - start) / repeats / 1e3)
+    finally:
+        torch.set_num_threads(before)
     return least
 
 

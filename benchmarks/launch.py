@@ -20,6 +20,8 @@ from benchmarks.calls import both_ways, gpu_rows, least_times, without_gradients
 from benchmarks.measure import machine, table, write_json
 from pynlp.functional import attention, gelu, layer_norm
 
+WHOSE = "ours", "PyTorch's"
+
 
 def cpu_calls() -> dict[str, tuple[Callable, Callable]]:
     """By name, a small call of ours and PyTorch's."""
@@ -49,18 +51,22 @@ def cpu_calls() -> dict[str, tuple[Callable, Callable]]:
 
 
 def cpu_rows(rounds: int) -> list[dict]:
-    calls = {f"{name}: {who}": call for name, pair in cpu_calls().items() for who, call in zip("op", pair, strict=True)}
+    pairs = cpu_calls()
+    calls = {(name, whose): call for name, pair in pairs.items() for whose, call in zip(WHOSE, pair, strict=True)}
     one, two = least_times(calls, rounds, 50, threads=(1, 2))
-    return [
-        {
-            "call": name,
-            "us": round(one[f"{name}: o"], 1),
-            "PyTorch's": round(one[f"{name}: p"], 1),
-            "ours / PyTorch's": round(one[f"{name}: o"] / one[f"{name}: p"], 2),
-            "two threads / one": round(two[f"{name}: o"] / one[f"{name}: o"], 2),
-        }
-        for name in cpu_calls()
-    ]
+    rows = []
+    for name in pairs:
+        ours, peers = (one[name, whose] for whose in WHOSE)
+        rows.append(
+            {
+                "call": name,
+                "us": round(ours, 1),
+                "PyTorch's": round(peers, 1),
+                "ours / PyTorch's": round(ours / peers, 2),
+                "two threads / one": round(two[name, "ours"] / ours, 2),
+            }
+        )
+    return rows
 
 
 def standin_rows(rounds: int) -> list[dict]:

@@ -1,9 +1,10 @@
-"""A GPU that is not there: the launchers run to the driver's door, on tensors in the CPU's memory.
+"""A GPU that is not there: the launchers run up to the driver's door, and results are memory as it comes.
 
 Kernels are compiled for sm_90 and everything but the driver's own work is real, Triton's C launcher and its TMA
 descriptors included. Not in it: the driver's launch, torch.cuda's look-ups of device and stream, the caching allocator.
 """
 
+import ctypes
 import functools
 import os
 import subprocess
@@ -27,6 +28,12 @@ def build(folder: Path) -> None:
 
 
 @functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="pynlp-standin-")
+
+
+@functools.cache
 def driver():
     """Triton's driver for NVIDIA over the stand-in, which stays in the process."""
     import triton
@@ -34,7 +41,7 @@ def driver():
 
     if "TRITON_INTERPRET" in os.environ:
         raise RuntimeError("the stand-in needs compiled kernels: unset TRITON_INTERPRET")
-    folder = Path(tempfile.mkdtemp(prefix="pynlp-standin-"))
+    folder = Path(_folder().name)
     build(folder)
     triton.knobs.nvidia.libcuda_path = str(folder)
 
@@ -44,8 +51,6 @@ def driver():
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
             self.get_device_capability = lambda device=0: (9, 0)
-
-    import ctypes
 
     ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     return StandIn()

@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y, MaybeTen
 template <class Problem>
 void fill(Problem& in, const Tensor& x, const MaybeTensor& up, int64_t kind) {
   in.kind = static_cast<pynlp::Activation>(kind);
-  const bool packed = in.kind == pynlp::Activation::swiglu && !up;
-  in.columns = packed ? columns_of(x) / 2 : columns_of(x);
+  in.is_packed = in.kind == pynlp::Activation::swiglu && !up;
+  in.columns = in.is_packed ? columns_of(x) / 2 : columns_of(x);
   in.rows = rows_of(x);
   in.x = rows_in(x, "x");
   if (up) {

@@ -50,7 +50,7 @@ class Plan {
     }
   }
 
-  // Whether the call ran one kernel, which is then all that it does.
+  // Whether the call ran one kernel by run(), which must then be all that it did: see CONTRIBUTING.md.
   bool is_whole() const { return calls_ == 1; }
 
   size_t count() const { return fields_.size(); }

@@ -25,23 +25,18 @@ RowsOut second_half(RowsOut rows, int64_t columns) {
   return rows;
 }
 
-template <class Problem>
-bool is_packed(const Problem& problem) {
-  return problem.kind == Activation::swiglu && !problem.up.data;
-}
-
 }  // namespace
 
 void norm_forward(const NormForward& problem) { pick(VARIANTS, &LayerKernels::norm_forward)(problem); }
 void norm_backward(const NormBackward& problem) { pick(VARIANTS, &LayerKernels::norm_backward)(problem); }
 void activation_forward(const ActivationForward& problem) {
   ActivationForward apart = problem;
-  if (is_packed(problem)) apart.up = second_half(problem.x, problem.columns);
+  if (problem.is_packed) apart.up = second_half(problem.x, problem.columns);
   pick(VARIANTS, &LayerKernels::activation_forward)(apart);
 }
 void activation_backward(const ActivationBackward& problem) {
   ActivationBackward apart = problem;
-  if (is_packed(problem)) {
+  if (problem.is_packed) {
     apart.up = second_half(problem.x, problem.columns);
     apart.grad_up = second_half(problem.grad_x, problem.columns);
   }

@@ -39,7 +39,8 @@ enum class Activation { gelu, relu, swiglu };
 struct ActivationForward {
   int64_t rows, columns;
   Activation kind;
-  RowsIn x, up;  // a swiglu without up has it in x, behind the gate
+  bool is_packed;  // x has up, too, behind the gate
+  RowsIn x, up;
   RowDropout dropout;
   RowsOut y;
 };
@@ -47,7 +48,8 @@ struct ActivationForward {
 struct ActivationBackward {
   int64_t rows, columns;
   Activation kind;
-  RowsIn grad, x, up;  // up as above, then grad_up too
+  bool is_packed;  // as above; grad_x has grad_up, too
+  RowsIn grad, x, up;
   RowDropout dropout;
   RowsOut grad_x, grad_up;
   int64_t grad_stride;  // of their rows

@@ -12,7 +12,7 @@ from triton.compiler import CompiledKernel
 
 from ..common.integers import are_multiples, cdiv, next_power_of_2, tile_width
 from ..common.launch import chip_of, choose, launch
-from ..common.plans import give_up
+from ..common.replay import give_up
 from .configs import Config, neighbours
 from .decode import (
     DecodeFeatures,
@@ -100,13 +100,12 @@ def attention_decode(
     out = torch.empty((batch, seqlen_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
     capacity = _capacity(k_cache, options.block_table)
+    has_earlier = options.rotary_cos is not None and options.rotary_offset + options.appended < seqlen_q
+    if batch > 0 and (options.appended == 0 or has_earlier):
+        _check_values(cache_lengths, k_cache, seqlen_q, options)
     if out.numel() == 0 or capacity == 0:
         lse.copy_(-torch.inf if options.sinks is None else options.sinks[:, None])
         return out.zero_(), lse
-    if options.appended == 0 or (
-        options.rotary_cos is not None and options.rotary_offset + options.appended < seqlen_q
-    ):
-        _check_values(cache_lengths, k_cache, seqlen_q, options)
     group = heads // kv_heads
     left, right, scale = kernel_numbers(options, seqlen_q + capacity)
     radius = table_radius(options.relative_buckets)

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
-from . import plans
+from . import replay
 
 Config = TypeVar("Config", bound=tuple)  # a family's NamedTuple: how a kernel is cut and launched
 _fitting: dict[tuple, tuple] = {}
@@ -86,15 +86,17 @@ def launch(kernel, grid: tuple[int, ...], *arguments, compile_only: bool = False
     `options` are constants by name and Triton's own: num_warps, num_stages, maxnreg.
     """
     if compile_only or _pretence is not None:
+        if _pretence is not None:
+            replay.give_up()
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if not compile_only:
             names = dict(zip(kernel.arg_names, arguments, strict=False)) | options
             _pretence.launches.append(Launch(kernel.__name__, names, compiled))
         return compiled
     compiled = kernel[grid](*arguments, **options)
-    recording = plans.recording()
-    if recording is not None:
-        recording.launched(kernel, compiled, grid, arguments, options)
+    tape = replay.tape()
+    if tape is not None:
+        tape.launched(kernel, compiled, grid, arguments, options)
 
 
 def choose(
@@ -159,7 +161,7 @@ def _name(device: torch.device) -> str:
 
 def _descend(config: Config, start: Callable, neighbours: Callable[[Config], Iterable[Config]]) -> Config:
     """The config that no neighbour is faster than, by one change at a time."""
-    plans.give_up()  # what is measured would be repeated
+    replay.give_up()  # what is measured would be repeated
     times = {config: _time(functools.partial(start, config))}
     while True:
         for candidate in neighbours(config):

@@ -1,6 +1,6 @@
 """The start of a compiled kernel by Triton's own C function, which is private: of the versions 3.6 and 3.7, for NVIDIA.
 
-What lies between is left out: the search for the kernel that fits the arguments, and hooks, which plans.py looks after.
+What lies between is left out: the search for the kernel that fits the arguments, and hooks: see is_unwatched.
 """
 
 import inspect
@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import triton
 from torch import Tensor
-from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+try:
+    from triton.backends.nvidia import driver as nvidia
+except ImportError:  # a Triton for other chips
+    nvidia = None
 VERSION = triton.__version__.split(".")[:2]
 KNOWN_VERSIONS = (["3", "6"], ["3", "7"])
 
@@ -21,7 +24,7 @@ class Unknown(Exception):
     """Raised where it is not known how a kernel is started."""
 
 
-class Arguments:
+class KernelArguments:
     """A kernel's arguments without constants, tuples opened, and where its tensors go.
 
     Attributes:
@@ -73,19 +76,19 @@ class Arguments:
         self.values += [None, *sizes]
 
 
-def arguments_of(kernel, compiled: CompiledKernel | None, arguments: tuple, options: dict) -> Arguments:
+def arguments_of(kernel, compiled: CompiledKernel | None, arguments: tuple, options: dict) -> KernelArguments:
     """The arguments of a kernel that was compiled for them.
 
     Raises:
         Unknown: they are started in a way that is not known here.
     """
-    if compiled is None or VERSION not in KNOWN_VERSIONS:
+    if compiled is None or nvidia is None or VERSION not in KNOWN_VERSIONS or kernel.pre_run_hooks:
         raise Unknown
     started = compiled.run
     if not isinstance(started, nvidia.CudaLauncher) or started.global_scratch_size or started.profile_scratch_size:
         raise Unknown
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    return Arguments(compiled.src.signature, values, compiled.metadata)
+    return KernelArguments(compiled.src.signature, values, compiled.metadata)
 
 
 def describer() -> Callable:
@@ -94,7 +97,7 @@ def describer() -> Callable:
     return utils.fill_tma_descriptor_tiled if VERSION == ["3", "7"] else utils.fill_tma_descriptor
 
 
-def starter(compiled: CompiledKernel, grid: tuple[int, ...], arguments: Arguments) -> Callable[[int, list], None]:
+def starter(compiled: CompiledKernel, grid: tuple[int, ...], arguments: KernelArguments) -> Callable[[int, list], None]:
     """A function that starts the kernel on a stream, given values like those of `arguments`, filled in."""
     started, size = compiled.run, (*grid, 1, 1)[:3]
     fixed = compiled.function, started.launch_cooperative_grid, started.launch_pdl
@@ -130,9 +133,9 @@ def _behind_descriptors(launch: Callable) -> Callable:
     return inspect.getclosurevars(launch).nonlocals["launcher"] if inspect.isfunction(launch) else launch
 
 
-def waits_for_nobody(runtime) -> bool:
-    """Whether no one watches launches, and Triton compiles as it did: `runtime` are its knobs."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return not (
-        enter is None or enter.calls or leave.calls or runtime.debug or runtime.add_stages_inspection_hook is not None
-    )
+def is_unwatched(runtime) -> bool:
+    """Whether no one watches launches, and Triton compiles as by default: `runtime` are its knobs."""
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # of a chain of hooks those that there are
+            return False
+    return not runtime.debug and runtime.add_stages_inspection_hook is None

@@ -23,6 +23,7 @@ from pynlp.functional import (
     alibi_slopes,
     attention,
     attention_decode,
+    attention_varlen,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -195,8 +196,19 @@ def draw_attention(draw: Draw) -> Callable:
         options["relative_bias"] = torch.randn(32, heads)
     elif draw.random.random() < 0.3:
         options["alibi_slopes"] = alibi_slopes(heads)
+    if draw.random.random() < 0.3:
+        options["key_lengths"] = torch.full((batch,), seqlen, dtype=torch.int32)
     draw.use(options)
     return draw.both_ways(lambda: attention(q, k, v, **options))
+
+
+def draw_varlen(draw: Draw) -> Callable:
+    total, heads, dim = draw.size(100), 2, draw.random.choice((16, 64))
+    q, k, v = (draw.tensor(total, heads, dim, grad=True) for _ in range(3))
+    starts = torch.tensor([0, total // 2, total], dtype=draw.random.choice((torch.int32, torch.int64)))
+    options = {"causal": True, "rotary": rotary_tables(128, 16)} if draw.random.random() < 0.5 else {}
+    draw.use(options | {"starts": starts})
+    return draw.both_ways(lambda: attention_varlen(q, k, v, starts, starts, **options))
 
 
 def draw_decode(draw: Draw) -> Callable:
@@ -224,6 +236,7 @@ DRAWS = {
     "swiglu": draw_swiglu,
     "norm": draw_norm,
     "attention": draw_attention,
+    "varlen": draw_varlen,
     "decode": draw_decode,
 }
 
@@ -244,13 +257,17 @@ def check_traps() -> None:
     for _ in range(3):
         gelu(x)
     assert is_planned(seen(lambda: gelu(x)))
-    hooks, runtime = triton.knobs.runtime, triton.knobs.runtime
-    for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         watched = []
-        hook.add(watched.append)
+        note = watched.append  # each access makes another one
+        hook.add(note)
         assert not is_planned(seen(lambda: gelu(x))) and watched, "a hook on launches was not called"
-        hook.remove(watched.append)
-        hook.calls.clear()
+        hook.remove(note)
+    with changed(runtime, "launch_exit_hook", lambda metadata: None):
+        assert not is_planned(seen(lambda: gelu(x)))
+    with changed(runtime, "launch_exit_hook", None):
+        assert is_planned(seen(lambda: gelu(x)))
     with changed(runtime, "add_stages_inspection_hook", lambda *arguments: ("", "")):
         assert not is_planned(seen(lambda: gelu(x)))
     with changed(runtime, "debug", True):

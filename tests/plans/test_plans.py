@@ -23,9 +23,9 @@ def normal(*shape: int) -> Tensor:
 def runs():
     """Makes a planned function of a norm; gives it and the list of the calls that ran whole."""
 
-    def whole(x, weight, *options, **more):
+    def whole(x: Tensor, weight: Tensor, residual: Tensor | None = None, **options):
         seen.append((x, weight))
-        return rms_norm.__wrapped__(x, weight, *options, **more)
+        return rms_norm.__wrapped__(x, weight, residual=residual, **options)
 
     seen = []
     return plans.planned(whole), seen
@@ -80,6 +80,18 @@ def test_numbers_of_other_types_are_other_kinds():
     warm(layer_norm, x, x[0], eps=1)
     with pytest.raises(TypeError, match="eps"):
         layer_norm(x, x[0], eps=True)
+
+
+def test_tensors_for_numbers_are_read_by_each_call():
+    """A flag or a number that is given as a tensor: on its value it depends what a call does."""
+    q, k, v = (normal(1, 6, 2, 8) for _ in range(3))
+    for value in (True, False) * 4:
+        flag, factor = torch.tensor(value), torch.tensor(0.5 + value)
+        with plans.off():
+            expected = attention(q, k, v, causal=value), attention(q, k, v, softmax_scale=factor.item())
+        assert torch.equal(attention(q, k, v, causal=flag), expected[0])
+        assert torch.equal(attention(q, k, v, softmax_scale=factor), expected[1])
+        assert isinstance(attention(q, k, v, return_lse=flag), tuple) == value
 
 
 def test_errors_stay_errors():
@@ -170,6 +182,44 @@ def test_values_that_are_not_in_memory_as_they_are():
     warm(rms_norm, x, weight)
     with pytest.raises(RuntimeError, match="x: expected contiguous rows"):  # as without plans
         rms_norm(torch._efficientzerotensor((5, 16)), weight)
+    ones = torch.ones(5, 16)
+    warm(gelu, ones)
+    for _ in range(3):
+        assert torch.equal(gelu(torch._neg_view(ones)), gelu(-ones))
+        assert torch.equal(gelu(columns.conj().imag.squeeze(1).unsqueeze(-1)), gelu(-columns.imag))
+
+
+def test_batched_gradients():
+    """By the older vmap, whose tensors look as others do and have no memory."""
+    x, several = normal(5, 16).requires_grad_(), normal(3, 5, 16)
+    for _ in range(5):
+        torch.autograd.grad(gelu(x), x, several[0])
+    (grads,) = torch.autograd.grad(gelu(x), x, several, is_grads_batched=True)
+    for grad, one in zip(grads, several, strict=True):
+        assert torch.equal(grad, torch.autograd.grad(gelu(x), x, one)[0])
+    with plans.off():
+        expected = torch.autograd.functional.jacobian(gelu, x.detach(), vectorize=True)
+    assert torch.equal(torch.autograd.functional.jacobian(gelu, x.detach(), vectorize=True), expected)
+
+
+def test_a_tensor_that_outlived_its_transform():
+    leaked = []
+    x = normal(5, 16).requires_grad_()
+    for _ in range(4):
+        gelu(x)
+    torch.func.grad(lambda y: (leaked.append(y), y.sum())[1])(x)
+    assert torch.equal(gelu(leaked[0]), gelu(x))
+
+
+@pytest.mark.slow
+def test_compiled_autograd():
+    x = normal(5, 16).requires_grad_()
+    for _ in range(5):
+        gelu(x).sum().backward()
+    expected, x.grad = x.grad / 5, None
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        gelu(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_one_tensor_for_several_arguments():
@@ -256,6 +306,59 @@ def test_checkpointed_and_offloaded(reentrant):
             assert torch.equal(a, b)
 
 
+def test_expanded_gradients_and_strided_tensors_have_plans():
+    x = normal(6, 16).requires_grad_()
+    for y in (lambda: gelu(x).sum(), lambda: gelu(x[:, ::2]).sum()):
+        for _ in range(6):
+            y().backward()
+        with count_recordings() as recordings:
+            y().backward()
+        assert not recordings
+
+
+@contextlib.contextmanager
+def count_recordings():
+    made, init = [], plans.Recording.__init__
+
+    def counted(self, tensors):
+        made.append(tensors)
+        init(self, tensors)
+
+    plans.Recording.__init__ = counted
+    try:
+        yield made
+    finally:
+        plans.Recording.__init__ = init
+
+
+def test_what_passes_does_not_rule_plans_out_for_good():
+    """A second call in autocast, or with one tensor for two arguments."""
+    x, weight = normal(6, 16).requires_grad_(), normal(16)
+    rms_norm(x, weight).sum().backward()
+    y = rms_norm(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    for _ in range(5):
+        rms_norm(x, weight).sum().backward()
+        layer_norm(x, weight, weight)
+    with count_recordings() as recordings:
+        rms_norm(x, weight).sum().backward()
+        layer_norm(x, weight, weight)
+    assert not recordings
+
+
+def test_results_without_a_gradient_stay_without():
+    """Steps that ran under no_grad do so again."""
+
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return gelu(plans.derive(torch.neg, x))
+
+    planned, x = plans.planned(function), normal(6, 16).requires_grad_()
+    for _ in range(5):
+        assert not planned(x).requires_grad
+
+
 def test_some_gradients_are_asked_for():
     x, weight, bias = normal(6, 16).requires_grad_(), normal(16).requires_grad_(), normal(16).requires_grad_()
     weights = normal(6, 16)
@@ -320,7 +423,7 @@ def test_inference_mode_and_other_threads():
 
 
 def test_a_call_that_fails_while_it_is_recorded():
-    def function(x):
+    def function(x: Tensor):
         if failing:
             raise ArithmeticError
         return gelu(x)

@@ -7,7 +7,7 @@ from pynlp.ops.attention import checks
 from pynlp.ops.common.checks import autocast, prepare_dropout, rows_in_place
 from pynlp.ops.common.hints import hint
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
-from pynlp.ops.common.plans import planned
+from pynlp.ops.common.plans import derive, planned
 from pynlp.reference.attention import attention as reference
 from pynlp.reference.attention.attention import Options
 from pynlp.reference.common.dtypes import compute_dtype
@@ -262,14 +262,14 @@ def attention_varlen(
     cu_seqlens_k = checks.prepare_cu_seqlens("k", cu_seqlens_k, total_k, max_seqlen_k, q)
     checks.check_as_many_sequences(cu_seqlens_q, cu_seqlens_k)
     batch = cu_seqlens_q.shape[0] - 1
-    lengths = [cu_seqlens_q.diff(), cu_seqlens_k.diff()]
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = _attention_forward(
-        *(rows_in_place(x)[None] for x in (q, k, v)),
+        *(derive(torch.unsqueeze, rows_in_place(x), 0) for x in (q, k, v)),
         q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
         checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,
         checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
-        *checks.prepare_packed_rotary(rotary, rotary_offset, q, total_k, lengths), rotary_interleaved,
-        *prepare_dropout(dropout_p, seed, q),
+        *checks.prepare_packed_rotary(rotary, rotary_offset, q, total_k, cu_seqlens_q, cu_seqlens_k),
+        rotary_interleaved, *prepare_dropout(dropout_p, seed, q),
     )  # fmt: skip
-    return (out[0], lse[0]) if return_lse else out[0]
+    out = derive(torch.squeeze, out, 0)
+    return (out, derive(torch.squeeze, lse, 0)) if return_lse else out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.attention.positions import buckets_like
+from pynlp.ops.common import asserts
 from pynlp.ops.common.checks import (
     as_fp32,
     check,
@@ -154,6 +155,11 @@ def check_cu_seqlens(
     """
     check_starts(name, cu_seqlens, q)
     end = "the last at most the total" if padded else "the last to be the total"
+    if asserts.are_on_device(cu_seqlens):
+        order = f"{name}: expected the first to be 0 and {end}, and values that never fall"
+        longest = f"{max_name}: expected at least the longest sequence"
+        asserts.assert_starts(cu_seqlens, total, padded, max_seqlen, order, longest)
+        return
     check(
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= total if padded else cu_seqlens[-1] == total),
         f"{name}: expected the first to be 0 and {end}",
@@ -203,7 +209,7 @@ def prepare_tables(rotary: Sequence[Tensor], q: Tensor) -> tuple[Tensor, Tensor]
         )
     for name, x in (("rotary cos", cos), ("rotary sin", sin)):
         check_tensor(name, x, q, [tuple(cos.shape)])
-        if x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a table that needs no gradient, got requires_grad=True")
     return as_fp32(cos, q), as_fp32(sin, q)
 
@@ -246,14 +252,26 @@ def prepare_rotary(
 
 
 def prepare_packed_rotary(
-    rotary: Sequence[Tensor] | None, rotary_offset: int | Tensor, q: Tensor, total_k: int, lengths: list[Tensor]
+    rotary: Sequence[Tensor] | None,
+    rotary_offset: int | Tensor,
+    q: Tensor,
+    total_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """The result of `prepare_rotary` for packed sequences; `lengths` are their numbers of queries and of keys."""
+    """The result of `prepare_rotary` for packed sequences."""
     if rotary is None:
         check_no_offset(rotary_offset)
         return None, None, None, 0
     cos, sin = prepare_tables(rotary, q)
     check_offset(rotary_offset)
+    if asserts.are_on_device(q) and not isinstance(rotary_offset, Tensor) and rotary_offset >= 0:
+        asserts.assert_positions(
+            cu_seqlens_q, cu_seqlens_k, rotary_offset, cos.shape[0], "rotary_offset: expected no position below 0",
+            "rotary: expected tables that reach the last position of the longest sequence",
+        )  # fmt: skip
+        return cos, sin, None, rotary_offset
+    lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     fewest, most = 0, 0  # keys beyond the queries, and keys, of any sequence
     if lengths[0].numel():
         fewest, most = extremes(lengths[1] - lengths[0])[0], extremes(lengths[1])[1]

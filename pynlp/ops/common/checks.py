@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # Private names of torch, the only ones here: the values behind what torch.func's transforms wrap.
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+from pynlp.ops.common import asserts
 from pynlp.ops.common.plans import cannot_be_kept, derive
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -139,6 +140,9 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
     if x.numel() == 0:
         return
+    if asserts.are_on_device(x):
+        asserts.assert_range(x, low, high, f"{name}: expected values in range")
+        return
     smallest, largest = extremes(x)
     check(
         (smallest >= low) & (largest <= high),
@@ -150,6 +154,7 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
 
 def extremes(x: Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """The smallest and the largest value: numbers where a CPU has them at once, else tensors of one value."""
+    cannot_be_kept()  # each call's values are to be seen
     x = untransformed(x)
     smallest, largest = torch.aminmax(x)
     return (smallest.item(), largest.item()) if at_once(x) else (smallest, largest)
@@ -168,6 +173,7 @@ def check(
     """
     on_host = not isinstance(condition, Tensor)
     if not on_host:
+        cannot_be_kept()  # each call's values are to be seen
         condition = untransformed(condition)
         if condition.dim():
             condition = condition.all()
@@ -182,7 +188,6 @@ def check(
 
 def at_once(x: Tensor) -> bool:
     """Whether values of x can be read without waiting for a device, and are there: fake tensors have none."""
-    cannot_be_kept()  # what asks has to look at each call's values
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(x)
 
 

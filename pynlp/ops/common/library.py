@@ -108,7 +108,7 @@ def _launchers(module: str) -> ModuleType | None:
 
 
 def launcher_serves(name: str, x: Tensor) -> bool:
-    """Whether the op's Triton launcher serves a call at once with x as the argument that decides."""
+    """Whether the op's Triton launcher serves an eager call with x as the argument that decides."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or not (x.is_cuda or plans.triton_serves_cpu):
         return False
     return is_plain(x) and OPS[name].triton is not None and _launchers(OPS[name].triton) is not None
@@ -193,7 +193,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     slow = functools.partial(kernel, None)
     record = functools.partial(_recorded, OPS[name], slow)
-    planned = plans.planned_op(slow, _planned_gradient(name, setup_context, backward), record)
+    planned = plans.planned_op(slow, _planned_gradient(name, setup_context, backward), record, _of_tensors(op))
 
     def call(*arguments):
         return op(*arguments) if torch.compiler.is_compiling() else planned(*arguments)
@@ -201,12 +201,17 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     return call
 
 
+def _of_tensors(op: torch._ops.OpOverload) -> list[int]:
+    """The places of an op's arguments that are tensors, or None."""
+    return [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+
+
 def _planned_gradient(name: str, setup_context: Callable, backward: Callable) -> Callable:
     """What `register_autograd` makes, for calls that have a plan, of which backward is then a part."""
     table = plans.Table()
 
     class Gradient(torch.autograd.Function):
-        """Takes the tensors and a plans.Served; gives the results that it wants, else None, and one None more."""
+        """Takes the tensors and a plans.Served; gives the results that callers want, None for others and behind all."""
 
         @staticmethod
         def forward(ctx, *inputs):
@@ -221,7 +226,7 @@ def _planned_gradient(name: str, setup_context: Callable, backward: Callable) ->
         def backward(ctx, *grads):
             saved = ctx.saved_tensors  # which can be asked for once
             grads = grads[:-1]
-            if torch.is_grad_enabled() or plans.is_backward_watched():
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or plans.is_backward_watched():
                 return whole_backward(ctx, saved, *grads)
             kind, tensors = [False, ctx.served, *ctx.needs_input_grad], []
             try:
@@ -252,7 +257,7 @@ def _recorded(op: Op, call: Callable, arguments: Sequence) -> tuple[object, plan
         return native.recorded(call, arguments)
     if op.triton is None or backends.triton_missing_reason() is not None:
         return call(*arguments), None
-    recorder = importlib.import_module("pynlp.kernels.common.plans").Recorder()
+    recorder = importlib.import_module("pynlp.kernels.common.replay").Recorder()
     with plans.launching_by(recorder.run):
         result = call(*arguments)
     return result, recorder.program
@@ -261,7 +266,7 @@ def _recorded(op: Op, call: Callable, arguments: Sequence) -> tuple[object, plan
 def without_gradient(name: str) -> Callable:
     """`pynlp::name`, which has no gradient, for callers in Python; see `register_autograd`."""
     op = getattr(torch.ops.pynlp, name).default
-    planned = plans.planned_op(op, None, functools.partial(_recorded, OPS[name], op))
+    planned = plans.planned_op(op, None, functools.partial(_recorded, OPS[name], op), _of_tensors(op))
 
     def call(*arguments):
         return op(*arguments) if torch.compiler.is_compiling() else planned(*arguments)

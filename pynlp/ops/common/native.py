@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
-
-# A private name of torch: a tensor in a third of the time that torch.empty takes.
-from torch._C._dynamo.guards import _empty_strided_cpu
 
 from pynlp import backends
 from pynlp.ops.common.plans import as_list
+
+try:  # private: a tensor in a third of the time that torch.empty takes
+    from torch._C._dynamo.guards import _empty_strided_cpu
+except ImportError:
+
+    def _empty_strided_cpu(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
 
 # Results of more bytes are left to the op, which asks the system for huge pages for them.
 MOST_BYTES = 2**24
@@ -32,7 +38,10 @@ class NativeProgram:
         made = [x if wanted is None or i in wanted or i in self.needed else None for i, x in enumerate(self.made)]
 
         def run(arguments):
-            results, addresses = [], [arguments[i].data_ptr() for i in places]
+            try:
+                results, addresses = [], [arguments[i].data_ptr() for i in places]
+            except RuntimeError:  # wrappers of tensors, of older transforms or that outlived theirs, have no memory
+                return None
             for x in made:
                 if x is None:
                     results.append(None)
@@ -58,5 +67,7 @@ def recorded(call: Callable, arguments: Sequence) -> tuple[object, NativeProgram
         made = native.finish_plan()
     results = as_list(result)
     if made is None or sum(x.nbytes for x in results) > MOST_BYTES:
+        return result, None
+    if len(made[1]) != len(results) + sum(isinstance(x, Tensor) for x in arguments):  # it takes others than were given
         return result, None
     return result, NativeProgram(*made, arguments, results)

@@ -3,38 +3,51 @@
 The first call of a kind runs as always, and so does the second, which is recorded: the ops that it runs, which of its
 tensors they take, and what their back ends do with them. From the third on a call repeats that, without checks,
 conversions that change nothing, and the dispatcher. Calls are of one kind if all but the values of their tensors is the
-same: dtypes, shapes, strides, devices, alignments, numbers, and whether gradients are wanted. What may not follow from
-that is not kept; and where a plan turns out not to fit, the call runs as always.
+same: dtypes, shapes, strides, devices, alignments on GPUs, numbers, and whether gradients are wanted. What may not
+follow from that is not kept; and where a plan turns out not to fit, the call runs as always.
 """
 
 import copy
+import enum
 import functools
+import inspect
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
 from typing import Protocol
 
+import torch
 from torch import Tensor, is_grad_enabled
-
-# Private names of torch; tests/package/test_library.py compares what is built on them with torch's.
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _is_torch_function_mode_enabled,
-    _len_torch_dispatch_stack,
-)
 from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+try:  # private names; tests/plans/test_plans.py says that they are there
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _get_tracing_state,
+        _is_any_autocast_enabled,
+        _is_torch_function_mode_enabled,
+        _len_torch_dispatch_stack,
+    )
+
+    ARE_POSSIBLE = True
+except ImportError:
+    ARE_POSSIBLE = False
+
 MOST = 4096  # kinds of calls of a function; beyond them the one that was not used for longest is forgotten
 triton_serves_cpu = False  # so that alignments of CPU tensors matter: in tests and benchmarks of the launchers
-_ONCE, _NEVER = "seen once", "cannot be kept"  # in place of a plan
 _SIMPLE = frozenset((int, float, bool, str, NoneType))
+
+
+class Verdict(enum.Enum):
+    """What is kept in place of a plan: the next call of the kind is recorded, or none is."""
+
+    AGAIN = 1
+    NEVER = 2
 
 
 class Stale(Exception):
@@ -51,10 +64,10 @@ class Program(Protocol):
     count: int
 
     def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
-        """A function that does it: of a sequence that has the op's tensors at `places`, by default its arguments.
+        """A function that does it, of a sequence that has the op's tensors at `places`: by default its arguments.
 
-        It gives a list of the op's results, None for those whose number is not in `wanted`, by default all, and one
-        None more; or None alone where it does not fit the call.
+        It gives a list of the results, with None for those whose number is not in `wanted`: by default all are. Behind
+        them stands one more None, for `picker`. Where it does not fit the call it gives None in place of the list.
         """
 
 
@@ -64,7 +77,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_is_off = False
+_is_off = not ARE_POSSIBLE
 
 
 def launch_by() -> Callable | None:
@@ -96,25 +109,25 @@ def off() -> Iterator[None]:
 def is_watched() -> bool:
     """Whether something sees or changes calls that a plan leaves out: autocast, modes, transforms, a profiler."""
     return (
-        _is_any_autocast_enabled()
+        _is_off
+        or _is_any_autocast_enabled()
         or _is_torch_function_mode_enabled()
         or _get_tracing_state() is not None
         or _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or _is_off
     )
 
 
 def is_backward_watched() -> bool:
-    """The same for a backward pass."""
+    """The same for a backward pass, to which autocast and what sees calls of Python do not matter."""
     return (
-        _len_torch_dispatch_stack() > 0
+        _is_off
+        or _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or _is_off
     )
 
 
@@ -141,11 +154,14 @@ def describe(values: Iterable, kind: list, tensors: list[Tensor]) -> None:
 
     Raises:
         Stale: of a value too little is known.
+        RuntimeError: torch knows too little of a tensor: a sparse one has no strides.
     """
     is_enabled = kind[0]
     for x in values:
         what = type(x)
         if what is Tensor or what is Parameter:
+            if x.is_neg():  # its values are not in memory as they are
+                raise Stale
             tensors.append(x)
             if x.is_cpu and not triton_serves_cpu:
                 kind += (x.dtype, x.shape, x.stride(), is_enabled and x.requires_grad)
@@ -166,54 +182,53 @@ class Recording:
 
     Attributes:
         verdict: What is kept in place of a plan, if none can be made.
+        same: Pairs of arguments that are one tensor: an op that takes one of them may mean the other.
         last: The last op that the call has run.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = list(tensors)  # kept, so that no other tensor gets the id of one of them
         self.numbers = {id(x): i for i, x in enumerate(tensors)}
+        self.same = [(i, self.numbers[id(x)]) for i, x in enumerate(tensors) if self.numbers[id(x)] != i]
         self.steps: list[Callable[[list[Tensor]], None]] = []
         self.last: LastOp | None = None
-        self.verdict = None if are_plain(tensors) else _ONCE
+        self.verdict: Verdict | None = None
+        self.is_enabled = is_grad_enabled()
 
     def add(self, results: Iterable[Tensor]) -> None:
         for x in results:
             self.numbers.setdefault(id(x), len(self.tensors))
             self.tensors.append(x)
 
-    def numbers_of(self, arguments: Sequence) -> list[int]:
+    def numbers_or_give_up(self, arguments: Sequence) -> list[int]:
         """The numbers of the tensors among them; where nobody knows where one came from, no plan can be made."""
         ids = [id(x) for x in arguments if isinstance(x, Tensor)]
         if any(i not in self.numbers for i in ids):
-            self.verdict = _NEVER
+            self.verdict = Verdict.NEVER
         return [self.numbers.get(i, 0) for i in ids]
-
-
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether a recording tells tensors apart, and each has values in memory as they are.
-
-    A tensor that is to be negated is a part of a complex one: all of its strides are even.
-    """
-    if len({id(x) for x in tensors}) < len(tensors):
-        return False
-    return all(
-        not x.is_neg() and (x.dim() == 0 or x.numel() == 0 or any(stride % 2 for stride in x.stride())) for x in tensors
-    )
 
 
 def cannot_be_kept() -> None:
     """Say that what a call does depends on more than its metadata: no plan is made of it."""
     if not is_compiling() and _thread.recording is not None:
-        _thread.recording.verdict = _NEVER
+        _thread.recording.verdict = Verdict.NEVER
 
 
 def derive(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """`function(*arguments)`, a tensor that an op takes; a plan calls it again."""
+    """`function(*arguments)`, a tensor that an op takes or that a call gives; a plan calls it again."""
     result = function(*arguments)
     recording = None if is_compiling() else _thread.recording
     if recording is not None and id(result) not in recording.numbers:
-        fill = filler(arguments, recording.numbers_of(arguments))
-        recording.steps.append(lambda tensors: tensors.append(function(*fill(tensors))))
+        fill, is_enabled = filler(arguments, recording.numbers_or_give_up(arguments)), is_grad_enabled()
+
+        def step(tensors):
+            tensors.append(function(*fill(tensors)))
+
+        def step_without_gradients(tensors):
+            with torch.no_grad():
+                step(tensors)
+
+        recording.steps.append(step if is_enabled == recording.is_enabled else step_without_gradients)
         recording.add([result])
     return result
 
@@ -221,6 +236,16 @@ def derive(function: Callable[..., Tensor], *arguments: object) -> Tensor:
 def planned(function: Callable) -> Callable:
     """A public function that runs by plans where it can."""
     table = Table()
+    signature = inspect.signature(function)
+    of_tensors = {name for name, x in signature.parameters.items() if "Tensor" in str(x.annotation)}
+
+    def has_tensors_in_place(arguments: tuple, options: dict) -> bool:
+        """Whether no tensor stands for a flag or a number, on whose value it would depend what a call does."""
+        try:
+            given = signature.bind(*arguments, **options).arguments
+        except TypeError:
+            return False
+        return not any(_holds_tensors(x) for name, x in given.items() if name not in of_tensors)
 
     @functools.wraps(function)
     def call(*arguments, **options):
@@ -231,26 +256,41 @@ def planned(function: Callable) -> Callable:
             describe(arguments, kind, tensors)
             if options:
                 describe(options.values(), kind, tensors)
-        except (Stale, RuntimeError):  # RuntimeError: sparse tensors, say, have no strides
+        except (Stale, RuntimeError):
             return function(*arguments, **options)
-        return serve(table, tuple(kind), tensors, function, arguments, options)
+        return serve(table, tuple(kind), tensors, function, arguments, options, has_tensors_in_place)
 
     return call
+
+
+def _holds_tensors(x: object) -> bool:
+    return isinstance(x, Tensor) or (isinstance(x, tuple) and any(map(_holds_tensors, x)))
+
+
+def _always(arguments: tuple, options: dict) -> bool:
+    return True
 
 
 _NO_OPTIONS: dict[str, object] = {}
 
 
 def serve(
-    table: Table, kind: tuple, tensors: list[Tensor], slow: Callable, arguments: tuple, options: dict = _NO_OPTIONS
-) -> object:
+    table: Table, kind: tuple, tensors: list[Tensor], slow: Callable, arguments: tuple,
+    options: dict = _NO_OPTIONS, can_be_kept: Callable[[tuple, dict], bool] = _always,
+) -> object:  # fmt: skip
     """The result of a call of this kind: by its plan or, where that is not possible, `slow(*arguments, **options)`."""
     plan = table.get(kind)
     if plan is None:
-        table.keep(kind, _ONCE)
-    elif _thread.recording is not None or plan is _NEVER:  # a part of what is recorded runs as always
+        table.keep(kind, Verdict.AGAIN if can_be_kept(arguments, options) else Verdict.NEVER)
+    elif _thread.recording is not None or plan is Verdict.NEVER:  # a part of what is recorded runs as always
         pass
-    elif plan is _ONCE:
+    elif plan is not Verdict.AGAIN:
+        table.used(kind)
+        try:
+            return plan(tensors)
+        except Stale:
+            pass
+    else:
         _thread.recording = recording = Recording(tensors)
         try:
             result = slow(*arguments, **options)
@@ -258,21 +298,16 @@ def serve(
             _thread.recording = None
         table.keep(kind, recording.verdict or _plan(recording, result))
         return result
-    else:
-        table.used(kind)
-        try:
-            return plan(tensors)
-        except Stale:
-            pass
     return slow(*arguments, **options)
 
 
-def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> Callable[[list[Tensor]], object] | str:
-    """A function of a call's tensors that gives its result."""
+def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> Callable[[list[Tensor]], object]:
+    """A function of a call's tensors that gives its result; or a verdict."""
     results = as_list(result)
     numbers = [None if x is None else recording.numbers.get(id(x), -1) for x in results]
-    if recording.last is None or -1 in numbers or len(results) == isinstance(result, tuple):
-        return _NEVER
+    is_one_of_a_tuple = isinstance(result, tuple) and len(result) == 1  # for which `picker` gives the element
+    if recording.last is None or not results or -1 in numbers or is_one_of_a_tuple:
+        return Verdict.NEVER
     steps, last = recording.steps, recording.last
     if steps[-1] is last.step and all(i is None or i >= last.first for i in numbers):
         # Of the last op's results no others are made.
@@ -285,9 +320,12 @@ def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> C
             tensors.append(None)
             return tensors
 
-    pick = picker(places)
+    pick, same = picker(places), recording.same
 
     def plan(tensors):
+        for one, other in same:
+            if tensors[one] is not tensors[other]:
+                raise Stale
         for step in steps:
             step(tensors)
         made = make(tensors)
@@ -299,7 +337,10 @@ def _plan(recording: Recording, result: Tensor | tuple[Tensor | None, ...]) -> C
 
 
 def picker(places: Sequence[int | None]) -> Callable[[Sequence], object]:
-    """A function of a sequence that ends with None: the element at a place, or a tuple of those at several."""
+    """A function of a sequence that gives its element at one place, or a tuple of those at several.
+
+    The sequence ends with None, which is what it gives for the place None.
+    """
     return operator.itemgetter(*(-1 if i is None else i for i in places))
 
 
@@ -371,65 +412,72 @@ class LastOp:
         self.step, self.served, self.numbers, self.first = step, served, numbers, first
 
 
-def planned_op(slow: Callable, apply: Callable | None, record: Callable) -> Callable:
+def planned_op(slow: Callable, apply: Callable | None, record: Callable, of_tensors: Collection[int]) -> Callable:
     """An op for callers in Python, which runs by plans where it can.
 
     Args:
         slow: The op.
         apply: Runs it by its autograd.Function, given its tensors and a Served; None for an op without gradient.
         record: Runs it, given the arguments; gives its result, and a Program or None.
+        of_tensors: Places of the arguments that are tensors, or None. One elsewhere is read as a number.
     """
     table = Table()
 
     def call(*arguments):
         if is_watched():
-            cannot_be_kept()
+            _give_up_recording(Verdict.AGAIN)
             return slow(*arguments)
         kind, tensors = [is_grad_enabled()], []
         try:
             describe(arguments, kind, tensors)
         except (Stale, RuntimeError):
-            cannot_be_kept()
+            _give_up_recording(Verdict.AGAIN)
             return slow(*arguments)
         kind = tuple(kind)
         served = table.get(kind)
-        if served is None:
-            table.keep(kind, _ONCE)
-            _note(_ONCE, arguments, None)
-            return slow(*arguments)
-        if served is _ONCE:
-            result, program = record(arguments)
-            if program is None:
-                served = _NEVER
-            elif are_plain(tensors):
-                needs_gradient = is_grad_enabled() and any(x.requires_grad for x in tensors)
-                served = Served(program, apply if needs_gradient else None, arguments, isinstance(result, Tensor))
-            table.keep(kind, served)
-        elif served is _NEVER:
-            result = slow(*arguments)
-        else:
+        if isinstance(served, Served):
             table.used(kind)
             try:
                 result = served(tensors)
             except Stale:
-                served, result = _ONCE, slow(*arguments)
+                _give_up_recording(Verdict.AGAIN)
+                return slow(*arguments)
+        elif served is Verdict.AGAIN:
+            result, program = record(arguments)
+            served = Verdict.NEVER
+            if program is not None:
+                needs_gradient = is_grad_enabled() and any(x.requires_grad for x in tensors)
+                served = Served(program, apply if needs_gradient else None, arguments, isinstance(result, Tensor))
+            table.keep(kind, served)
+        else:
+            if served is None:
+                in_place = all(i in of_tensors for i, x in enumerate(arguments) if isinstance(x, Tensor))
+                served = Verdict.AGAIN if in_place else Verdict.NEVER
+                table.keep(kind, served)
+            _give_up_recording(served)
+            return slow(*arguments)
         _note(served, arguments, result)
         return result
 
     return call
 
 
-def _note(served: Served | str, arguments: tuple, result: Tensor | tuple[Tensor, ...] | None) -> None:
+def _give_up_recording(verdict: Verdict) -> None:
+    """Make no plan of the call that is recorded, if one is."""
+    recording = _thread.recording
+    if recording is not None and recording.verdict is not Verdict.NEVER:
+        recording.verdict = verdict
+
+
+def _note(served: Served | Verdict, arguments: tuple, result: Tensor | tuple[Tensor, ...] | None) -> None:
     """Add the call of an op to the recording, if there is one."""
     recording = _thread.recording
     if recording is None:
         return
-    if not isinstance(served, Served):
-        recording.verdict = _NEVER if _NEVER in (served, recording.verdict) else _ONCE
+    if isinstance(served, Verdict):
+        _give_up_recording(served)
         return
-    numbers = recording.numbers_of(arguments)
-    if recording.verdict is not None:
-        return
+    numbers = recording.numbers_or_give_up(arguments)
 
     def step(tensors):
         tensors += as_list(served([tensors[i] for i in numbers]))
