@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from pynlp.kernels.attention import decode_launch as attention_decode
 from pynlp.kernels.attention import weights as attention_weights
+from pynlp.kernels.common import checks
 from pynlp.kernels.common.launch import Launch
 
 from benchmarks.audit.chips import CHIPS, compiled_launches, missed_products, multiplying_chip
@@ -47,6 +48,7 @@ CASES = {
     "latent, separate": LATENT | dict(inside=False, page=64),
     "latent, 16 heads": LATENT | dict(heads=16, page=64),
     "append, interleaved": GROUPED | dict(rotary=True, interleaved=True, append=True, tokens=512),
+    "assertions": GROUPED | dict(checks=True, page=16, rotary=True),
     "weights, all": dict(heads=16, kv_heads=8, weights=True, ids=True, lengths=True, tokens=1024) | ALL,
 }
 USUAL = list(CASES)[: list(CASES).index("decode, pages of 256")]
@@ -94,6 +96,14 @@ def launches(chip: str, head_dim: int, dtype: torch.dtype, **features) -> list[L
             k, v = (rows(batch, tokens, kv_heads, size) for size in (head_dim, values))
             attention_decode.attention_append(
                 k, v, k_cache, v_cache, lengths, block_table, cos, cos, 0, interleaved
+            )  # fmt: skip
+        elif features.get("checks"):
+            checks.assert_range(lengths, 0, capacity, "in range")
+            checks.assert_starts(lengths, capacity, True, 7, "starts", "longest")
+            checks.assert_positions(lengths, lengths, 0, capacity, "first", "last")
+            attention_decode.attention_decode(
+                rows(batch, tokens, heads, head_dim), k_cache, v_cache, lengths, 0, block_table, head_dim**-0.5,
+                *window, softcap, *biases, 0, interleaved, 0,
             )  # fmt: skip
         elif features.get("weights"):
             q, k = rows(batch, tokens, heads, head_dim), rows(batch, capacity, kv_heads, head_dim)

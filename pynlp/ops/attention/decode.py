@@ -141,9 +141,7 @@ def attention_decode(
     if block_table is not None and block_table.dim() != 2:
         raise ValueError(f"block_table: expected shape ({batch}, pages), got {tuple(block_table.shape)}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    asserted = launcher_serves(
-        "attention_decode", q
-    )  # by the kernels that run anyway: with torch it takes a dozen more
+    asserted = launcher_serves("attention_decode", q)  # by kernels that run anyway: with torch by a dozen more
     if not asserted:
         check_range("cache_lengths", cache_lengths, 0, capacity - appended)
     cache_lengths = checks.int32(cache_lengths)
