@@ -458,3 +458,33 @@ def test_the_op_itself_touches_nothing_outside():
             torch.ops.pynlp.attention_append(
                 rows["k"], rows["v"], step.k_cache, step.v_cache, lengths, table, None, None, 0, False
             )
+
+
+def test_autograd_learns_that_the_caches_changed():
+    """A backward pass that needs what they were raises an error; what it does not need is left alone."""
+    lengths, q, new = torch.tensor([3], dtype=torch.int32), torch.randn(1, 1, 2, 8), torch.ones(1, 1, 2, 8)
+    for _ in range(4):
+        k_cache, v_cache, weight = *torch.randn(2, 1, 8, 2, 8), torch.ones(1, requires_grad=True)
+        total = (k_cache * weight).sum()
+        attention_decode(q, k_cache, v_cache, lengths)
+        total.backward(retain_graph=True)
+        attention_decode(q, k_cache, v_cache, lengths, k=new, v=new)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+    with torch.inference_mode():
+        caches = torch.zeros(2, 1, 8, 2, 8)
+        attention_decode(q, *caches, lengths, k=new, v=new)
+        assert caches[:, 0, 3].sum() == 32
+
+
+def test_caches_that_cannot_be_written_to():
+    lengths, q, new = torch.tensor([3, 3], dtype=torch.int32), torch.randn(2, 1, 2, 8), torch.ones(2, 1, 2, 8)
+    cache, shared = torch.zeros(2, 8, 2, 8), torch.zeros(1, 8, 2, 8).expand(2, 8, 2, 8)
+    leaf = cache.clone().requires_grad_()
+    with pytest.raises(ValueError, match="k_cache: expected one that needs no gradient"):
+        attention_decode(q, leaf, cache, lengths, k=new, v=new)
+    with torch.no_grad():
+        attention_decode(q, leaf, cache, lengths, k=new, v=new)
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own for each row"):
+        attention_decode(q, cache, shared, lengths, k=new, v=new)
+    attention_decode(q, cache, shared, lengths)

@@ -241,7 +241,7 @@ X, WEIGHT = torch.randn(4, 6), torch.ones(6)
         ({"weight": torch.ones(6, device="meta")}, ValueError, "weight: expected x's device cpu, got meta"),
         ({"bias": torch.ones(4, 6)}, ValueError, r"bias: expected shape \(6,\), got \(4, 6\)"),
         ({"residual": torch.ones(4, 5)}, ValueError, r"residual: expected shape \(4, 6\), got \(4, 5\)"),
-        ({"residual": X.half()}, TypeError, "residual: expected x's dtype torch.float32 or float32, got torch.float16"),
+        ({"residual": X.half()}, TypeError, "residual: expected x's dtype torch.float32, got torch.float16"),
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
         ({"weight": [1.0] * 6}, TypeError, "weight: expected a tensor, got list"),
         ({"eps": None}, TypeError, "eps: expected a number, got None"),

@@ -189,7 +189,7 @@ def attention(
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = _attention_forward(
         *map(rows_in_place, (q, k, v)),
-        q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
+        checks.prepare_scale(softmax_scale, q.shape[3]), *checks.prepare_window(window, causal),
         checks.check_softcap(softcap), checks.prepare_key_lengths(key_lengths, q, batch, seqlen_k), None, None,
         checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
         *checks.prepare_rotary(rotary, rotary_offset, q, seqlen_k), rotary_interleaved,
@@ -265,7 +265,7 @@ def attention_varlen(
     table, buckets = checks.prepare_relative(relative_bias, relative_max_distance, relative_bidirectional, causal, q)
     out, lse = _attention_forward(
         *(derive(torch.unsqueeze, rows_in_place(x), 0) for x in (q, k, v)),
-        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
+        checks.prepare_scale(softmax_scale, q.shape[2]), *checks.prepare_window(window, causal),
         checks.check_softcap(softcap), None, cu_seqlens_q, cu_seqlens_k,
         checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
         *checks.prepare_packed_rotary(rotary, rotary_offset, q, total_k, cu_seqlens_q, cu_seqlens_k),

@@ -1,5 +1,6 @@
 """Checks of the public attention functions' arguments, and their conversion; every error names the argument."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from pynlp.ops.common.checks import (
     check_dtype,
     check_is_tensor,
     check_not_negative,
+    check_number,
     check_range,
     check_tensor,
     extremes,
@@ -78,7 +80,17 @@ def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[i
 
 def check_softcap(softcap: float) -> float:
     check_not_negative("softcap", softcap)
+    if softcap == math.inf:
+        raise ValueError("softcap: expected 0 (none) or a finite positive number, got inf")
     return softcap
+
+
+def prepare_scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if not isinstance(softmax_scale, Tensor):
+        check_number("softmax_scale", softmax_scale)
+    return softmax_scale
 
 
 def prepare_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:

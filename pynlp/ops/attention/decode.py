@@ -15,7 +15,7 @@ from pynlp.ops.common.checks import (
     rows_in_place,
 )
 from pynlp.ops.common.library import LIBRARY, define, launcher_serves, refuse_derivatives, without_gradient
-from pynlp.ops.common.plans import planned
+from pynlp.ops.common.plans import act, planned
 from pynlp.reference.attention import decode as reference
 from pynlp.reference.common.dtypes import compute_dtype
 
@@ -166,12 +166,19 @@ def attention_decode(
         if appended:
             rows = (rows_in_place(x) for x in (k, v))
             _attention_append(*rows, k_cache, v_cache, cache_lengths, block_table, *turn)
+            act(_note_change, k_cache, v_cache)
         out, lse = _attention_decode(
             rows_in_place(q), k_cache, v_cache, cache_lengths, appended, block_table,
-            head_dim**-0.5 if softmax_scale is None else softmax_scale, window_left, window_right, softcap, sinks,
+            checks.prepare_scale(softmax_scale, head_dim), window_left, window_right, softcap, sinks,
             slopes, table, buckets, *turn, num_splits or 0,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _note_change(*caches: Tensor) -> None:
+    """Tell autograd, which raises an error where a backward pass needs what they were before."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([x for x in caches if not x.is_inference()])
 
 
 def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> None:
@@ -217,6 +224,11 @@ def _check_new_rows(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tens
         check_is_tensor(name, x)
         checks.check_like_q(name, x, q)
     batch, heads = q.shape[0], k_cache.shape[2]
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected one that needs no gradient, to write to, got requires_grad=True")
+        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"{name}: expected memory of its own for each row, to write to, got strides {x.stride()}")
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (batch, heads, cache.shape[3]) or x.shape[1] != k.shape[1]:
             rows = "seqlen_new" if name == "k" else k.shape[1]

@@ -88,7 +88,7 @@ def attention_weights(
     with torch.no_grad():
         return torch.ops.pynlp.attention_weights(
             *map(rows_in_place, (q, k)), rows, lse,
-            head_dim**-0.5 if softmax_scale is None else softmax_scale, *checks.prepare_window(window, causal),
+            checks.prepare_scale(softmax_scale, head_dim), *checks.prepare_window(window, causal),
             checks.check_softcap(softcap), checks.prepare_key_lengths(key_lengths, q, batch, k.shape[1]), None, None,
             checks.prepare_sinks(sinks, q), checks.prepare_slopes(alibi_slopes, q, batch), table, buckets,
             *checks.prepare_rotary(rotary, rotary_offset, q, k.shape[1]), rotary_interleaved, 0.0, None,

@@ -233,6 +233,15 @@ def derive(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     return result
 
 
+def act(function: Callable[..., object], *arguments: object) -> None:
+    """Call `function(*arguments)` for what it changes; a plan calls it again."""
+    function(*arguments)
+    recording = None if is_compiling() else _thread.recording
+    if recording is not None:
+        fill = filler(arguments, recording.numbers_or_give_up(arguments))
+        recording.steps.append(lambda tensors: function(*fill(tensors)))
+
+
 def planned(function: Callable) -> Callable:
     """A public function that runs by plans where it can."""
     table = Table()

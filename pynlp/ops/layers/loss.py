@@ -145,6 +145,8 @@ def linear_cross_entropy(
     check_share("label_smoothing", label_smoothing)
     check_not_negative("softcap", softcap)
     check_not_negative("z_loss", z_loss)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     target = target.contiguous()

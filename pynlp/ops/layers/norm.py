@@ -105,7 +105,7 @@ def layer_norm(
     Args:
         x: `(.., dim)`; fp32, bf16, fp16 (fp64 on the reference).
         weight, bias: `(dim,)`, of any floating-point dtype.
-        residual: As x, in its dtype or in fp32; 0 by default.
+        residual: As x, in its dtype or, where that is narrower, in fp32; 0 by default.
         dropout_p: Share of x that is set to 0, in steps of 1/65536; the rest is divided by the share that is kept.
         seed: Which values: an int, or an int64 tensor of one value; drawn from torch's generator by default. The same
             seed drops the same values on every back end, and again in backward. Philox; Salmon et al., SC 2011.
@@ -162,14 +162,16 @@ def _norm(x, weight, bias, residual, centred, eps, dropout_p, seed):
     check_dtype("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (.., dim) with a dim of at least 1, got {tuple(x.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_tensor(name, parameter, x, [(x.shape[-1],)], of="x")
+    check_tensor("weight", weight, x, [(x.shape[-1],)], of="x")
+    if bias is not None:
+        check_tensor("bias", bias, x, [(x.shape[-1],)], of="x")
     if residual is not None:
         check_tensor("residual", residual, x, [tuple(x.shape)], of="x")
         residual = promoted(x, residual)[1]
-        if residual.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-            raise TypeError(f"residual: expected x's dtype {x.dtype} or float32, got {residual.dtype}")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if residual.dtype not in (x.dtype, wide):
+            expected = f"{x.dtype}" if x.dtype == wide else f"{x.dtype} or float32"
+            raise TypeError(f"residual: expected x's dtype {expected}, got {residual.dtype}")
         residual = rows_at_one_stride(residual)
     check_number("eps", eps)
     if not eps >= 0:
