@@ -125,10 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
     kind, options = parse(arguments)
     try:
         flags.check_output(options.output)
-        options.output.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if not kind.startswith("--"):
+        options.output.mkdir(parents=True, exist_ok=True)
         return twin_models.run(options)
     try:
         run(kind, options)
@@ -141,12 +141,14 @@ def run(kind: str, options: argparse.Namespace) -> None:
     """A part of the study, or the preset."""
     recipe = Recipe(options.steps, options.seed, options.resume, options.output)
     if kind == "--preset small":
+        options.output.mkdir(parents=True, exist_ok=True)
         return byte_pair_model.run(recipe, sampling(options))
     try:
         study = load_study(options.data_dir)
         corpus = speech_classifier.prepare(study) if kind == "--part one" else speech_model.prepare(study)
     except ValueError as error:
         raise SystemExit(f"--data-dir: {error}") from None
+    options.output.mkdir(parents=True, exist_ok=True)
     if kind == "--part one":
         speech_classifier.run(corpus, recipe)
     elif kind == "--part two":

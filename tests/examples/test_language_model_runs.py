@@ -209,7 +209,8 @@ def test_bad_data_and_prompts_end_before_training(folder, tmp_path):
     with pytest.raises(
         SystemExit, match="--data-dir: .*none: expected the six files of the study, got none named train_LM"
     ):
-        run("two", tmp_path / "none", tmp_path)
+        run("two", tmp_path / "none", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
     short = tmp_path / "short"
     short.mkdir()
     for path in folder.iterdir():
