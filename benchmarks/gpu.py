@@ -199,18 +199,21 @@ def eager_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tup
     return F.layer_norm(new, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype)), new
 
 
-def cases() -> dict[str, Callable[[], Case]]:
-    """Makers of the cases by name, the most telling first."""
+def attention_cases(sizes: tuple) -> dict[str, Callable[[], Case]]:
     made = {}
-    for seqlen, head_dim, causal in ATTENTION:
+    for seqlen, head_dim, causal in sizes:
         for backward in (False, True):
             name = f"attention {seqlen} {head_dim} {causal} {backward}"
             made[name] = lambda s=seqlen, d=head_dim, c=causal, b=backward: attention_case(s, d, c, b)
+    return made
+
+
+def cases() -> dict[str, Callable[[], Case]]:
+    """Makers of the cases by name, the most telling first."""
     decode = {}
     for batch, length in ((1, 16384), (16, 16384), (64, 4096)):
         decode[f"decode {batch}"] = lambda b=batch, n=length: decode_case(b, n)
-    first, rest = list(made.items())[:4], list(made.items())[4:]
-    made = dict(first) | decode | dict(rest)
+    made = attention_cases(ATTENTION[:2]) | decode | attention_cases(ATTENTION[2:])
     for backward in (False, True):
         made[f"alibi {backward}"] = lambda b=backward: alibi_case(b)
     rows, vector = (TOKENS, 4096), (4096,)
@@ -313,7 +316,7 @@ class Report:
         self.is_kept, self.content, self.tables = is_kept, {}, []
 
     def add(self, name: str, content: object) -> None:
-        """Print a part and keep it: rows, which become a table, or a line."""
+        """Keep a part: rows, which become a table, or a line."""
         before = name in self.content
         self.content[name] = content
         text = f"## {name}\n\n{table(content) if isinstance(content, list) and content else content}\n"

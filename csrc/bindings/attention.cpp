@@ -82,6 +82,25 @@ void fill(pynlp::AttentionInputs& in, const Tensor& q, const Tensor& k, const Te
   }
 }
 
+// The fields of an op's tensors: those before the options, the options', and the results'.
+std::vector<Place> places_of(const pynlp::AttentionInputs& in, const Options& o, std::vector<Place> places,
+                             const std::vector<Place>& results) {
+  const Place options[] = {{&in.key_lengths, Place::input, o.key_lengths.has_value()},
+                           {&in.cu_seqlens_q, Place::input, o.cu_seqlens_q.has_value()},
+                           {&in.cu_seqlens_k, Place::input, o.cu_seqlens_k.has_value()},
+                           {&in.sinks, Place::input, o.sinks.has_value()},
+                           {&in.alibi_slopes, Place::input, o.alibi_slopes.has_value()},
+                           {&in.relative_bias, Place::input, o.relative_bias.has_value()},
+                           {&in.relative_buckets, Place::input, o.relative_buckets.has_value()},
+                           {&in.rotary_cos, Place::input, o.rotary_cos.has_value()},
+                           {&in.rotary_sin, Place::input, o.rotary_sin.has_value()},
+                           {&in.rotary_positions, Place::input, o.rotary_positions.has_value()},
+                           {&in.dropout_seed, Place::seed, o.dropout_seed.has_value()}};
+  places.insert(places.end(), std::begin(options), std::end(options));
+  places.insert(places.end(), results.begin(), results.end());
+  return places;
+}
+
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
                                              int64_t window_right, double softcap, MaybeTensor key_lengths,
                                              MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, MaybeTensor sinks,
@@ -91,32 +110,19 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, doubl
                                              int64_t rotary_offset, bool rotary_interleaved, double dropout_p,
                                              MaybeTensor dropout_seed) {
   pynlp::AttentionForward problem{};
-  fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes,
-        relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
-        dropout_p, dropout_seed});
+  const Options options{softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k,
+                        sinks, alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions,
+                        rotary_offset, rotary_interleaved, dropout_p, dropout_seed};
+  fill(problem, q, k, v, options);
   Tensor out = output(q, {q.size(0), problem.rows_q, problem.heads, problem.head_dim_v});
   Tensor lse = output(q, {q.size(0), problem.heads, problem.rows_q}, ScalarType::Float);
   problem.out = out.mutable_data_ptr();
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  pynlp::run<pynlp::attention_forward>(
-      problem,
-      {{&problem.q.data, Place::input},
-       {&problem.k.data, Place::input},
-       {&problem.v.data, Place::input},
-       {&problem.key_lengths, Place::input, key_lengths.has_value()},
-       {&problem.cu_seqlens_q, Place::input, cu_seqlens_q.has_value()},
-       {&problem.cu_seqlens_k, Place::input, cu_seqlens_k.has_value()},
-       {&problem.sinks, Place::input, sinks.has_value()},
-       {&problem.alibi_slopes, Place::input, alibi_slopes.has_value()},
-       {&problem.relative_bias, Place::input, relative_bias.has_value()},
-       {&problem.relative_buckets, Place::input, relative_buckets.has_value()},
-       {&problem.rotary_cos, Place::input, rotary_cos.has_value()},
-       {&problem.rotary_sin, Place::input, rotary_sin.has_value()},
-       {&problem.rotary_positions, Place::input, rotary_positions.has_value()},
-       {&problem.dropout_seed, Place::seed, dropout_seed.has_value()},
-       {&problem.out, Place::output},
-       {&problem.lse, Place::optional}});
+  pynlp::run<pynlp::attention_forward>(problem, [&] {
+    return places_of(problem, options,
+                     {{&problem.q.data, Place::input}, {&problem.k.data, Place::input}, {&problem.v.data, Place::input}},
+                     {{&problem.out, Place::output}, {&problem.lse, Place::optional}});
+  });
   return {out, lse};
 }
 
@@ -128,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     int64_t rotary_offset, bool rotary_interleaved, double dropout_p, MaybeTensor dropout_seed, bool needs_slopes,
     bool needs_table, bool needs_sinks) {
   pynlp::AttentionBackward problem{};
-  fill(problem, q, k, v,
-       {softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes,
-        relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions, rotary_offset, rotary_interleaved,
-        dropout_p, dropout_seed});
+  const Options options{softmax_scale, window_left, window_right, softcap, key_lengths, cu_seqlens_q, cu_seqlens_k,
+                        sinks, alibi_slopes, relative_bias, relative_buckets, rotary_cos, rotary_sin, rotary_positions,
+                        rotary_offset, rotary_interleaved, dropout_p, dropout_seed};
+  fill(problem, q, k, v, options);
   problem.entries = q.size(0);
   problem.grad_out = view(grad_out, "grad_out");
   problem.out = view(out, "out");
@@ -152,32 +158,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_slopes = like(alibi_slopes, needs_slopes, &problem.grad_slopes);
   Tensor grad_table = like(relative_bias, needs_table, &problem.grad_table);
   Tensor grad_sinks = like(sinks, needs_sinks, &problem.grad_sinks);
-  pynlp::run<pynlp::attention_backward>(
-      problem,
-      {{&problem.grad_out.data, Place::input},
-       {&problem.grad_lse, Place::input, grad_lse.has_value()},
-       {&problem.q.data, Place::input},
-       {&problem.k.data, Place::input},
-       {&problem.v.data, Place::input},
-       {&problem.out.data, Place::input},
-       {&problem.lse, Place::input},
-       {&problem.key_lengths, Place::input, key_lengths.has_value()},
-       {&problem.cu_seqlens_q, Place::input, cu_seqlens_q.has_value()},
-       {&problem.cu_seqlens_k, Place::input, cu_seqlens_k.has_value()},
-       {&problem.sinks, Place::input, sinks.has_value()},
-       {&problem.alibi_slopes, Place::input, alibi_slopes.has_value()},
-       {&problem.relative_bias, Place::input, relative_bias.has_value()},
-       {&problem.relative_buckets, Place::input, relative_buckets.has_value()},
-       {&problem.rotary_cos, Place::input, rotary_cos.has_value()},
-       {&problem.rotary_sin, Place::input, rotary_sin.has_value()},
-       {&problem.rotary_positions, Place::input, rotary_positions.has_value()},
-       {&problem.dropout_seed, Place::seed, dropout_seed.has_value()},
-       {&problem.grad_q, Place::output},
-       {&problem.grad_k, Place::output},
-       {&problem.grad_v, Place::output},
-       {&problem.grad_slopes, Place::output},
-       {&problem.grad_table, Place::output},
-       {&problem.grad_sinks, Place::output}});
+  pynlp::run<pynlp::attention_backward>(problem, [&] {
+    return places_of(problem, options,
+                     {{&problem.grad_out.data, Place::input},
+                      {&problem.grad_lse, Place::input, grad_lse.has_value()},
+                      {&problem.q.data, Place::input},
+                      {&problem.k.data, Place::input},
+                      {&problem.v.data, Place::input},
+                      {&problem.out.data, Place::input},
+                      {&problem.lse, Place::input}},
+                     {{&problem.grad_q, Place::output},
+                      {&problem.grad_k, Place::output},
+                      {&problem.grad_v, Place::output},
+                      {&problem.grad_slopes, Place::output},
+                      {&problem.grad_table, Place::output},
+                      {&problem.grad_sinks, Place::output}});
+  });
   return {grad_q, grad_k, grad_v, grad_slopes, grad_table, grad_sinks};
 }
 

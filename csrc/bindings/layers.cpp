@@ -78,15 +78,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(Tensor x, MaybeTensor re
   if (residual || seed) in.added = rows_out(added);
   in.mean = floats(mean);
   in.rstd = floats(rstd);
-  pynlp::run<pynlp::norm_forward>(in, {{&in.x.data, Place::input},
-                                       {&in.residual.data, Place::input, residual.has_value()},
-                                       {&in.weight, Place::input},
-                                       {&in.bias, Place::input, bias.has_value()},
-                                       {&in.dropout.seed, Place::seed, seed.has_value()},
-                                       {&in.y.data, Place::output},
-                                       {&in.added.data, Place::output},
-                                       {&in.mean, Place::optional},
-                                       {&in.rstd, Place::optional}});
+  pynlp::run<pynlp::norm_forward>(in, [&] {
+    return std::vector<Place>{{&in.x.data, Place::input},
+                              {&in.residual.data, Place::input, residual.has_value()},
+                              {&in.weight, Place::input},
+                              {&in.bias, Place::input, bias.has_value()},
+                              {&in.dropout.seed, Place::seed, seed.has_value()},
+                              {&in.y.data, Place::output},
+                              {&in.added.data, Place::output},
+                              {&in.mean, Place::optional},
+                              {&in.rstd, Place::optional}};
+  });
   return {y, added, mean, rstd};
 }
 
@@ -117,17 +119,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y, MaybeTen
   if (separate) in.grad_x = rows_out(grad_x);
   in.grad_weight = floats(grad_weight);
   if (needs_bias) in.grad_bias = floats(grad_bias);
-  pynlp::run<pynlp::norm_backward>(in, {{&in.grad_y.data, Place::input},
-                                        {&in.grad_added.data, Place::input, grad_added.has_value()},
-                                        {&in.added.data, Place::input},
-                                        {&in.weight, Place::input},
-                                        {&in.mean, Place::input},
-                                        {&in.rstd, Place::input},
-                                        {&in.dropout.seed, Place::seed, seed.has_value()},
-                                        {&in.grad_residual.data, Place::output},
-                                        {&in.grad_x.data, Place::output},
-                                        {&in.grad_weight, Place::output},
-                                        {&in.grad_bias, Place::output}});
+  pynlp::run<pynlp::norm_backward>(in, [&] {
+    return std::vector<Place>{{&in.grad_y.data, Place::input},
+                              {&in.grad_added.data, Place::input, grad_added.has_value()},
+                              {&in.added.data, Place::input},
+                              {&in.weight, Place::input},
+                              {&in.mean, Place::input},
+                              {&in.rstd, Place::input},
+                              {&in.dropout.seed, Place::seed, seed.has_value()},
+                              {&in.grad_residual.data, Place::output},
+                              {&in.grad_x.data, Place::output},
+                              {&in.grad_weight, Place::output},
+                              {&in.grad_bias, Place::output}};
+  });
   return {grad_residual, grad_x, grad_weight, grad_bias};
 }
 
@@ -153,10 +157,12 @@ Tensor activation_forward(Tensor x, MaybeTensor up, int64_t kind, double dropout
   sizes.back() = in.columns;
   Tensor y = output(x, {sizes.data(), sizes.size()}, x.scalar_type());
   in.y = rows_out(y);
-  pynlp::run<pynlp::activation_forward>(in, {{&in.x.data, Place::input},
-                                             {&in.up.data, Place::input, up.has_value()},
-                                             {&in.dropout.seed, Place::seed, seed.has_value()},
-                                             {&in.y.data, Place::output}});
+  pynlp::run<pynlp::activation_forward>(in, [&] {
+    return std::vector<Place>{{&in.x.data, Place::input},
+                              {&in.up.data, Place::input, up.has_value()},
+                              {&in.dropout.seed, Place::seed, seed.has_value()},
+                              {&in.y.data, Place::output}};
+  });
   return y;
 }
 
@@ -172,12 +178,14 @@ std::tuple<Tensor, Tensor> activation_backward(Tensor grad, Tensor x, MaybeTenso
   in.grad_x = rows_out(grad_x);
   if (up) in.grad_up = rows_out(grad_up);
   in.grad_stride = columns_of(x);
-  pynlp::run<pynlp::activation_backward>(in, {{&in.grad.data, Place::input},
-                                              {&in.x.data, Place::input},
-                                              {&in.up.data, Place::input, up.has_value()},
-                                              {&in.dropout.seed, Place::seed, seed.has_value()},
-                                              {&in.grad_x.data, Place::output},
-                                              {&in.grad_up.data, Place::output}});
+  pynlp::run<pynlp::activation_backward>(in, [&] {
+    return std::vector<Place>{{&in.grad.data, Place::input},
+                              {&in.x.data, Place::input},
+                              {&in.up.data, Place::input, up.has_value()},
+                              {&in.dropout.seed, Place::seed, seed.has_value()},
+                              {&in.grad_x.data, Place::output},
+                              {&in.grad_up.data, Place::output}};
+  });
   return {grad_x, grad_up};
 }
 

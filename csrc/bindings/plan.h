@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -33,7 +32,7 @@ class Plan {
   }
 
   template <auto kernel, class Problem>
-  void fill(const Problem& problem, std::initializer_list<Place> places) {
+  void fill(const Problem& problem, const std::vector<Place>& places) {
     static_assert(sizeof(Problem) <= MOST_BYTES && std::is_trivially_copyable_v<Problem>);
     const auto* bytes = reinterpret_cast<const std::byte*>(&problem);
     calls_ += 1;
@@ -84,11 +83,11 @@ class Plan {
   void (*kernel_)(const std::byte*) = nullptr;
 };
 
-// Runs a kernel on a filled problem. `places` are the fields of all of the op's tensors, in the order of its arguments
-// and results.
-template <auto kernel, class Problem>
-void run(const Problem& problem, std::initializer_list<Place> places) {
-  if (Plan* plan = Plan::recording()) plan->fill<kernel>(problem, places);
+// Runs a kernel on a filled problem. `places` gives the fields of all of the op's tensors, in the order of its arguments
+// and results; it is asked where a plan is made.
+template <auto kernel, class Problem, class Places>
+void run(const Problem& problem, const Places& places) {
+  if (Plan* plan = Plan::recording()) plan->fill<kernel>(problem, places());
   kernel(problem);
 }
 

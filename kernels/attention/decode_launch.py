@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ..common.checks import ASSERTS
 from ..common.integers import are_multiples, cdiv, next_power_of_2, tile_width
 from ..common.launch import chip_of, choose, launch
 from ..common.replay import give_up
@@ -27,7 +28,6 @@ from .launch import heads_of, kernel_numbers, needs_long, slopes_stride, table_r
 
 APPEND_ROWS = 16
 CHECKED_PAGES = 128  # at once
-ASSERTS = {"debug": True, "sanitize_overflow": False}  # Triton leaves assertions out unless it debugs
 COMBINED = 4096  # numbers of a row's parts that are read at once
 PROGRAMS = 2  # aimed at for each multiprocessor
 # The least keys of a part: starting one, and writing and reading its results, must be worth while.

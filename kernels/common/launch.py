@@ -86,10 +86,9 @@ def launch(kernel, grid: tuple[int, ...], *arguments, compile_only: bool = False
     `options` are constants by name and Triton's own: num_warps, num_stages, maxnreg.
     """
     if compile_only or _pretence is not None:
-        if _pretence is not None:
-            replay.give_up()
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if not compile_only:
+            replay.give_up()
             names = dict(zip(kernel.arg_names, arguments, strict=False)) | options
             _pretence.launches.append(Launch(kernel.__name__, names, compiled))
         return compiled

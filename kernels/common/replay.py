@@ -71,7 +71,7 @@ class Recorder:
 
     program: "Program | None" = None
 
-    def run(self, launcher: Callable, arguments: Sequence) -> object:
+    def run(self, launcher: Callable, *arguments: object) -> object:
         tape = _thread.tape = Tape(arguments)
         try:
             with tape:
@@ -92,11 +92,11 @@ class Tape(TorchDispatchMode):
         self.slots: dict[int, int] = {}
         self.count = 0  # of slots
         self.steps: list[Step] = []
-        self.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-        for i in self.places:
-            self._add(arguments[i])
-        self.inputs = [self.slots[id(arguments[i])] for i in self.places]
-        self.device = arguments[self.places[0]].device
+        given = [x for x in arguments if isinstance(x, Tensor)]
+        for x in given:
+            self._add(x)
+        self.inputs = [self.slots[id(x)] for x in given]
+        self.device = given[0].device
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -236,15 +236,14 @@ class Program:
     """What a launcher did, to be done again for tensors of the same metadata: see pynlp.ops.common.plans."""
 
     def __init__(self, tape: Tape, results: list[int]):
-        self.places, self.inputs, self.steps, self.results = tape.places, tape.inputs, tape.steps, results
+        self.inputs, self.steps, self.results = tape.inputs, tape.steps, results
         self.count, self.device, self.active = len(results), tape.device, driver.active
         first = {slot: i for i, slot in reversed(list(enumerate(self.inputs)))}
         # Of arguments that are one tensor the launcher may mean either.
         self.same = [(first[slot], i) for i, slot in enumerate(self.inputs) if first[slot] != i]
 
-    def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
+    def runner(self, places: Sequence[int], wanted: Sequence[int] | None = None) -> Callable:
         """See the protocol."""
-        places = self.places if places is None else places
         given = [slot if wanted is None or i in wanted else None for i, slot in enumerate(self.results)]
         numbers = {slot: i for i, slot in enumerate(self.inputs)}
         count = len(self.inputs)

@@ -27,8 +27,8 @@ def _planned(name: str) -> Callable:
         return getattr(importlib.import_module("pynlp.kernels.common.checks"), name)(*arguments)
 
     def record(arguments: Sequence) -> tuple[object, plans.Program | None]:
-        recorder = importlib.import_module("pynlp.kernels.common.replay").Recorder()
-        return recorder.run(launch, arguments), recorder.program
+        recorder = plans.triton_recorder()
+        return recorder.run(launch, *arguments), recorder.program
 
     return plans.planned_op(launch, None, record, range(2))  # at most two tensors, which come first
 

@@ -83,7 +83,7 @@ def _gpu_kernel(name: str, op: Op) -> Callable:
             serves = _launchers(op.triton) or op.reference
         function, launch = getattr(serves, name), plans.launch_by()
         if launch is not None and serves is not op.reference:
-            function = functools.partial(_launched_by, launch, function)
+            function = functools.partial(launch, function)
         device = arguments[op.place].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton starts kernels on the current one
@@ -91,10 +91,6 @@ def _gpu_kernel(name: str, op: Op) -> Callable:
         return function(*arguments)
 
     return kernel
-
-
-def _launched_by(launch: Callable, launcher: Callable, *arguments):
-    return launch(launcher, arguments)
 
 
 @cache
@@ -257,7 +253,7 @@ def _recorded(op: Op, call: Callable, arguments: Sequence) -> tuple[object, plan
         return native.recorded(call, arguments)
     if op.triton is None or backends.triton_missing_reason() is not None:
         return call(*arguments), None
-    recorder = importlib.import_module("pynlp.kernels.common.replay").Recorder()
+    recorder = plans.triton_recorder()
     with plans.launching_by(recorder.run):
         result = call(*arguments)
     return result, recorder.program

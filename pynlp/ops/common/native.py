@@ -23,18 +23,16 @@ MOST_BYTES = 2**24
 class NativeProgram:
     """A call of a native kernel, to be made again; see `plans.Program`."""
 
-    def __init__(self, call: Callable[..., bool], optional: Sequence[bool], arguments: Sequence, results: list[Tensor]):
+    def __init__(self, call: Callable[..., bool], optional: Sequence[bool], results: Sequence[Tensor]):
         self.call = call
-        self.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
         self.count = len(results)
         self.made = [(tuple(x.shape), x.stride(), x.dtype) for x in results]
-        optional = optional[len(self.places) :]
+        optional = optional[len(optional) - len(results) :]
         self.needed = [i for i, x in enumerate(results) if x.numel() and not optional[i]]  # by the kernel
 
-    def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
+    def runner(self, places: Sequence[int], wanted: Sequence[int] | None = None) -> Callable:
         """See `plans.Program`."""
         call, empty = self.call, _empty_strided_cpu
-        places = self.places if places is None else places
         made = [x if wanted is None or i in wanted or i in self.needed else None for i, x in enumerate(self.made)]
 
         def run(arguments):
@@ -70,4 +68,4 @@ def recorded(call: Callable, arguments: Sequence) -> tuple[object, NativeProgram
         return result, None
     if len(made[1]) != len(results) + sum(isinstance(x, Tensor) for x in arguments):  # it takes others than were given
         return result, None
-    return result, NativeProgram(*made, arguments, results)
+    return result, NativeProgram(*made, results)

@@ -10,6 +10,7 @@ follow from that is not kept; and where a plan turns out not to fit, the call ru
 import copy
 import enum
 import functools
+import importlib
 import inspect
 import operator
 import threading
@@ -17,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -63,8 +64,8 @@ class Program(Protocol):
 
     count: int
 
-    def runner(self, wanted: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Callable:
-        """A function that does it, of a sequence that has the op's tensors at `places`: by default its arguments.
+    def runner(self, places: Sequence[int], wanted: Sequence[int] | None = None) -> Callable:
+        """A function that does it, of a sequence that has the op's tensors at `places`.
 
         It gives a list of the results, with None for those whose number is not in `wanted`: by default all are. Behind
         them stands one more None, for `picker`. Where it does not fit the call it gives None in place of the list.
@@ -81,18 +82,23 @@ _is_off = not ARE_POSSIBLE
 
 
 def launch_by() -> Callable | None:
-    """What runs a launcher with arguments while what it does is recorded; None: nothing is."""
+    """What runs a launcher while what it does is recorded; None: nothing is."""
     return _thread.launches
 
 
 @contextmanager
 def launching_by(launches: Callable) -> Iterator[None]:
-    """Lets launchers run by `launches(launcher, arguments)`."""
+    """Lets launchers run by `launches(launcher, *arguments)`."""
     _thread.launches = launches
     try:
         yield
     finally:
         _thread.launches = None
+
+
+def triton_recorder():
+    """A new Recorder, see kernels/common/replay.py."""
+    return importlib.import_module("pynlp.kernels.common.replay").Recorder()
 
 
 @contextmanager
@@ -109,14 +115,10 @@ def off() -> Iterator[None]:
 def is_watched() -> bool:
     """Whether something sees or changes calls that a plan leaves out: autocast, modes, transforms, a profiler."""
     return (
-        _is_off
+        is_backward_watched()
         or _is_any_autocast_enabled()
         or _is_torch_function_mode_enabled()
         or _get_tracing_state() is not None
-        or _len_torch_dispatch_stack() > 0
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
     )
 
 
@@ -375,7 +377,7 @@ class Served:
         self.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
         self.argument_count = len(arguments)
         self.arguments_of = filler(arguments, range(len(self.places)))
-        self.runner = program.runner(places=range(len(self.places)))
+        self.runner = program.runner(range(len(self.places)))
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The op's own result."""
@@ -388,7 +390,7 @@ class Served:
         """A function of numbered tensors that gives the results in `wanted`, at their places."""
         apply = self.apply
         if apply is None:
-            return self.program.runner(wanted, numbers)
+            return self.program.runner(numbers, wanted)
         served = copy.copy(self)
         served.pick = picker([i if i in wanted else None for i in range(self.program.count + 1)])
         return lambda tensors: apply(*[tensors[i] for i in numbers], served)
@@ -408,7 +410,7 @@ def filler(arguments: Sequence, numbers: Sequence[int]) -> Callable[[Sequence[Te
     return fill
 
 
-class LastOp:
+class LastOp(NamedTuple):
     """The last op that a recorded call has run.
 
     Attributes:
@@ -417,8 +419,10 @@ class LastOp:
         first: Number of its first result.
     """
 
-    def __init__(self, step: Callable, served: Served, numbers: list[int], first: int):
-        self.step, self.served, self.numbers, self.first = step, served, numbers, first
+    step: Callable
+    served: Served
+    numbers: list[int]
+    first: int
 
 
 def planned_op(slow: Callable, apply: Callable | None, record: Callable, of_tensors: Collection[int]) -> Callable:
