@@ -102,9 +102,9 @@ class TileGradients {
 
     const int64_t row = in_.statistic(sequence, tile.head, tile.query);
     for (int64_t i = 0; i < TILE_QUERIES; ++i) {
-      // Rows that see nothing, and those beyond the end, get a weight of exp2(-inf) = 0.
+      // Rows that see nothing, and those beyond the end, get a weight of exp(-inf) = 0.
       const float lse = i < queries ? in_.lse[row + i] : -__builtin_inff();
-      s.lse[i] = lse == -__builtin_inff() ? __builtin_inff() : lse * LOG2_E;
+      s.lse[i] = lse == -__builtin_inff() ? __builtin_inff() : lse;
       s.delta[i] = i < queries ? delta_[row + i] : 0.0f;
     }
     Keeps keeps(in_, s.random, TILE_QUERIES);
@@ -163,7 +163,7 @@ class TileGradients {
     prefetch_next(grad_out, part, sequence.queries);
     matmul_in_sums<E, 128>(part.rows(), TILE_QUERIES, depth(in_.head_dim_v), s.values + part.first * value_words,
                            value_words, s.grads, TILE_QUERIES, grad_scores, PITCH);
-    float scale = in_.softmax_scale * LOG2_E;
+    float scale = in_.softmax_scale;
     if (in_.softcap > 0) {
       cap(s.scores, part.rows(), s.cap_slopes);
       scale = 1;
@@ -214,9 +214,9 @@ class TileGradients {
     if (E::PAIR == 2) pack_panels<E>(rows, words, TILE_QUERIES, columns, columns, right);
   }
 
-  // Scores become softcap * tanh(score / softcap) * log2(e); slopes are its derivative by the score, 1 - tanh^2.
+  // Scores become softcap * tanh(score / softcap); slopes are its derivative by the score, 1 - tanh^2.
   void cap(float* scores, int64_t rows, float* slopes) const {
-    const Float inner = broadcast(in_.softmax_scale / in_.softcap), outer = broadcast(in_.softcap * LOG2_E);
+    const Float inner = broadcast(in_.softmax_scale / in_.softcap), outer = broadcast(in_.softcap);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = r * PITCH; i < r * PITCH + TILE_QUERIES; i += LANES) {
         const Float t = tanh_of(load(scores + i) * inner);
@@ -244,7 +244,7 @@ class TileGradients {
         Float x = load(s.scores + at) * factor;
         if (biased) x += load(line - r);
         Float grad = load(grad_scores + at);
-        *p = exp2_of<E::EXP2_DEGREE>(x - lse);
+        *p = exp_of<E::EXP_DEGREE>(x - lse);
         if constexpr (DROPOUT) {
           const Int pair = keeps.pair(tile.key + tile.first + (r & ~1), c);
           const Float weight = *p;

@@ -213,13 +213,13 @@ class Decode {
     const float pivot = best == -__builtin_inff() ? 0.0f : best;
     Float sums = Float{};
     for (int64_t n = 0; n < count; n += LANES) {
-      const Float weight = exp2_of<6>(load(scores + n) - broadcast(pivot));
+      const Float weight = exp_of<6>(load(scores + n) - broadcast(pivot));
       store(scores + n, weight);
       sums += weight;
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-    const Float rescale = exp2_of<6>(broadcast(result[0] - pivot));
+    const Float rescale = exp_of<6>(broadcast(result[0] - pivot));
     result[0] = best;
     result[1] = result[1] * rescale[0] + sum;
     if (rescale[0] == 1) return;
@@ -295,7 +295,7 @@ class Decode {
   void combine(const Sequence& sequence, int64_t b, int64_t row) const {
     const int64_t i = row / in_.heads, head = row % in_.heads;
     const int64_t parts = parts_of(b), rows = sequence.queries * in_.heads;
-    const float sink = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();
+    const float sink = in_.sinks ? in_.sinks[head] : -__builtin_inff();
     float best = sink;
     for (int64_t n = 0; n < parts; ++n) {
       const float part = partial({b, n}, rows, row)[0];
@@ -303,11 +303,11 @@ class Decode {
     }
     const float pivot = best == -__builtin_inff() ? 0.0f : best;
     float out[LARGEST_CACHED_HEAD + LANES];
-    float sum = __builtin_exp2f(sink - pivot);
+    float sum = __builtin_expf(sink - pivot);
     memset(out, 0, size_v_ * sizeof(float));
     for (int64_t n = 0; n < parts; ++n) {
       const float* part = partial({b, n}, rows, row);
-      const float factor = __builtin_exp2f(part[0] - pivot);
+      const float factor = __builtin_expf(part[0] - pivot);
       sum += part[1] * factor;
       for (int64_t d = 0; d < size_v_; d += LANES)
         store(out + d, load(out + d) + load(part + LANES + d) * broadcast(factor));
@@ -316,7 +316,7 @@ class Decode {
     for (int64_t d = 0; d < size_v_; d += LANES) store(out + d, load(out + d) * broadcast(inverse));
     write_row(in_.dtype, out, in_.head_dim_v, in_.out, in_.query_row(sequence, head, i, in_.head_dim_v));
     if (in_.lse)
-      in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : best * LN_2 + __builtin_logf(sum);
+      in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : best + __builtin_logf(sum);
   }
 
   const AttentionForward& in_;

@@ -104,7 +104,7 @@ class Forward {
     }
     const int64_t padded = round_up(last - first, QUERIES);
     memset(s.out, 0, padded * columns_ * sizeof(float));
-    const float sink = in_.sinks ? in_.sinks[head] * LOG2_E : -__builtin_inff();  // a key seen before all others
+    const float sink = in_.sinks ? in_.sinks[head] : -__builtin_inff();  // a key seen before all others
     for (int64_t i = 0; i < padded; ++i) {
       s.maximum[i] = sink;
       s.sum[i] = sink == -__builtin_inff() ? 0.0f : 1.0f;
@@ -185,9 +185,9 @@ class Forward {
     matmul_in_sums<E, 128>(rows, QUERIES, (in_.head_dim + E::PAIR - 1) / E::PAIR, keys,
                            in_place ? k.stride / E::PAIR : words_, s.queries + slot * words_, QUERIES, s.scores,
                            QUERIES);
-    float scale = in_.softmax_scale * LOG2_E;
+    float scale = in_.softmax_scale;
     if (in_.softcap > 0) {
-      cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap * LOG2_E);
+      cap(s.scores, rows, in_.softmax_scale / in_.softcap, in_.softcap);
       scale = 1;
     }
     if (masked) {
@@ -226,7 +226,7 @@ class Forward {
     }
   }
 
-  // scores -> weights exp2(scores * scale + line - maximum); rescale is what the sums so far are to be multiplied by.
+  // scores -> weights exp(scores * scale + line - maximum); rescale is what the sums so far are to be multiplied by.
   // Two rows at a time, each with its own running maximum and sum: one alone would wait for its last instruction.
   // Dropout takes weights out of the product, not out of their sum.
   template <bool DROPOUT>
@@ -255,15 +255,15 @@ class Forward {
       const Float best = maximum(before, maximum(even[v], odd[v]) * factor);
       pivot[v] = best == nothing ? Float{} : best;  // keeps -inf - -inf out of rows that saw no key yet
       store(s.maximum + slot + v * LANES, best);
-      store(rescale + v * LANES, exp2_of<6>(before - pivot[v]));
+      store(rescale + v * LANES, exp_of<6>(before - pivot[v]));
       even[v] = odd[v] = Float{};
     }
     int64_t r = 0;
     for (; r + 1 < rows; r += 2) {
       float* p = s.scores + r * QUERIES;
       for (int v = 0; v < V; ++v) {
-        Float a = exp2_of<E::EXP2_DEGREE>(load(p + v * LANES) * factor - pivot[v]);
-        Float b = exp2_of<E::EXP2_DEGREE>(load(p + QUERIES + v * LANES) * factor - pivot[v]);
+        Float a = exp_of<E::EXP_DEGREE>(load(p + v * LANES) * factor - pivot[v]);
+        Float b = exp_of<E::EXP_DEGREE>(load(p + QUERIES + v * LANES) * factor - pivot[v]);
         even[v] += a;
         odd[v] += b;
         if constexpr (DROPOUT) {
@@ -276,7 +276,7 @@ class Forward {
     }
     if (r < rows) {
       for (int v = 0; v < V; ++v) {
-        Float a = exp2_of<E::EXP2_DEGREE>(load(s.scores + r * QUERIES + v * LANES) * factor - pivot[v]);
+        Float a = exp_of<E::EXP_DEGREE>(load(s.scores + r * QUERIES + v * LANES) * factor - pivot[v]);
         even[v] += a;
         if constexpr (DROPOUT) a = keeps.even(keeps.pair(key + r, v * LANES), a);
         store_weights(s, r, v, a, Float{});  // block_keys_ is even: there is room for a row of zeros
@@ -347,7 +347,7 @@ class Forward {
                 in_.query_row(sequence, head, i, in_.head_dim_v));
       const float sum = s.sum[slot + i - first], maximum = s.maximum[slot + i - first];
       if (in_.lse)
-        in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : maximum * LN_2 + __builtin_logf(sum);
+        in_.lse[in_.statistic(sequence, head, i)] = sum == 0 ? -__builtin_inff() : maximum + __builtin_logf(sum);
     }
   }
 

@@ -136,15 +136,15 @@ class Scorer {
     with_read(keys.dtype, [&](auto read) { dots_of<decltype(read), ROWS>(keys, count, queries, products); });
   }
 
-  // Products of query i of a head with `keys` become scores in log2 units; whole vectors are overwritten.
+  // Products of query i of a head with `keys` become scores; whole vectors are overwritten.
   void scale(const Sequence& sequence, const Visibility& visible, int64_t i, int64_t head, Range keys, float* scores,
              float* line) const {
     const int64_t count = keys.last - keys.first;
     if (in_.softcap > 0) {
-      const Float inner = broadcast(in_.softmax_scale / in_.softcap), outer = broadcast(in_.softcap * LOG2_E);
+      const Float inner = broadcast(in_.softmax_scale / in_.softcap), outer = broadcast(in_.softcap);
       for (int64_t n = 0; n < count; n += LANES) store(scores + n, tanh_of(load(scores + n) * inner) * outer);
     } else {
-      const Float factor = broadcast(in_.softmax_scale * LOG2_E);
+      const Float factor = broadcast(in_.softmax_scale);
       for (int64_t n = 0; n < count; n += LANES) store(scores + n, load(scores + n) * factor);
     }
     if (in_.biased()) {  // the line goes by rising query - key

@@ -70,17 +70,17 @@ struct LaneLimits {
   Int see(int32_t key) const { return (broadcast(key) >= first) & (broadcast(key) <= last); }
 };
 
-// The bias of each distance query - key, times log2(e), for distances first .. first + count - 1.
+// The bias of each distance query - key for distances first .. first + count - 1.
 inline void bias_line(const AttentionInputs& in, int64_t batch, int64_t head, int64_t first, int64_t count,
                       float* line) {
-  const float slope = in.alibi_slopes ? in.alibi_slopes[batch * in.alibi_batch_stride + head] * LOG2_E : 0.0f;
+  const float slope = in.alibi_slopes ? in.alibi_slopes[batch * in.alibi_batch_stride + head] : 0.0f;
   const int64_t farthest = in.max_distance;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t distance = first + i;
     float bias = -slope * static_cast<float>(distance < 0 ? -distance : distance);
     if (in.relative_bias) {
       const int64_t clamped = larger(-farthest, smaller(farthest, -distance)) + farthest;
-      bias += in.relative_bias[in.relative_buckets[clamped] * in.heads + head] * LOG2_E;
+      bias += in.relative_bias[in.relative_buckets[clamped] * in.heads + head];
     }
     line[i] = bias;
   }

@@ -90,33 +90,33 @@ class Weights {
     for (int64_t n = 0; n < count; ++n) normalise(sequence, rows[n]);
   }
 
-  // Scores in log2 units -> weights.
+  // Scores -> weights.
   void normalise(const Sequence& sequence, const Row& of) const {
     if (of.keys.empty()) return;
     float* row = of.weights + of.keys.first;
     const int64_t count = of.keys.last - of.keys.first;
-    float pivot = in_.sinks ? in_.sinks[of.head] * LOG2_E : -__builtin_inff();
+    float pivot = in_.sinks ? in_.sinks[of.head] : -__builtin_inff();
     if (in_.lse) {
-      exponentiate(row, count, in_.lse[in_.statistic(sequence, of.head, of.i)] * LOG2_E);
+      exponentiate(row, count, in_.lse[in_.statistic(sequence, of.head, of.i)]);
     } else {
       const float sink = pivot;
       for (int64_t n = 0; n < count; ++n) pivot = row[n] > pivot ? row[n] : pivot;
       if (pivot == -__builtin_inff()) pivot = 0;
       exponentiate(row, count, pivot);
-      double sum = __builtin_exp2f(sink - pivot);
+      double sum = __builtin_expf(sink - pivot);
       for (int64_t n = 0; n < count; ++n) sum += row[n];
       const float factor = sum == 0 ? 0.0f : static_cast<float>(1 / sum);
       for (int64_t n = 0; n < count; ++n) row[n] *= factor;
     }
   }
 
-  // row[n] = 2^(row[n] - pivot).
+  // row[n] = exp(row[n] - pivot).
   static void exponentiate(float* row, int64_t count, float pivot) {
     int64_t n = 0;
-    for (; n + LANES <= count; n += LANES) store(row + n, exp2_of<6>(load(row + n) - broadcast(pivot)));
+    for (; n + LANES <= count; n += LANES) store(row + n, exp_of<6>(load(row + n) - broadcast(pivot)));
     float last[LANES] = {};
     memcpy(last, row + n, (count - n) * sizeof(float));
-    store(last, exp2_of<6>(load(last) - broadcast(pivot)));
+    store(last, exp_of<6>(load(last) - broadcast(pivot)));
     memcpy(row + n, last, (count - n) * sizeof(float));
   }
 

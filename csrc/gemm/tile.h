@@ -28,14 +28,14 @@ enum class Into { overwrite, add, scale_and_add };  // scale_and_add: c = c * la
 
 struct Fp32 {
   static constexpr int PAIR = 1;  // values in a word
-  static constexpr int EXP2_DEGREE = 6;
+  static constexpr int EXP_DEGREE = 6;
   static Float multiply_add(Float sum, Int a, Int b) { return sum + as_float(a) * as_float(b); }
 };
 
 #if PYNLP_BF16
 struct Bf16 {
   static constexpr int PAIR = 2;
-  static constexpr int EXP2_DEGREE = 3;
+  static constexpr int EXP_DEGREE = 3;
   static Float multiply_add(Float sum, Int a, Int b) {
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }

@@ -47,7 +47,7 @@ class FindArgmaxAndLse {
 
   float log_sum_exp(const float* row, float pivot) const {
     Float sums = Float{};
-    const auto add = [&](Float x) { sums += exp2_of<6>((x - broadcast(pivot)) * broadcast(LOG2_E)); };
+    const auto add = [&](Float x) { sums += exp_of<6>(x - broadcast(pivot)); };
     int64_t n = 0;
     for (; n + LANES <= in_.columns; n += LANES) add(load(row + n));
     if (n < in_.columns) {

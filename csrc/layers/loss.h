@@ -138,7 +138,7 @@ class Loss {
       Float sums[2] = {};
       const auto add = [&](int64_t v, int n) __attribute__((always_inline)) {
         float* logit = logits + v * CHUNK + t;
-        const Float x = exp2_of<E::EXP2_DEGREE>((load(logit) - pivot) * broadcast(LOG2_E));
+        const Float x = exp_of<E::EXP_DEGREE>(load(logit) - pivot);
         sums[n] += x;
         if (in_.softcap == 0) keep(first + v, t, x);
       };
@@ -257,11 +257,11 @@ class Loss {
       const Float weight =
           scale * load(inverse() + t) * (broadcast(1.0f) + load(lse() + t) * broadcast(2 * in_.z_loss));
       const Float offset = scale * broadcast(share);
-      const Float factor = weight * exp2_of<6>((load(statistic(block, 0) + t) - highest) * broadcast(LOG2_E));
+      const Float factor = weight * exp_of<6>(load(statistic(block, 0) + t) - highest);
       for (int64_t v = 0; v < count; ++v) {
         Float x;
         if (in_.softcap > 0)
-          x = weight * exp2_of<E::EXP2_DEGREE>((load(capped(first + v) + t) - highest) * broadcast(LOG2_E));
+          x = weight * exp_of<E::EXP_DEGREE>(load(capped(first + v) + t) - highest);
         else
           x = kept(first + v, t) * factor;
         store(s.logits + v * CHUNK + t, x - offset);

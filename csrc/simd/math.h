@@ -1,4 +1,4 @@
-// exp2, tanh and the normal distribution of vectors. Coefficients: minimax in relative error, by Remez' exchange.
+// exp, tanh and the normal distribution of vectors. Coefficients: minimax in relative error, by Remez' exchange.
 #pragma once
 
 #include "vector.h"
@@ -7,7 +7,6 @@ namespace pynlp {
 namespace {
 
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float LN_2 = 0.693147180559945309f;
 
 // 2^f for 0 <= f <= 1: relative error 1.9e-9 (degree 6) or 1.04e-4 (degree 3: a 19th of what rounding to bf16 loses).
 // Degree 3 is exact at both ends: else the weights next to the largest one would all err to one side, and lse with
@@ -48,6 +47,12 @@ inline Float exp2_of(Float x) {
 #endif
 }
 
+// e^x for x <= 88, as exp2_of.
+template <int DEGREE>
+inline Float exp_of(Float x) {
+  return exp2_of<DEGREE>(x * broadcast(LOG2_E));
+}
+
 // tanh(x): an odd polynomial below 0.625, (1 - e) / (1 + e) with e = exp(-2 |x|) above; relative error ~1e-7.
 inline Float tanh_of(Float x) {
   const Float square = x * x;
@@ -58,7 +63,7 @@ inline Float tanh_of(Float x) {
   p = p * square + broadcast(-0.333332839253f);
   const Float small = x + x * square * p;
   const Float magnitude = as_float(as_int(x) & broadcast(0x7fffffff));
-  const Float e = exp2_of<6>(magnitude * broadcast(-2.8853900817779268f));
+  const Float e = exp_of<6>(magnitude * broadcast(-2.0f));
   const Float one = broadcast(1.0f);
   const Float large = as_float(as_int((one - e) / (one + e)) | (as_int(x) & broadcast(INT32_MIN)));
   return magnitude < broadcast(0.625f) ? small : large;
@@ -76,8 +81,8 @@ inline Float reciprocal(Float x) {
 // 1 / (1 + exp(-x)); for bf16 with the relative error of a short polynomial.
 template <bool BF16>
 inline Float sigmoid_of(Float x) {
-  const Float exponent = x * broadcast(-LOG2_E), most = broadcast(127.0f);
-  const Float share = reciprocal<BF16>(broadcast(1.0f) + exp2_of<BF16 ? 3 : 6>(exponent > most ? most : exponent));
+  const Float exponent = -x, most = broadcast(88.0f);
+  const Float share = reciprocal<BF16>(broadcast(1.0f) + exp_of<BF16 ? 3 : 6>(exponent > most ? most : exponent));
   return exponent > most ? Float{} : share;
 }
 
@@ -109,7 +114,7 @@ inline Normal normal_of(Float x) {
     p = p * t + broadcast(0.13986186843f);
     p = p * t + broadcast(0.139621404365f);
   }
-  const Float density = exp2_of<BF16 ? 3 : 6>(z * z * broadcast(-0.5f * LOG2_E));
+  const Float density = exp_of<BF16 ? 3 : 6>(z * z * broadcast(-0.5f));
   const Float tail = density * t * p;
   return {x < Float{} ? tail : broadcast(1.0f) - tail, density};
 }

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -293,6 +294,8 @@ REFUSED = {
         "seed: expected q's device cpu, got meta",
     ),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap: expected 0 .*got -1.0"),
+    "scale of nan": (dict(softmax_scale=math.nan), ValueError, "softmax_scale: expected a finite number, got nan"),
+    "causal in words": (dict(causal="no"), TypeError, "causal: expected True or False, got 'no'"),
     "lengths' shape": (
         dict(key_lengths=torch.tensor([7])),
         ValueError,

@@ -151,6 +151,17 @@ def test_a_single_key_has_the_weight_1_in_backward(dtype, isa):
     torch.testing.assert_close(grad_v, grad, rtol=1e-5 if dtype == torch.float32 else 0, atol=0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_a_single_key_has_the_weight_1_where_scores_are_large(head_dim, isa):
+    """Scores reach 4000, whose last bit is 2e-4: grad_v errs a hundredth of that."""
+    generator = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(1, 64, 2, head_dim, generator=generator) for _ in range(2))
+    k, v = (torch.randn(1, 1, 2, head_dim, generator=generator) for _ in range(2))
+    v.requires_grad_()
+    attention((100 * q).requires_grad_(), k, v).backward(grad)
+    torch.testing.assert_close(v.grad, grad.double().sum(1, keepdim=True).float(), rtol=0, atol=1e-5)
+
+
 @dtypes
 def test_rows_that_see_nothing(dtype, isa):
     """Queries before the first key, and a batch entry of length 0: zeros, -inf, and no part in any gradient."""

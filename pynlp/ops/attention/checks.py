@@ -73,6 +73,8 @@ def prepare_window(window: Sequence[int | None] | None, causal: bool) -> tuple[i
             raise TypeError(f"window: expected {name} to be an int or None, got {side!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected {name} >= 0 or None for no limit, got {side}")
+    if not isinstance(causal, bool | int | torch.SymBool | Tensor):
+        raise TypeError(f"causal: expected True or False, got {causal!r}")
     if causal:
         right = 0
     return -1 if left is None else left, -1 if right is None else right
@@ -90,6 +92,8 @@ def prepare_scale(softmax_scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if not isinstance(softmax_scale, Tensor):
         check_number("softmax_scale", softmax_scale)
+        if not -math.inf < softmax_scale < math.inf:
+            raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
     return softmax_scale
 
 
