@@ -4,6 +4,8 @@
 // no standard templates: the linker must not merge code for one instruction set with code for another.
 #pragma once
 
+#include "../common/inline.h"
+
 namespace pynlp {
 namespace {
 
@@ -37,7 +39,8 @@ inline Float maximum(Float a, Float b) {  // b where one is NaN
 #endif
 }
 // x as it is: the compiler would fuse a product with the sum that it goes into, which does not round it.
-inline Float rounded(Float x) {
+template <class T>
+PYNLP_INLINE T rounded(T x) {
 #if defined(__x86_64__)
   asm("" : "+x"(x));
 #else
@@ -49,6 +52,10 @@ inline Float rounded(Float x) {
 inline float lane_sum(Float x) {
 #if PYNLP_AVX512
   return _mm512_reduce_add_ps((__m512)x);
+#elif PYNLP_LANES == 8
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #else
 #pragma GCC unroll 3
   for (int half = LANES / 2; half > 0; half /= 2) {

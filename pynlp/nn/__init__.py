@@ -14,6 +14,7 @@ from pynlp.nn.feed_forward import FeedForward
 from pynlp.nn.latent_attention import LatentAttention
 from pynlp.nn.linear import Linear
 from pynlp.nn.norm import LayerNorm, RMSNorm
+from pynlp.nn.quantized_linear import Linear4bit
 
 __all__ = [
     "FeedForward",
@@ -22,6 +23,7 @@ __all__ = [
     "LayerCache",
     "LayerNorm",
     "Linear",
+    "Linear4bit",
     "MultiHeadAttention",
     "OutOfPages",
     "PagedKVCache",

@@ -20,12 +20,14 @@ from triton.backends.nvidia import driver as nvidia
 
 from benchmarks import standin
 from pynlp.functional import (
+    QuantState4bit,
     alibi_slopes,
     attention,
     attention_decode,
     attention_varlen,
     gelu,
     layer_norm,
+    linear_4bit,
     linear_cross_entropy,
     rms_norm,
     rotary_tables,
@@ -231,6 +233,19 @@ def draw_decode(draw: Draw) -> Callable:
     return lambda: attention_decode(q, k_cache, v_cache, lengths, **options)
 
 
+def draw_linear_4bit(draw: Draw) -> Callable:
+    rows, outputs, columns = draw.size(200), draw.size(500), draw.random.choice((64, 256, 1024, 96, 33))
+    x, blocks = draw.tensor(rows, columns, grad=True), -(-outputs * columns // 64)
+    packed = torch.randint(256, ((outputs * columns + 1) // 2, 1)).byte()
+    state = QuantState4bit("nf4", 64, (outputs, columns), torch.float32, torch.rand(blocks))
+    if draw.random.random() < 0.5:
+        nested = torch.rand(-(-blocks // 256)), torch.rand(()), torch.randn(256)
+        state = QuantState4bit(*state[:4], torch.randint(256, (blocks,)).byte(), *nested)
+    bias = draw.tensor(outputs, dtype=torch.float32) if draw.random.random() < 0.5 else None
+    draw.inputs += [packed, *(part for part in state if isinstance(part, Tensor))]
+    return draw.both_ways(lambda: linear_4bit(x, packed, state, bias))
+
+
 DRAWS = {
     "gelu": draw_gelu,
     "swiglu": draw_swiglu,
@@ -238,6 +253,7 @@ DRAWS = {
     "attention": draw_attention,
     "varlen": draw_varlen,
     "decode": draw_decode,
+    "linear_4bit": draw_linear_4bit,
 }
 
 

@@ -6,7 +6,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from fuzz import attention, decode, refusals
+from fuzz import attention, decode, quantization, refusals
 from tqdm import tqdm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,6 +59,11 @@ def test_attention_weights(call):
 @drawn(decode.calls(), few=300)
 def test_attention_decode(call):
     decode.check_attention_decode(call)
+
+
+@drawn(quantization.calls(), few=150)
+def test_four_bit(call):
+    quantization.check_four_bit(call)
 
 
 @drawn(refusals.bad_calls(), few=800)

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from pynlp.decoding import beam_search, greedy, sample
 from pynlp.functional import (
+    QuantState4bit,
     alibi_slopes,
     attention,
     attention_decode,
     attention_varlen,
     attention_weights,
+    dequantize_4bit,
     gelu,
     layer_norm,
+    linear_4bit,
     linear_cross_entropy,
+    quantize_4bit,
     relu,
     rms_norm,
     rotary_tables,
@@ -58,6 +62,19 @@ def cross_entropy(x, weight, bias):
     return linear_cross_entropy(x, weight, target, bias, label_smoothing=0.1, z_loss=1e-3, softcap=30.0)
 
 
+def four_bit(x):
+    weight = (torch.arange(300 * 520) * 7919 % 2003 / 1000 - 1).view(300, 520)
+    packed, state = quantize_4bit(weight, double_quant=True)
+    state = QuantState4bit(*(part.to(x.device) if isinstance(part, Tensor) else part for part in state))
+    return linear_4bit(x, packed.to(x.device), state)
+
+
+def four_bit_decoded(x):
+    """A weight that is quantized and read back where x is."""
+    packed, state = quantize_4bit(x, quant_type="mxfp4")
+    return dequantize_4bit(packed, state, dtype=x.dtype) + 0 * x
+
+
 QKV = dict(q=(2, 297, 8, 64), k=(2, 297, 2, 64), v=(2, 297, 2, 64))
 ROWS = dict(x=(3, 297, 520), weight=(520,), bias=(520,), residual=(3, 297, 520))
 # Name: the call, the shapes of its tensors; those of `WIDE` stay fp32.
@@ -76,6 +93,8 @@ CALLS = {
     "relu": (relu, dict(x=ROWS["x"])),
     "swiglu": (lambda x, residual: swiglu(x, residual), dict(x=ROWS["x"], residual=ROWS["x"])),
     "swiglu, packed": (lambda x: swiglu(x, dropout_p=0.5, seed=SEED), dict(x=ROWS["x"])),
+    "linear_4bit": (four_bit, dict(x=ROWS["x"])),
+    "quantize_4bit": (four_bit_decoded, dict(x=ROWS["x"])),
     "linear_cross_entropy": (cross_entropy, dict(x=(3, 297, 64), weight=(5000, 64), bias=(5000,))),
 }  # fmt: skip
 WIDE = ("weight", "bias", "sinks")

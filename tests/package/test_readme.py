@@ -51,7 +51,7 @@ def test_python_block(code, tmp_path, monkeypatch, capsys, one_thread_and_python
 
 def test_the_table_of_ops_is_true():
     rows = [(re.findall(r"`(\w+)`", names), *facts) for names, *facts in TABLE.findall(README)]
-    tables = {"alibi_slopes", "relative_position_buckets", "rotary_tables"}
+    tables = {"alibi_slopes", "relative_position_buckets", "rotary_tables", "QuantState4bit", "QuantStateInt8"}
     assert sorted(name for names, *_ in rows for name in names) == sorted(set(functional.__all__) - tables)
     for names, cpu, gpu, dtypes, backward, _, limits in rows:
         for name in names:
@@ -79,7 +79,7 @@ def test_packages_of_the_extras():
     found = re.findall(r"^(\w+) = (\[.*?\])(?: *#[^\n]*)?$", section, re.MULTILINE | re.DOTALL)
     extras = {name: ast.literal_eval(requirements) for name, requirements in found}
     assert {requirement.split(">")[0] for requirement in extras["training"]} == {"matplotlib", "safetensors", "tqdm"}
-    assert extras["bench"] == ["pynlp-kernels[training,transformers]"]
+    assert extras["bench"] == ["bitsandbytes>=0.45", "pynlp-kernels[training,transformers]"]
     pinned = {
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }

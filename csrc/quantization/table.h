@@ -1,0 +1,26 @@
+// The kernels of quantized weights, and the variants of them.
+#pragma once
+
+#include "quantization.h"
+
+namespace pynlp {
+
+struct QuantizationKernels {
+  void (*quantize_4bit)(const Quantize4bit& problem);
+  void (*dequantize_4bit)(const Dequantize4bit& problem);
+  void (*linear_4bit)(const LinearForward<FourBit>& problem);
+  void (*linear_4bit_backward)(const LinearBackward<FourBit>& problem);
+  void (*quantize_int8)(const QuantizeInt8& problem);
+  void (*dequantize_int8)(const DequantizeInt8& problem);
+  void (*int8_linear)(const LinearForward<Int8>& problem);
+  void (*int8_linear_backward)(const LinearBackward<Int8>& problem);
+};
+
+extern const QuantizationKernels quantization_portable;
+#if defined(__x86_64__)
+extern const QuantizationKernels quantization_avx2;
+extern const QuantizationKernels quantization_avx512;
+extern const QuantizationKernels quantization_avx512_bf16;
+#endif
+
+}  // namespace pynlp

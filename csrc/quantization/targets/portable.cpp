@@ -1,0 +1,5 @@
+#include "../../targets/portable.h"
+
+#include "../kernels.h"
+
+const pynlp::QuantizationKernels pynlp::quantization_portable = pynlp::KERNELS;

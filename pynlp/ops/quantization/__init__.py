@@ -1,0 +1,1 @@
+"""Quantized weights and their products: schemas, checks, fakes, autograd and the public functions."""

@@ -1,0 +1,1 @@
+"""The formats of quantized weights and their products in readable PyTorch."""

@@ -1,0 +1,92 @@
+"""4-bit weights drawn from all formats, sizes and values: the reference's bytes, and products near those in fp64."""
+
+import dataclasses
+
+import torch
+from fuzz.draws import Machine, dtypes, generator_seeds, lengths, machines
+from hypothesis import strategies
+from torch import Tensor
+
+from pynlp.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from pynlp.ops.quantization.formats import BLOCKSIZES, tensors_of
+from pynlp.reference.quantization import formats as reference
+from pynlp.reference.quantization.formats import QUANT_TYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A weight (outputs, columns), and a product of it and of `rows` rows."""
+
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    rows: int
+    outputs: int
+    columns: int
+    dtype: torch.dtype
+    spread: float  # of the magnitudes, in powers of ten
+    gap: int  # between rows of x
+    bias: bool
+    seed: int
+    machine: Machine
+
+
+@strategies.composite
+def calls(draw) -> Call:
+    quant_type = draw(strategies.sampled_from(QUANT_TYPES))
+    is_mx = quant_type == "mxfp4"
+    return Call(
+        quant_type,
+        32 if is_mx else draw(strategies.sampled_from(BLOCKSIZES)),
+        False if is_mx else draw(strategies.booleans()),
+        draw(strategies.integers(0, 20) | lengths),
+        draw(lengths),
+        draw(lengths | strategies.sampled_from((512, 520, 1056))),
+        draw(dtypes),
+        draw(strategies.sampled_from((0.0, 0.0, 1.0, 4.0))),
+        draw(strategies.integers(0, 3)),
+        draw(strategies.booleans()),
+        draw(generator_seeds),
+        draw(machines),
+    )
+
+
+def check_four_bit(call: Call) -> None:
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    kind = QUANT_TYPES.index(call.quant_type)
+    magnitudes = 10 ** (-call.spread * torch.rand(call.outputs, 1, generator=generator))
+    dense = randn(call.outputs, call.columns) * magnitudes
+    x = randn(call.rows, call.columns + call.gap)[:, : call.columns].to(call.dtype)
+    bias = randn(call.outputs) if call.bias else None
+    grad = randn(call.rows, call.outputs).to(call.dtype)
+    options = dict(quant_type=call.quant_type, blocksize=call.blocksize)
+    with call.machine.used():
+        packed, state = quantize_4bit(dense, **options)
+        ours_bytes = packed, state.absmax
+        packed, state = quantize_4bit(dense, **options, double_quant=call.double_quant)
+        values = dequantize_4bit(packed, state)
+        leaf = x.detach().requires_grad_()
+        y = linear_4bit(leaf, packed, state, bias)
+        (grad_x,) = torch.autograd.grad(y, leaf, grad)
+
+    for ours, expected in zip(ours_bytes, reference.quantize_4bit(dense, call.blocksize, kind), strict=True):
+        assert torch.equal(ours, expected)
+    count = dense.numel()
+    expected = reference.dequantize_4bit(*tensors_of(packed, state), count, call.blocksize, kind, torch.float32)
+    assert torch.equal(values, expected.view_as(dense))
+
+    weight = dequantize_4bit(packed, state, dtype=torch.float64)
+    offset = 0 if bias is None else bias.double()
+    assert_near(y, x.double() @ weight.T + offset, x.double().abs() @ weight.abs().T + abs(offset), call.columns)
+    assert_near(grad_x, grad.double() @ weight, grad.double().abs() @ weight.abs(), call.outputs)
+
+
+def assert_near(ours: Tensor, exact: Tensor, sizes: Tensor, terms: int) -> None:
+    """Each value is off by a few roundings of its terms' sum, or in bf16 of the weights, and by its own."""
+    unit = 2**-8 if ours.dtype == torch.bfloat16 else 2**-24 * (4 + 3 * terms**0.5)
+    own = exact.abs() * torch.finfo(ours.dtype).eps / 2 + torch.finfo(ours.dtype).smallest_normal
+    assert ours.shape == exact.shape and ((ours.double() - exact).abs() <= sizes * unit + own).all()
