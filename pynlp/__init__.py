@@ -11,6 +11,7 @@
     pynlp.models         Encoder, Decoder, EncoderDecoder, by a TransformerConfig
     pynlp.decoding       greedy, sample, beam_search
     pynlp.training       Trainer, Batches, schedules, checkpoints (needs matplotlib, safetensors and tqdm)
+    pynlp.quantize       quantize_: the linear layers of a model in 4 or 8 bits
     pynlp.integrations   the names of flash-attn, and transformers' models (needs transformers)
 
 Example:
@@ -44,10 +45,10 @@ from pynlp.ops.common.library import load_native_kernels
 from pynlp.version import __version__
 
 if TYPE_CHECKING:
-    from pynlp import decoding, integrations, models, nn, training  # noqa: F401 (for editors and type checkers)
+    from pynlp import decoding, integrations, models, nn, quantize, training  # noqa: F401 (for editors and type checkers)
 
 __all__ = ["__version__", "functional", "get_isa", "has_bf16", "info", "probes", "set_isa"]
-_ON_FIRST_USE = ("decoding", "integrations", "models", "nn", "training")
+_ON_FIRST_USE = ("decoding", "integrations", "models", "nn", "quantize", "training")
 
 load_native_kernels()  # after the ops are declared
 del load_native_kernels

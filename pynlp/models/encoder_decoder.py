@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pynlp.models.blocks import Memory, Source, Stack, check_lengths, check_rows, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.nn import KVCache, LayerCache, Linear, MultiHeadAttention
+from pynlp.nn.quantized_linear import dense_weight
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.decode import attention_decode
 from pynlp.ops.attention.weights import attention_weights
@@ -76,7 +77,7 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
         """Logits of the target's next token, `(B, T, V)`; see `features` for the arguments."""
-        return linear(self.features(source, source_lengths, target), self.output_weight)
+        return self.logits(self.features(source, source_lengths, target))
 
     def features(self, source: Tensor, source_lengths: Tensor | None, target: Tensor) -> Tensor:
         """The decoder's features, of which the logits are a projection.
@@ -129,10 +130,14 @@ class EncoderDecoder(nn.Module):
         check_tokens("target", target)
         return self.decoder(self.embedding(target), memories=memories, cache=cache)
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits `(.., V)` of features `(.., E)`."""
+        return linear(features, self.embedding.weight) if self.output is None else self.output(features)
+
     @property
     def output_weight(self) -> Tensor:
-        """The projection of features to logits, `(V, E)`."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        """The projection of features to logits, `(V, E)`; where it is quantized, a dense copy."""
+        return self.embedding.weight if self.output is None else dense_weight(self.output)
 
     @property
     def checkpointing(self) -> bool:
@@ -215,7 +220,7 @@ class EncoderDecoderState:
         with torch.inference_mode():
             features = self.model.decode(tokens, memories, self.cache.append(tokens.shape[1]))
         self.query = memories[-1].query
-        return linear(features[:, -1], self.model.output_weight)
+        return self.model.logits(features[:, -1])
 
     def select(self, rows: Tensor) -> None:
         """Make row i a continuation of old row `rows[i]`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pynlp.models.blocks import Stack, check_lengths, check_rows, check_tokens
 from pynlp.models.config import TransformerConfig
 from pynlp.nn import KVCache, LayerCache, Linear
+from pynlp.nn.quantized_linear import dense_weight
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.layers.linear import linear
 
@@ -104,7 +105,7 @@ class Decoder(Stack):
 
     def forward(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """Logits of the next token, `(B, S, V)`; see `features` for the arguments."""
-        return linear(self.features(tokens, cache), self.output_weight)
+        return self.logits(self.features(tokens, cache))
 
     def features(self, tokens: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """Features of tokens, of which the logits are a projection.
@@ -120,10 +121,14 @@ class Decoder(Stack):
         check_tokens("tokens", tokens)
         return super().forward(self.embedding(tokens), cache=cache)
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits `(.., V)` of features `(.., E)`."""
+        return linear(features, self.embedding.weight) if self.output is None else self.output(features)
+
     @property
     def output_weight(self) -> Tensor:
-        """The projection of features to logits, `(V, E)`."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        """The projection of features to logits, `(V, E)`; where it is quantized, a dense copy."""
+        return self.embedding.weight if self.output is None else dense_weight(self.output)
 
     def decoding_state(self, batch: int, max_length: int) -> "DecoderState":
         """A state for `pynlp.decoding` of a model in evaluation mode: `batch` rows of at most `max_length` tokens."""
@@ -153,7 +158,7 @@ class DecoderState:
         check_rows(tokens, len(self.cache.lengths))
         with torch.inference_mode():
             features = self.model.features(tokens, self.cache.append(tokens.shape[1]))
-        return linear(features[:, -1], self.model.output_weight)
+        return self.model.logits(features[:, -1])
 
     def select(self, rows: Tensor) -> None:
         """Make row i a continuation of old row `rows[i]`."""

@@ -14,7 +14,7 @@ from pynlp.nn.feed_forward import FeedForward
 from pynlp.nn.latent_attention import LatentAttention
 from pynlp.nn.linear import Linear
 from pynlp.nn.norm import LayerNorm, RMSNorm
-from pynlp.nn.quantized_linear import Linear4bit
+from pynlp.nn.quantized_linear import Linear4bit, Linear8bit
 
 __all__ = [
     "FeedForward",
@@ -24,6 +24,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Linear4bit",
+    "Linear8bit",
     "MultiHeadAttention",
     "OutOfPages",
     "PagedKVCache",

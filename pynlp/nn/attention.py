@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pynlp.nn.cache import LayerCache, check_layer_cache
 from pynlp.nn.linear import Linear
+from pynlp.nn.quantized_linear import compute_dtype
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
@@ -288,7 +289,7 @@ class MultiHeadAttention(nn.Module):
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of a token's keys and values in a cache of `dtype`, by default that of the weights."""
-        dtype = self.k_proj.weight.dtype if dtype is None else dtype
+        dtype = compute_dtype(self.k_proj) if dtype is None else dtype
         return 2 * self.kv_heads * self.head_dim * dtype.itemsize
 
     def _apply(self, fn, recurse=True):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pynlp.nn.attention import RotaryTables
 from pynlp.nn.cache import LayerCache, check_layer_cache
 from pynlp.nn.linear import Linear
+from pynlp.nn.quantized_linear import compute_dtype, dense_weight
 from pynlp.ops.attention.attention import attention as fused_attention
 from pynlp.ops.attention.attention import attention_varlen
 from pynlp.ops.attention.decode import attention_decode
@@ -159,7 +160,7 @@ class LatentAttention(nn.Module):
 
     def _decode(self, q: Tensor, rope: Tensor, latent: Tensor, cache: LayerCache, options: dict) -> Tensor:
         """Attention (B, Sq, H, Dv) of q (B, Sq, H, P + N) over the cache, to which rope and latent are added first."""
-        up = self.kv_up_proj.weight.unflatten(0, (self.heads, -1))
+        up = dense_weight(self.kv_up_proj).unflatten(0, (self.heads, -1))
         up_k, up_v = up.split((self.nope_dim, self.head_dim_v), dim=1)  # (H, N, R), (H, Dv, R)
         q_rope, q_nope = q.split((self.rope_dim, self.nope_dim), dim=-1)
         q = torch.cat((q_rope, torch.einsum("bshn,hnr->bshr", q_nope, up_k)), dim=-1)  # (B, Sq, H, P + R)
@@ -178,7 +179,7 @@ class LatentAttention(nn.Module):
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of a token in a cache of `dtype`, by default that of the weights; for any number of heads."""
-        dtype = self.out_proj.weight.dtype if dtype is None else dtype
+        dtype = compute_dtype(self.out_proj) if dtype is None else dtype
         return (self.rope_dim + self.kv_rank) * dtype.itemsize
 
     @classmethod

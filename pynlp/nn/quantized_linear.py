@@ -1,20 +1,113 @@
-"""The linear layer of a quantized weight as a module."""
+"""Linear layers of quantized weights as modules."""
 
 import json
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from pynlp.ops.quantization.formats import QuantState4bit, dequantize_4bit, quantize_4bit
+from pynlp.ops.quantization.int8 import QuantStateInt8, dequantize_int8, int8_linear, quantize_int8
 from pynlp.ops.quantization.linear import linear_4bit
 from pynlp.reference.quantization.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES
 
-# The state's tensors: their names here, and those of bitsandbytes' checkpoints behind "weight.".
-PARTS = {"absmax": "absmax", "nested_absmax": "nested_absmax", "nested_code": "nested_quant_map"}
+
+class QuantizedLinear(nn.Module):
+    """What the quantized layers share: a constant weight, whose codes and scales keep their dtypes.
+
+    A subclass quantizes (`_quantize`), and writes and reads what is beside `weight` in a state dict (`_written`,
+    `_read`).
+
+    Attributes:
+        compute_dtype: The dense weight's, and what `.to(dtype)` makes of it: that of inputs, as far as a layer can say.
+    """
+
+    PARTS: tuple[str, ...] = ()  # names of the state's tensors
+
+    def _init(self, dense: nn.Linear, options: dict[str, Any]) -> None:
+        self.bias = dense.bias
+        self.out_features, self.in_features = dense.weight.shape
+        self.compute_dtype = dense.weight.dtype
+        self._quantize(dense.weight, **options)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> Self:
+        """A layer with the weight of a dense one, quantized, and its bias, which both share.
+
+        Args:
+            options: Those of the class that tell how to quantize.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._init(linear, options)
+        return layer.train(linear.training)
+
+    def _set(self, codes: Tensor, state: QuantState4bit | QuantStateInt8) -> None:
+        self.dtype = state.dtype
+        self.register_buffer("weight", codes)
+        for name in self.PARTS:
+            self.register_buffer(name, getattr(state, name), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moves all tensors, as every module does; those of the state keep their dtype."""
+        before = {name: getattr(self, name) for name in self.PARTS}
+        super()._apply(fn, recurse)
+        for name, x in before.items():
+            moved = getattr(self, name)
+            if x is not None and moved.dtype != x.dtype:
+                setattr(self, name, x.to(moved.device))
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        return self
+
+    def _facts(self, **more) -> Tensor:
+        """What is not a tensor as JSON in bytes, as bitsandbytes writes it."""
+        facts = {"dtype": str(self.dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
+        return torch.tensor(list(json.dumps(facts | more).encode()), dtype=torch.uint8)
+
+    def _read_facts(self, written: Tensor) -> tuple[dict[str, Any], torch.dtype]:
+        facts = json.loads(bytes(written.tolist()))
+        if not isinstance(facts, dict) or not {"dtype", "shape"} <= facts.keys():
+            raise ValueError("expected dtype and shape in the quant_state beside it")
+        if tuple(facts["shape"]) != (self.out_features, self.in_features):
+            raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(facts['shape'])}")
+        dtype = getattr(torch, str(facts["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"expected dtype to be one of torch's, got {facts['dtype']!r}")
+        return facts, dtype
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, x in self._written().items():
+            destination[f"{prefix}{key}"] = x
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        own = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
+        weight = own.pop("weight", None)
+        bias = own.pop("bias", None)
+        if weight is not None:
+            assigned = metadata.get("assign_to_params_buffers", False)
+            device = weight.device if assigned else self.weight.device
+            try:
+                if weight.is_floating_point():
+                    if tuple(weight.shape) != (self.out_features, self.in_features):
+                        raise ValueError(
+                            f"expected shape {(self.out_features, self.in_features)}, got {tuple(weight.shape)}"
+                        )
+                    self._quantize(weight.to(device), **self._options())
+                else:
+                    parts = {key: x.to(device, copy=not assigned) for key, x in own.items()}
+                    self._read(weight.to(device, copy=not assigned), parts)
+            except (ValueError, TypeError, KeyError) as error:
+                errors.append(f"{prefix}weight: {error}")
+        rest = {} if weight is None else {f"{prefix}weight": self.weight}  # which is loaded
+        if bias is not None:
+            rest[f"{prefix}bias"] = bias
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
 
 
-class Linear4bit(nn.Module):
+class Linear4bit(QuantizedLinear):
     """A linear layer whose weight is a constant in 4 bits; gradients are those of its input and of the bias.
 
     Its state dict is that of bitsandbytes' Linear4bit, which either can load ("mxfp4", which bitsandbytes does not
@@ -42,6 +135,9 @@ class Linear4bit(nn.Module):
         torch.Size([3, 256])
     """
 
+    PARTS = ("absmax", "nested_absmax", "nested_offset", "nested_code")
+    KEYS = {"absmax": "absmax", "nested_absmax": "nested_absmax", "nested_code": "nested_quant_map"}  # bitsandbytes'
+
     def __init__(
         self,
         in_features: int,
@@ -55,46 +151,26 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.bias = dense.bias
-        self._quantize(dense.weight, quant_type, blocksize, double_quant)
+        options = dict(quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+        self._init(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
 
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, quant_type: str = "nf4", blocksize: int | None = None, double_quant: bool = False
-    ) -> Self:
-        """A layer with the weight of a dense one, quantized, and its bias, which both share."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.bias = linear.bias
-        layer._quantize(linear.weight, quant_type, blocksize, double_quant)
-        return layer.train(linear.training)
+    def _quantize(self, weight: Tensor, **options) -> None:
+        self._set(*quantize_4bit(weight, **options))
 
-    def _quantize(self, weight: Tensor, quant_type: str, blocksize: int | None, double_quant: bool) -> None:
-        packed, state = quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
-        self._set(packed, state)
+    def _set(self, codes: Tensor, state: QuantState4bit) -> None:
+        super()._set(codes, state)
+        self.quant_type, self.blocksize = state.quant_type, state.blocksize
 
-    def _set(self, packed: Tensor, state: QuantState4bit) -> None:
-        self.out_features, self.in_features = state.shape
-        self.quant_type, self.blocksize, self.dtype = state.quant_type, state.blocksize, state.dtype
-        self.register_buffer("weight", packed)
-        for name in (*PARTS, "nested_offset"):
-            self.register_buffer(name, getattr(state, name), persistent=False)
+    def _options(self) -> dict[str, Any]:
+        double = self.nested_absmax is not None
+        return dict(quant_type=self.quant_type, blocksize=self.blocksize, double_quant=double)
 
     @property
     def state(self) -> QuantState4bit:
         """What the codes in `weight` mean."""
+        shape = self.out_features, self.in_features
         return QuantState4bit(
-            self.quant_type,
-            self.blocksize,
-            (self.out_features, self.in_features),
-            self.dtype,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.nested_code,
+            self.quant_type, self.blocksize, shape, self.dtype, *(getattr(self, name) for name in self.PARTS)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,89 +189,151 @@ class Linear4bit(nn.Module):
             f"quant_type={self.quant_type!r}, blocksize={self.blocksize}{double}"
         )
 
-    def _apply(self, fn, recurse=True):
-        """Moves all tensors, as every module does; scales keep their dtype."""
-        before = {name: getattr(self, name) for name in (*PARTS, "nested_offset")}
-        super()._apply(fn, recurse)
-        for name, x in before.items():
-            moved = getattr(self, name)
-            if x is not None and moved.dtype != x.dtype:
-                setattr(self, name, x.to(moved.device))
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        prefix += "weight."
-        facts = {
-            "quant_type": self.quant_type,
-            "blocksize": self.blocksize,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": [self.out_features, self.in_features],
-        }
-        for name, key in PARTS.items():
-            if getattr(self, name) is not None:
-                destination[prefix + key] = getattr(self, name)
+    def _written(self) -> dict[str, Tensor]:
+        facts = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        parts = {f"weight.{key}": getattr(self, name) for name, key in self.KEYS.items()}
+        parts["weight.quant_map"] = _codes(self.quant_type).to(self.weight.device)
         if self.nested_absmax is not None:
-            facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
-            facts["nested_offset"] = self.nested_offset.item()
-        destination[f"{prefix}quant_map"] = _codes(self.quant_type).to(self.weight.device)
-        written = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-        destination[prefix + _facts_key(self.quant_type)] = written
+            offset = 0.0 if self.nested_offset.is_meta else self.nested_offset.item()
+            facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        parts[_facts_key(self.quant_type)] = self._facts(**facts)
+        return {key: x for key, x in parts.items() if x is not None}
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        weight = state_dict.get(f"{prefix}weight")
-        mine = [key for key in state_dict if key.startswith(f"{prefix}weight.")]
-        device = self.weight.device
-        if weight is not None and metadata.get("assign_to_params_buffers", False):
-            device = weight.device
-        try:
-            if weight is not None and weight.is_floating_point() and not mine:
-                self._load_dense(weight.to(device))
-            elif weight is not None:
-                parts = {key.removeprefix(f"{prefix}weight."): state_dict[key] for key in mine}
-                self._load_packed(weight.to(device, copy=True), parts)
-        except (ValueError, TypeError, KeyError) as error:
-            errors.append(f"{prefix}weight: {error}")
-        rest = {key: x for key, x in state_dict.items() if key not in mine}
-        if weight is not None:
-            rest[f"{prefix}weight"] = self.weight  # which is loaded
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
-
-    def _load_dense(self, weight: Tensor) -> None:
-        if tuple(weight.shape) != self.state.shape:
-            raise ValueError(f"expected shape {self.state.shape}, got {tuple(weight.shape)}")
-        self._quantize(weight, self.quant_type, self.blocksize, self.nested_absmax is not None)
-
-    def _load_packed(self, packed: Tensor, parts: dict[str, Tensor]) -> None:
+    def _read(self, packed: Tensor, parts: dict[str, Tensor]) -> None:
         found = [name for name in QUANT_TYPES if _facts_key(name) in parts]
         if not found:
             raise ValueError("expected a dense weight, or a quant_state beside it, which tells what its codes mean")
-        facts = json.loads(bytes(parts[_facts_key(found[0])].tolist()))
-        if facts["quant_type"] != found[0]:
-            raise ValueError(f"expected quant_type {found[0]!r}, got {facts['quant_type']!r}")
-        if tuple(facts["shape"]) != self.state.shape:
-            raise ValueError(f"expected shape {self.state.shape}, got {tuple(facts['shape'])}")
-        if "quant_map" in parts and not torch.equal(parts["quant_map"].cpu().float(), _codes(found[0])):
+        facts, dtype = self._read_facts(parts[_facts_key(found[0])])
+        if facts.get("quant_type") != found[0]:
+            raise ValueError(f"expected quant_type {found[0]!r}, got {facts.get('quant_type')!r}")
+        codes = parts.get("weight.quant_map")
+        if codes is not None and not torch.equal(codes.cpu().float(), _codes(found[0])):
             raise ValueError(f"expected quant_map to be {found[0]}'s codes, got others")
         if facts.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
             raise ValueError(f"expected nested_blocksize {NESTED_BLOCK}, got {facts['nested_blocksize']}")
-        dtype = getattr(torch, facts["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"expected dtype to be one of torch's, got {facts['dtype']!r}")
-        if "absmax" not in parts:
+        if "weight.absmax" not in parts:
             raise ValueError("expected absmax, the blocks' scales, beside it")
-        device = packed.device
-        tensors = {name: parts[key].to(device, copy=True) for name, key in PARTS.items() if key in parts}
+        tensors = {name: parts[f"weight.{key}"] for name, key in self.KEYS.items() if f"weight.{key}" in parts}
         if "nested_absmax" in tensors:
-            tensors["nested_offset"] = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=device)
+            tensors["nested_offset"] = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
         state = QuantState4bit(found[0], facts["blocksize"], tuple(facts["shape"]), dtype, **tensors)
-        dequantize_4bit(packed.to("meta"), state._replace(**{name: x.to("meta") for name, x in tensors.items()}))
+        on_meta = {name: x.to("meta") for name, x in tensors.items()}
+        dequantize_4bit(packed.to("meta"), state._replace(**on_meta))  # which checks that they fit each other
         self._set(packed, state)
 
 
+class Linear8bit(QuantizedLinear):
+    """A linear layer whose weight is a constant in 8 bits; gradients are those of its input and of the bias.
+
+    It loads state dicts of its own, of dense layers, and of bitsandbytes' Linear8bitLt. `.to(dtype)` and `.half()`
+    leave the weight and its scales as they are.
+
+    Args:
+        in_features, out_features, bias, device: As nn.Linear's; the new layer's weight, too, before it is quantized.
+        scheme, granularity, group_size: As `pynlp.functional.quantize_int8`'s.
+        dtype: Of the bias, and the default of `dequantize`.
+
+    Attributes:
+        weight: int8 `(out_features, in_features)`.
+        state: What its codes mean.
+        bias: `(out_features,)` or None; the only parameter.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import Linear8bit
+        >>> layer = Linear8bit.from_linear(torch.nn.Linear(512, 256), scheme="affine", granularity="group")
+        >>> layer(torch.randn(3, 512)).shape
+        torch.Size([3, 256])
+    """
+
+    PARTS = ("scale", "zero_point")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: str = "symmetric",
+        granularity: str = "channel",
+        group_size: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        options = dict(scheme=scheme, granularity=granularity, group_size=group_size)
+        self._init(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
+
+    def _quantize(self, weight: Tensor, **options) -> None:
+        self._set(*quantize_int8(weight, **options))
+
+    def _set(self, codes: Tensor, state: QuantStateInt8) -> None:
+        super()._set(codes, state)
+        self.group_size = state.group_size
+
+    def _options(self) -> dict[str, Any]:
+        scheme = "symmetric" if self.zero_point is None else "affine"
+        if self.scale.shape[0] != self.out_features:
+            return dict(scheme=scheme, granularity="tensor")
+        if self.scale.shape[1] <= 1:
+            return dict(scheme=scheme, granularity="channel")
+        return dict(scheme=scheme, granularity="group", group_size=self.group_size)
+
+    @property
+    def state(self) -> QuantStateInt8:
+        """What the codes in `weight` mean."""
+        return QuantStateInt8(self.group_size, self.dtype, self.scale, self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(.., out_features)` of x `(.., in_features)`, in x's dtype."""
+        return int8_linear(x, self.weight, self.state, self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `(out_features, in_features)` as a dense tensor, of the quantized one's dtype by default."""
+        return dequantize_int8(self.weight, self.state, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """The sizes and the scheme, for print."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {options}"
+
+    def _written(self) -> dict[str, Tensor]:
+        parts = {"weight.scale": self.scale, "weight.zero_point": self.zero_point}
+        parts["weight.quant_state.pynlp__int8"] = self._facts(group_size=self.group_size)
+        return {key: x for key, x in parts.items() if x is not None}
+
+    def _read(self, codes: Tensor, parts: dict[str, Tensor]) -> None:
+        if "SCB" in parts:  # bitsandbytes': the rows' largest magnitudes
+            state = QuantStateInt8(max(1, self.in_features), self.compute_dtype, parts["SCB"].float()[:, None] / 127)
+        elif "weight.quant_state.pynlp__int8" in parts:
+            facts, dtype = self._read_facts(parts["weight.quant_state.pynlp__int8"])
+            if not isinstance(facts.get("group_size"), int) or facts["group_size"] < 1:
+                raise ValueError(f"expected group_size to be a positive int, got {facts.get('group_size')!r}")
+            if "weight.scale" not in parts:
+                raise ValueError("expected scale beside it")
+            state = QuantStateInt8(facts["group_size"], dtype, parts["weight.scale"], parts.get("weight.zero_point"))
+        else:
+            raise ValueError("expected a dense weight, or a quant_state or SCB beside it, which tells what codes mean")
+        if tuple(codes.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(codes.shape)}")
+        on_meta = {name: x.to("meta") for name in self.PARTS if (x := getattr(state, name)) is not None}
+        dequantize_int8(codes.to("meta"), state._replace(**on_meta))  # which checks that they fit each other
+        self._set(codes, state)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as a dense tensor, where a quantized one may stand in its place."""
+    return layer.dequantize(layer.compute_dtype) if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer, dense or quantized, has its inputs in."""
+    return layer.compute_dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+
+
 def _facts_key(quant_type: str) -> str:
-    """The key of what the codes mean, behind "weight."."""
-    return f"quant_state.{'pynlp' if quant_type == 'mxfp4' else 'bitsandbytes'}__{quant_type}"
+    """The key of what the codes mean."""
+    return f"weight.quant_state.{'pynlp' if quant_type == 'mxfp4' else 'bitsandbytes'}__{quant_type}"
 
 
 def _codes(quant_type: str) -> Tensor:

@@ -5,7 +5,7 @@ import inspect
 
 MODULES = [
     "pynlp", "pynlp.functional", "pynlp.nn", "pynlp.models", "pynlp.decoding", "pynlp.training",
-    "pynlp.integrations.flash_attn", "pynlp.integrations.transformers",
+    "pynlp.quantize", "pynlp.integrations.flash_attn", "pynlp.integrations.transformers",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of 4-bit weights as modules: what is kept, saved and loaded, and bitsandbytes' checkpoints."""
+"""Linear layers of quantized weights as modules: what is kept, saved and loaded, and bitsandbytes' checkpoints."""
 
 import copy
 import json
@@ -9,15 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pynlp.nn import Linear4bit
+from pynlp.nn import Linear4bit, Linear8bit
 
-OPTIONS = [
-    dict(),
-    dict(double_quant=True, bias=False),
-    dict(quant_type="fp4", blocksize=128, double_quant=True),
-    dict(quant_type="mxfp4"),
+LAYERS = [
+    (Linear4bit, dict()),
+    (Linear4bit, dict(double_quant=True, bias=False)),
+    (Linear4bit, dict(quant_type="fp4", blocksize=128, double_quant=True)),
+    (Linear4bit, dict(quant_type="mxfp4")),
+    (Linear8bit, dict()),
+    (Linear8bit, dict(granularity="tensor", bias=False)),
+    (Linear8bit, dict(scheme="affine", granularity="group", group_size=64)),
 ]
-options = pytest.mark.parametrize("options", OPTIONS, ids=str)
+layers = pytest.mark.parametrize(("cls", "options"), LAYERS, ids=lambda x: getattr(x, "__name__", str(x)))
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,9 @@ def assert_same_state(actual, expected):
         assert actual[name].dtype == expected[name].dtype and torch.equal(actual[name], expected[name]), name
 
 
-@options
-def test_forward_is_that_of_the_dense_weight(options):
-    layer = Linear4bit(96, 40, **options)
+@layers
+def test_forward_is_that_of_the_dense_weight(cls, options):
+    layer = cls(96, 40, **options)
     x = torch.randn(2, 3, 96, requires_grad=True)
     y = layer(x)
     expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
@@ -59,10 +62,10 @@ def test_from_linear():
         Linear4bit.from_linear(dense)
 
 
-@options
-def test_the_state_stays_the_same(options, tmp_path):
+@layers
+def test_the_state_stays_the_same(cls, options, tmp_path):
     """After a forward, a backward, changes of mode, copies, moves and other dtypes; and through a file."""
-    layer = Linear4bit(96, 40, **options)
+    layer = cls(96, 40, **options)
     before = {name: x.clone() for name, x in layer.state_dict().items()}
     x = torch.randn(4, 96, requires_grad=True)
     layer(x).sum().backward()
@@ -73,19 +76,36 @@ def test_the_state_stays_the_same(options, tmp_path):
     halved = copy.deepcopy(layer).half().to(torch.bfloat16).to("cpu")
     weights = {name for name in before if name != "bias"}
     assert_same_state({k: x for k, x in halved.state_dict().items() if k in weights}, {k: before[k] for k in weights})
-    assert halved(x.bfloat16()).dtype == torch.bfloat16
+    assert halved(x.bfloat16()).dtype == torch.bfloat16 and halved.compute_dtype == torch.bfloat16
 
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = Linear4bit(96, 40, bias=layer.bias is not None)
+    other = cls(96, 40, bias=layer.bias is not None)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert_same_state(other.state_dict(), before)
     assert torch.equal(other(x), layer(x)) and repr(other) == repr(layer)
 
 
-def test_a_dense_weight_is_quantized_when_it_is_loaded():
-    model, dense = nn.Sequential(Linear4bit(64, 32, double_quant=True)), nn.Sequential(nn.Linear(64, 32))
+@layers
+def test_a_dense_weight_is_quantized_when_it_is_loaded(cls, options):
+    bias = options.get("bias", True)
+    model, dense = nn.Sequential(cls(64, 32, **options)), nn.Sequential(nn.Linear(64, 32, bias=bias))
     model.load_state_dict(dense.state_dict())
-    assert_same_state(model[0].state_dict(), Linear4bit.from_linear(dense[0], double_quant=True).state_dict())
+    options = {name: value for name, value in options.items() if name != "bias"}
+    assert_same_state(model[0].state_dict(), cls.from_linear(dense[0], **options).state_dict())
+
+
+def test_bitsandbytes_8_bit_layers(bnb):
+    """Their codes, and the rows' largest magnitudes."""
+    dense = nn.Linear(128, 96)
+    theirs = bnb.nn.Linear8bitLt(128, 96, has_fp16_weights=False)
+    theirs.load_state_dict(dense.state_dict())
+    theirs = theirs.to("cpu")  # which quantizes
+    state = theirs.state_dict()
+    assert state["weight"].dtype == torch.int8
+    ours = Linear8bit(128, 96)
+    ours.load_state_dict(state)
+    assert torch.equal(ours.weight, state["weight"])
+    torch.testing.assert_close(ours.dequantize(), state["weight"] * state["SCB"][:, None] / 127)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -147,8 +167,28 @@ def test_a_foreign_or_damaged_checkpoint_changes_nothing(state, message):
     assert_same_state(layer.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("weight.quant_state.pynlp__int8"), "a quant_state or SCB beside it"),
+        (lambda state: state.pop("weight.scale"), "weight: expected scale beside it"),
+        (lambda state: state.update({"weight.scale": torch.ones(31, 1)}), r"state.scale: expected shape \(32, 1\)"),
+        (lambda state: state.update(weight=state["weight"][1:]), r"weight: expected shape \(32, 64\), got \(31, 64\)"),
+    ],
+)
+def test_a_foreign_or_damaged_8_bit_checkpoint_changes_nothing(change, message):
+    layer = Linear8bit(64, 32, bias=False)
+    before, checkpoint = {name: x.clone() for name, x in layer.state_dict().items()}, layer.state_dict()
+    change(checkpoint)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(checkpoint)
+    assert_same_state(layer.state_dict(), before)
+
+
 def test_memory_of_a_layer():
     layer = Linear4bit(1024, 1024, bias=False)
     assert sum(x.nbytes for x in layer.buffers()) / 2**20 <= 0.57
     layer = Linear4bit(1024, 1024, bias=False, double_quant=True)
     assert sum(x.nbytes for x in layer.buffers()) / 2**20 <= 0.53
+    layer = Linear8bit(1024, 1024, bias=False)
+    assert sum(x.nbytes for x in layer.buffers()) / 2**20 <= 1.01

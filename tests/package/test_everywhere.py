@@ -143,6 +143,7 @@ def modules(**factory) -> dict[str, Callable[[], nn.Module]]:
         ),
         "LayerNorm": lambda: pynlp.nn.LayerNorm(8, **factory),
         "Linear": lambda: pynlp.nn.Linear(8, 4, **factory),
+        "Linear8bit": lambda: pynlp.nn.Linear8bit(8, 4, scheme="affine", **factory),
         "Linear4bit": lambda: pynlp.nn.Linear4bit(8, 4, double_quant=True, **factory),
         "MultiHeadAttention": lambda: pynlp.nn.MultiHeadAttention(
             8, 2, causal=True, positions="rope", max_positions=32, **factory
