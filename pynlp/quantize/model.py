@@ -23,9 +23,9 @@ QUANTIZATIONS = {
 def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options) -> Report:
     """Replace the linear layers of a model, in place, by quantized ones, round to nearest.
 
-    Linear layers are nn.Linear, `pynlp.nn.Linear` and the Conv1D of transformers' GPT-2, whose weight is turned. A layer
-    stays dense where its weight is shared with a part that is not quantized (a head tied to the embedding), where it
-    has a forward of its own, and where another module reads its weight (nn.MultiheadAttention).
+    Linear layers are nn.Linear, `pynlp.nn.Linear` and the Conv1D of transformers' GPT-2, whose weight is turned.
+    A layer stays dense where its weight is shared with a part that is not quantized (a head tied to the embedding),
+    where it has a forward of its own, and where another module reads its weight (nn.MultiheadAttention).
 
     Args:
         how: "int8", "nf4", "fp4" or "mxfp4".
