@@ -238,6 +238,7 @@ def narrow_loads(loop: Loop, arguments: dict, warp: int, item_size: int) -> list
     """A complaint about global loads of less than 16 bytes a thread, where head sizes and the tile's size allow 16."""
     aligned, features, tile = 16 // item_size, arguments["F"], arguments["TILE"]
     piece = min(features.BLOCK_HALF, features.BLOCK_D) if features.HALF else features.BLOCK_D
+    piece = min(piece, features.HEAD_DIM_V)  # the rest of a block is not read
     smallest = min(tile.BLOCK_M, tile.BLOCK_N) * piece * item_size // (arguments["num_warps"] * warp)
     if any(x % aligned for x in (features.HEAD_DIM, features.HEAD_DIM_V, features.HALF)) or smallest < 16:
         return []
