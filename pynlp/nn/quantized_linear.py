@@ -37,8 +37,8 @@ class QuantizedLinear(nn.Module):
         Args:
             options: Those of the class that tell how to quantize.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+            raise TypeError(f"linear: expected a dense nn.Linear, got {type(linear).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._init(linear, options)
@@ -110,9 +110,9 @@ class QuantizedLinear(nn.Module):
 class Linear4bit(QuantizedLinear):
     """A linear layer whose weight is a constant in 4 bits; gradients are those of its input and of the bias.
 
-    Its state dict is that of bitsandbytes' Linear4bit, which either can load ("mxfp4", which bitsandbytes does not
-    have, is written alike); a dense weight in a state dict is quantized when it is loaded. `.to(dtype)` and `.half()`
-    leave the weight and its scales as they are.
+    Its state dict is that of bitsandbytes' Linear4bit ("mxfp4", which bitsandbytes does not have, is written alike). It
+    loads theirs, and `bitsandbytes.nn.Params4bit.from_prequantized` loads its own; a dense weight in a state dict is
+    quantized when it is loaded. `.to(dtype)` and `.half()` leave the weight and its scales as they are.
 
     Args:
         in_features, out_features, bias, device: As nn.Linear's; the new layer's weight, too, before it is quantized.
@@ -256,7 +256,7 @@ class Linear8bit(QuantizedLinear):
         *,
         scheme: str = "symmetric",
         granularity: str = "channel",
-        group_size: int = 128,
+        group_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

@@ -1,14 +1,17 @@
 """Walks a model and replaces its linear layers by quantized ones."""
 
+import functools
+import inspect
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pynlp.nn.linear import Linear
 from pynlp.nn.quantized_linear import Linear4bit, Linear8bit, QuantizedLinear
+from pynlp.ops.common.checks import DTYPES
 from pynlp.quantize.report import QuantizedLayer, Report
 
 # How each is made: the layer, and what it is told.
@@ -18,14 +21,21 @@ QUANTIZATIONS = {
     "fp4": (Linear4bit, {"quant_type": "fp4"}),
     "mxfp4": (Linear4bit, {"quant_type": "mxfp4"}),
 }
+OPTIONS = {Linear8bit: ("scheme", "granularity", "group_size"), Linear4bit: ("blocksize", "double_quant")}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options) -> Report:
     """Replace the linear layers of a model, in place, by quantized ones, round to nearest.
 
     Linear layers are nn.Linear, `pynlp.nn.Linear` and the Conv1D of transformers' GPT-2, whose weight is turned.
-    A layer stays dense where its weight is shared with a part that is not quantized (a head tied to the embedding),
-    where it has a forward of its own, and where another module reads its weight (nn.MultiheadAttention).
+
+    A layer stays dense, and the report says why, where its weight is shared with a part that is not quantized (a head
+    tied to the embedding), where it has a forward or hooks of its own, and where the module around it reads its weight,
+    as nn.TransformerEncoderLayer, T5's feed-forward and Mamba do. Weights of other modules, experts among them, stay as
+    they are.
+
+    A quantized model is loaded by making the model, quantizing it the same way, and `load_state_dict`.
 
     Args:
         how: "int8", "nf4", "fp4" or "mxfp4".
@@ -43,63 +53,111 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
     Example:
         >>> import torch
         >>> from pynlp.quantize import quantize_
-        >>> model = torch.nn.TransformerEncoderLayer(64, 4, 128)
+        >>> model = torch.nn.TransformerDecoderLayer(64, 4, 128)
         >>> report = quantize_(model, "nf4", double_quant=True)
         >>> [layer.name for layer in report.layers]
         ['linear1', 'linear2']
-        >>> report.skipped
-        {'self_attn.out_proj': 'nn.MultiheadAttention reads its weight'}
+        >>> report.skipped["self_attn.out_proj"]
+        'MultiheadAttention reads its weight'
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if how not in QUANTIZATIONS:
         raise ValueError(f"how: expected {', '.join(map(repr, QUANTIZATIONS))}, got {how!r}")
-    if isinstance(skip, str):
+    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(x, str) for x in skip):
         raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
+    cls, fixed = QUANTIZATIONS[how]
+    for name in options:
+        if name not in OPTIONS[cls]:
+            raise TypeError(f"options: expected {', '.join(OPTIONS[cls])} with how={how!r}, got {name}")
     chosen, skipped = _choose(model, skip)
     if not chosen:
-        raise ValueError(f"model: expected linear layers to quantize inside of it, got {skipped or 'none'}")
-    cls, fixed = QUANTIZATIONS[how]
-    cls(16, 1, **fixed, **options)  # refuses options before anything is changed
-    for name, layer in chosen.items():
-        if not layer.weight.is_meta and not layer.weight.isfinite().all():
-            raise ValueError(f"{name}.weight: expected finite values, got NaN or an infinity")
-    places = {}
-    for parent in model.modules():
-        for child, layer in parent._modules.items():
-            places.setdefault(layer, []).append((parent, child))
-    layers = []
-    for name, layer in chosen.items():
-        new, line = _quantized(name, layer, cls, fixed | options)
-        layers.append(line)
-        for parent, child in places[layer]:
-            parent._modules[child] = new
-    return Report(how, tuple(layers), skipped)
+        hint = "; a layer by itself: from_linear of pynlp.nn's quantized layers" if isinstance(model, nn.Linear) else ""
+        raise ValueError(f"model: expected linear layers to quantize inside of it, got {skipped or 'none'}{hint}")
+    with torch.inference_mode(False), torch.no_grad():
+        cls(16, 1, **fixed, **options)  # refuses options before anything is changed
+        for name, layer in chosen.items():
+            if not layer.weight.is_meta and not layer.weight.float().isfinite().all():
+                raise ValueError(f"{name}.weight: expected finite values in fp32, got NaN or an infinity")
+        places = {}
+        for parent in model.modules():
+            for child, layer in parent._modules.items():
+                places.setdefault(layer, []).append((parent, child))
+        before, layers = _bytes_of(model), []
+        for name, layer in chosen.items():
+            new, line = _quantized(name, layer, cls, fixed | options)
+            layers.append(line)
+            for parent, child in places[layer]:
+                parent._modules[child] = new
+    return Report(how, tuple(layers), skipped, before, _bytes_of(model))
 
 
 def _choose(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to quantize by name, and why others are not."""
-    chosen, skipped, fitting = {}, {}, set()
-    for name, module in model.named_modules():
-        if not name or isinstance(module, QuantizedLinear) or not (isinstance(module, nn.Linear) or _is_conv(module)):
-            continue
-        patterns = [pattern for pattern in skip if fnmatchcase(name, pattern)]
-        fitting.update(patterns)
-        if patterns:
-            skipped[name] = "in skip"
-        elif isinstance(module, NonDynamicallyQuantizableLinear):
-            skipped[name] = "nn.MultiheadAttention reads its weight"
-        elif not (_is_conv(module) or isinstance(module, Linear) or type(module).forward is nn.Linear.forward):
-            skipped[name] = f"a {type(module).__name__}, which has a forward of its own"
-        elif not module.weight.is_floating_point():
-            skipped[name] = f"its weight is {module.weight.dtype} already"
-        else:
-            chosen[name] = module
-    lost = [pattern for pattern in skip if pattern not in fitting]
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and not isinstance(module, QuantizedLinear) and (isinstance(module, nn.Linear) or _is_conv(module)):
+            names.setdefault(module, []).append(name)
+    lost = [pattern for pattern in skip if not any(fnmatchcase(x, pattern) for all in names.values() for x in all)]
     if lost:
         raise ValueError(f"skip: expected names of linear layers, got {', '.join(map(repr, lost))}, which fit none")
+    chosen, skipped = {}, {}
+    for module, all_names in names.items():
+        reason = "in skip" if any(fnmatchcase(x, pattern) for x in all_names for pattern in skip) else None
+        reason = reason or _reason_to_keep(model, module, all_names)
+        if reason:
+            skipped[all_names[0]] = reason
+        else:
+            chosen[all_names[0]] = module
     for name, owner in _tied(model, chosen).items():
         del chosen[name]
         skipped[name] = f"tied to {owner}"
     return chosen, skipped
+
+
+def _reason_to_keep(model: nn.Module, layer: nn.Module, names: list[str]) -> str | None:
+    """Why a linear layer cannot be replaced."""
+    kind = type(layer)
+    is_known = _is_conv(layer) or isinstance(layer, Linear) or kind.forward is nn.Linear.forward
+    if not is_known or "forward" in vars(layer):
+        return f"{kind.__name__}: it has a forward of its own"
+    if nn.parameter.is_lazy(layer.weight):
+        return "its weight is not there yet"
+    if any(getattr(layer, hooks, None) for hooks in HOOKS):
+        return "it has hooks"
+    if layer.weight.dtype not in DTYPES:
+        return f"its weight is {layer.weight.dtype}"
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        if child in _read_weights(type(parent)):
+            return f"{type(parent).__name__} reads its weight"
+    return None
+
+
+@functools.cache
+def _read_weights(cls: type) -> set[str]:
+    """Names of layers whose weight a class of modules reads itself, as far as its source tells.
+
+    What initialises weights does so before they are quantized.
+    """
+    found = set()
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, function in vars(base).items():
+            if inspect.isfunction(function) and not re.search("init|reset", name):
+                try:
+                    source = inspect.getsource(function)
+                except (OSError, TypeError):  # typed into an interpreter
+                    continue
+                found.update(re.findall(r"self\.(\w+)\.weight\b", source))
+    return found
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(x.nbytes for x in {*model.parameters(), *model.buffers()} if not nn.parameter.is_lazy(x))
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -112,7 +170,7 @@ def _tied(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, str]:
     tied = {}
     for name, layer in chosen.items():
         for other, module in model.named_modules():
-            if module is not layer and any(x is layer.weight for x in module._parameters.values()):
+            if module not in chosen.values() and any(x is layer.weight for x in module._parameters.values()):
                 tied[name] = f"{other}" if other else "the model's own parameter"
     return tied
 

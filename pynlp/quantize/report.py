@@ -34,7 +34,8 @@ class Report(NamedTuple):
     Attributes:
         how: The quantization.
         layers: Those that were quantized.
-        skipped: Why others were not, by name.
+        skipped: Why other linear layers were not, by name.
+        model_before, model_after: Bytes of all of the model's parameters and buffers.
 
     Example:
         >>> import torch
@@ -49,6 +50,8 @@ class Report(NamedTuple):
     how: str
     layers: tuple[QuantizedLayer, ...]
     skipped: dict[str, str]
+    model_before: int
+    model_after: int
 
     @property
     def bytes_before(self) -> int:
@@ -64,7 +67,8 @@ class Report(NamedTuple):
         share = f" ({self.bytes_after / self.bytes_before:.1%})".replace("%", " %") if self.bytes_before else ""
         lines = [
             f"{self.how}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)}, {self.bytes_before / 1e6:.2f} MB "
-            f"before, {self.bytes_after / 1e6:.2f} MB after{share}"
+            f"before, {self.bytes_after / 1e6:.2f} MB after{share}",
+            f"the whole model: {self.model_before / 1e6:.2f} MB before, {self.model_after / 1e6:.2f} MB after",
         ]
         width = max([5, *(len(name) for name in [layer.name for layer in self.layers] + list(self.skipped))])
         if self.layers:

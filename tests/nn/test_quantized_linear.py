@@ -55,7 +55,7 @@ def test_from_linear():
     layer = Linear4bit.from_linear(dense, double_quant=True)
     assert layer.bias is dense.bias and not layer.training
     assert (layer.dequantize() - dense.weight).abs().max() < 0.2 * dense.weight.abs().max()
-    with pytest.raises(TypeError, match="linear: expected an nn.Linear, got Conv1d"):
+    with pytest.raises(TypeError, match="linear: expected a dense nn.Linear, got Conv1d"):
         Linear4bit.from_linear(nn.Conv1d(1, 1, 1))
     dense.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match="expected finite values"):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,15 @@ def test_gradcheck_and_opcheck():
     torch.library.opcheck(torch.ops.pynlp.dequantize_4bit, (*tensors, 140, 32, 0, torch.float16))
 
 
+def test_double_quantization_is_compiled_and_takes_numpys_integers():
+    x = torch.randn(40, 64)
+    packed, state = torch.compile(lambda x: quantize_4bit(x, double_quant=True), fullgraph=True, backend="eager")(x)
+    expected, other = quantize_4bit(x, double_quant=True, blocksize=numpy.int64(64))
+    assert torch.equal(packed, expected) and torch.equal(state.absmax, other.absmax)
+    with pytest.raises(TypeError, match="dtype: expected float32, .*got torch.int8"):
+        dequantize_4bit(packed, other, dtype=torch.int8)
+
+
 def test_autocast():
     packed, state = quantized(("nf4", 64, False), 50, 64)
     x = torch.randn(3, 64, requires_grad=True)
@@ -251,7 +261,9 @@ def test_bad_arguments(case):
         (dict(quant_type="int4"), ValueError, "quant_type: expected 'nf4', 'fp4', 'mxfp4', got 'int4'"),
         (dict(blocksize=48), ValueError, "blocksize: expected 32, 64, .*4096 with quant_type='nf4', got 48"),
         (dict(quant_type="mxfp4", blocksize=64), ValueError, "blocksize: expected 32 with quant_type='mxfp4', got 64"),
-        (dict(blocksize="64"), TypeError, "blocksize: expected a number, got str"),
+        (dict(blocksize="64"), TypeError, "blocksize: expected an int, got str"),
+        (dict(blocksize=64.0), TypeError, "blocksize: expected an int, got float"),
+        (dict(double_quant="yes"), TypeError, "double_quant: expected True or False, got 'yes'"),
         (dict(quant_type="mxfp4", double_quant=True), ValueError, "double_quant: expected False with"),
         (dict(x=torch.tensor([1.0, math.nan])), ValueError, "x: expected finite values, got NaN or an infinity"),
         (dict(x=torch.tensor([math.inf])), ValueError, "x: expected finite values"),

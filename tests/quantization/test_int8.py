@@ -23,7 +23,7 @@ SHAPES = [(1, 1), (7, 33), (50, 64), (33, 96), (70, 1000), (3, 257), (130, 2112)
 
 def quantized(scheme: str, granularity: tuple[str, int], x: Tensor) -> tuple[Tensor, QuantStateInt8]:
     kind, size = granularity
-    return quantize_int8(x, scheme=scheme, granularity=kind, group_size=size)
+    return quantize_int8(x, scheme=scheme, granularity=kind, group_size=size if kind == "group" else None)
 
 
 @pytest.mark.every_isa
@@ -195,7 +195,8 @@ def test_bad_arguments(case):
     [
         (dict(scheme="signed"), ValueError, "scheme: expected 'symmetric', 'affine', got 'signed'"),
         (dict(granularity="row"), ValueError, "granularity: expected 'tensor', 'channel', 'group', got 'row'"),
-        (dict(group_size=24), ValueError, "group_size: expected a multiple of 16, got 24"),
+        (dict(granularity="group", group_size=24), ValueError, "group_size: expected a multiple of 16, got 24"),
+        (dict(group_size=32), ValueError, "group_size: expected None with granularity='channel', got 32"),
         (dict(x=torch.randn(4)), ValueError, r"x: expected shape \(N, K\), got \(4,\)"),
         (dict(x=torch.tensor([[1.0, math.nan]])), ValueError, "x: expected finite values, got NaN or an infinity"),
         (dict(x=torch.tensor([[-math.inf, 1]]), scheme="affine"), ValueError, "x: expected finite values"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 import pynlp.nn
@@ -118,15 +118,62 @@ def test_what_stays_dense():
         def forward(self, x):
             return super().forward(x) * 2
 
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "own": Own(8, 8), "plain": nn.Linear(8, 8)})
+    changed, hooked = nn.Linear(8, 8), nn.Linear(8, 8)
+    changed.forward = lambda x: x
+    hooked.register_forward_pre_hook(lambda module, inputs: None)
+    model = nn.ModuleDict({
+        "attention": nn.MultiheadAttention(32, 2), "own": Own(8, 8), "changed": changed, "hooked": hooked,
+        "lazy": nn.LazyLinear(3), "complex": nn.Linear(8, 8, dtype=torch.complex64), "plain": nn.Linear(8, 8),
+    })  # fmt: skip
     report = quantize_(model, "int8")
     assert report.skipped == {
-        "attention.out_proj": "nn.MultiheadAttention reads its weight",
-        "own": "a Own, which has a forward of its own",
+        "attention.out_proj": "MultiheadAttention reads its weight",
+        "own": "Own: it has a forward of its own",
+        "changed": "Linear: it has a forward of its own",
+        "hooked": "it has hooks",
+        "lazy": "its weight is not there yet",
+        "complex": "its weight is torch.complex64",
     }
-    assert len(report.layers) == 1
+    assert [layer.name for layer in report.layers] == ["plain"]
+    assert report.model_before - report.model_after == report.bytes_before - report.bytes_after
     with pytest.raises(ValueError, match="model: expected linear layers to quantize inside of it, got {'attention.out"):
         quantize_(model, "nf4")  # a quantized layer is not quantized again
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_modules_that_read_their_layers_weights(how):
+    """PyTorch's fast path of an encoder, and T5, which casts to the dtype of a weight."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(64, 8)})
+    report = quantize_(model, how)
+    assert report.skipped["encoder.layers.0.linear1"] == "TransformerEncoderLayer reads its weight"
+    with torch.no_grad():
+        assert model["encoder"](torch.randn(2, 10, 64)).isfinite().all()
+    sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    t5 = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    report = quantize_(t5, how)
+    assert {name.rpartition(".")[2] for name in report.skipped} == {"wo", "lm_head"} and len(report.layers) > 12
+    with torch.no_grad():
+        tokens = torch.arange(5)[None]
+        assert t5(input_ids=tokens, decoder_input_ids=tokens).logits.isfinite().all()
+
+
+def test_in_inference_mode():
+    model = small()
+    with torch.inference_mode():
+        quantize_(model, "nf4")
+    model(torch.randn(2, 64, requires_grad=True)).sum().backward()
+
+
+def test_layers_of_one_weight_are_quantized_and_any_name_skips_them():
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    second.weight = first.weight
+    model = nn.ModuleDict({"a": first, "b": second, "same": first, "c": nn.Linear(32, 8)})
+    assert quantize_(copy.deepcopy(model), "nf4", skip=["same"]).skipped == {
+        "a": "in skip",
+        "b": "tied to a",
+    }
+    assert len(quantize_(model, "nf4").layers) == 3
 
 
 def test_a_layer_in_two_places_stays_one():
@@ -164,7 +211,9 @@ def test_plot(tmp_path):
         (dict(skip="0"), TypeError, "skip: expected a sequence of names, got '0'"),
         (dict(skip=["0", "head"]), ValueError, "skip: expected names of linear layers, got 'head', which fit none"),
         (dict(blocksize=48), ValueError, "blocksize: expected 32"),
-        (dict(group_size=32), TypeError, "group_size"),
+        (dict(group_size=32), TypeError, "options: expected blocksize, double_quant with how='nf4', got group_size"),
+        (dict(skip=None), TypeError, "skip: expected a sequence of names, got None"),
+        (dict(skip=[0]), TypeError, "skip: expected a sequence of names"),
         (dict(how="int8", scheme="signed"), ValueError, "scheme: expected 'symmetric'"),
     ],
 )
@@ -174,16 +223,18 @@ def test_bad_arguments_change_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         quantize_(model, **{"how": "nf4", **arguments})
     assert_unchanged(model, before)
-    with pytest.raises(ValueError, match="inside of it, got none"):
+    with pytest.raises(ValueError, match="inside of it, got none; a layer by itself: from_linear"):
         quantize_(nn.Linear(4, 4), "nf4")
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got NoneType"):
+        quantize_(None, "nf4")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
 def test_a_bad_weight_is_named_and_nothing_changed(value):
-    model = small()
+    model = small().double()
     model[2].weight.data[3, 5] = value
     before = {name: x.nan_to_num() for name, x in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"2\.weight: expected finite values, got NaN or an infinity"):
+    with pytest.raises(ValueError, match=r"2\.weight: expected finite values in fp32, got NaN or an infinity"):
         quantize_(model, "nf4")
     assert type(model[0]) is nn.Linear
     assert all(torch.equal(x.nan_to_num(), before[name]) for name, x in model.state_dict().items())

@@ -1,5 +1,6 @@
 """Checks and conversions of arguments that all families share; every error names the argument."""
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,14 @@ def check_dtype(name: str, x: Tensor) -> None:
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {value if value is None else type(value).__name__}")
+
+
+def as_int(name: str, value: int) -> int:
+    """An integer of whatever kind, numpy's among them."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
 
 
 def check_not_negative(name: str, value: float) -> None:

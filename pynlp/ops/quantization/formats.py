@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import check, check_dtype, check_is_tensor, check_number
+from pynlp.ops.common.checks import as_int, check, check_dtype, check_is_tensor
 from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
+from pynlp.ops.quantization.targets import check_target
 from pynlp.reference.quantization import formats as reference
 from pynlp.reference.quantization.formats import FORMATS, QUANT_TYPES
 
@@ -80,8 +81,10 @@ def quantize_4bit(
 ) -> tuple[Tensor, QuantState4bit]:
     """The values of x as 4-bit codes and a scale for every block of them.
 
-    The bytes are those of bitsandbytes ("nf4" and "fp4") and of the OCP Microscaling Formats ("mxfp4", whose scales are
-    rounded as section 6.3 says).
+    The bytes are those of bitsandbytes ("nf4"; "fp4" but for the sign of 0 and values in the middle of two codes) and
+    of the OCP Microscaling Formats ("mxfp4", whose scales are rounded as section 6.3 says). The first of two codes is
+    in the high half of a byte, of "mxfp4" in the low one. Scales that are quantized, too, may be rounded to other codes
+    than bitsandbytes' are.
 
     Args:
         x: Any shape; fp32, bf16, fp16 or fp64, finite.
@@ -111,7 +114,9 @@ def quantize_4bit(
     kind = check_quant_type(quant_type)
     is_mx = FORMATS[kind].is_mx
     blocksize = (32 if is_mx else 64) if blocksize is None else blocksize
-    check_blocksize(blocksize, quant_type)
+    blocksize = check_blocksize(blocksize, quant_type)
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"double_quant: expected True or False, got {double_quant!r}")
     if is_mx and double_quant:
         raise ValueError("double_quant: expected False with quant_type='mxfp4', whose scales have 8 bits already")
     refuse_derivatives("quantize_4bit", x)
@@ -151,7 +156,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState4bit, *, dtype: torch.dtype
     """
     kind = check_state(packed, state)
     refuse_derivatives("dequantize_4bit", state.absmax, state.nested_absmax, state.nested_offset)
-    dtype = state.dtype if dtype is None else dtype
+    dtype = check_target(state.dtype if dtype is None else dtype)
     count = numel(state.shape)
     op = torch.ops.pynlp.dequantize_4bit
     if dtype == torch.float64:
@@ -166,13 +171,14 @@ def check_quant_type(quant_type: str) -> int:
     return QUANT_TYPES.index(quant_type)
 
 
-def check_blocksize(blocksize: int, quant_type: str) -> None:
-    check_number("blocksize", blocksize)
+def check_blocksize(blocksize: int, quant_type: str) -> int:
+    blocksize = as_int("blocksize", blocksize)
     allowed = (32,) if quant_type == "mxfp4" else BLOCKSIZES
     if blocksize not in allowed:
         raise ValueError(
             f"blocksize: expected {', '.join(map(str, allowed))} with quant_type={quant_type!r}, got {blocksize}"
         )
+    return blocksize
 
 
 def numel(shape: tuple[int, ...]) -> int:

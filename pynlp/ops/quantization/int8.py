@@ -7,11 +7,11 @@ from torch import Tensor
 
 from pynlp.ops.common.checks import (
     as_fp32,
+    as_int,
     autocast,
     check,
     check_dtype,
     check_is_tensor,
-    check_number,
     check_tensor,
     rows_at_one_stride,
 )
@@ -22,6 +22,7 @@ from pynlp.ops.common.library import (
     refuse_double_backward,
     register_autograd,
 )
+from pynlp.ops.quantization.targets import check_target
 from pynlp.reference.quantization import int8 as reference
 
 SCHEMES = ("symmetric", "affine")
@@ -122,7 +123,7 @@ class QuantStateInt8(NamedTuple):
 
 
 def quantize_int8(
-    x: Tensor, *, scheme: str = "symmetric", granularity: str = "channel", group_size: int = 128
+    x: Tensor, *, scheme: str = "symmetric", granularity: str = "channel", group_size: int | None = None
 ) -> tuple[Tensor, QuantStateInt8]:
     """The values of x as 8-bit codes, by linear quantization: what is not clipped is off by half a scale at most.
 
@@ -132,7 +133,7 @@ def quantize_int8(
             and the largest value; 0 stays 0).
         granularity: What shares a scale: the whole "tensor", a "channel" (a row), or a "group" of `group_size` values
             along a row.
-        group_size: A multiple of 16.
+        group_size: With "group": a multiple of 16, by default 128.
 
     Returns:
         int8 `(N, K)`, and what they mean.
@@ -156,7 +157,9 @@ def quantize_int8(
     for name, value, known in (("scheme", scheme, SCHEMES), ("granularity", granularity, GRANULARITIES)):
         if value not in known:
             raise ValueError(f"{name}: expected {', '.join(map(repr, known))}, got {value!r}")
-    _check_group("group_size", group_size)
+    if granularity != "group" and group_size is not None:
+        raise ValueError(f"group_size: expected None with granularity={granularity!r}, got {group_size}")
+    group_size = _check_group("group_size", 128 if group_size is None else group_size)
     refuse_derivatives("quantize_int8", x)
     columns = x.shape[1]
     group = {"tensor": 0, "channel": columns if columns else 1, "group": group_size}[granularity]
@@ -190,7 +193,7 @@ def dequantize_int8(codes: Tensor, state: QuantStateInt8, *, dtype: torch.dtype 
     """
     check_state_int8(codes, state)
     refuse_derivatives("dequantize_int8", state.scale)
-    dtype = state.dtype if dtype is None else dtype
+    dtype = check_target(state.dtype if dtype is None else dtype)
     op = torch.ops.pynlp.dequantize_int8
     if dtype == torch.float64:
         op = torch.ops.pynlp.dequantize_int8_reference
@@ -237,10 +240,11 @@ def int8_linear(x: Tensor, codes: Tensor, state: QuantStateInt8, bias: Tensor | 
     return _int8_linear(rows_at_one_stride(x), *_tensors_of(codes, state), bias, state.group_size)
 
 
-def _check_group(name: str, group: int) -> None:
-    check_number(name, group)
+def _check_group(name: str, group: int) -> int:
+    group = as_int(name, group)
     if group < 1 or group % 16:
         raise ValueError(f"{name}: expected a multiple of 16, got {group}")
+    return group
 
 
 def check_state_int8(codes: Tensor, state: QuantStateInt8) -> None:

@@ -149,8 +149,8 @@ def dequantize_4bit(
     return (table[codes.int()] * scales.repeat_interleave(blocksize)[:count]).to(dtype)
 
 
-def dynamic_code() -> Tensor:
-    """The 256 values, fp32, between which quantized scales are rounded: more of them the smaller they are.
+def _dynamic_code() -> tuple[float, ...]:
+    """The 256 values, of fp32, between which quantized scales are rounded: more of them the smaller they are.
 
     A value is 10^-e times the middle of one of 2^(6 - e) equal parts of 0.1 to 1, e from 0 to 6, with either sign; 0
     and 1 beside them. Dettmers et al., arXiv 2110.02861, section 3.2.
@@ -160,12 +160,15 @@ def dynamic_code() -> Tensor:
         ends = torch.linspace(0.1, 1, 2**i + 1)
         middles = 10 ** (i - 6) * (ends[:-1] + ends[1:]) / 2
         values += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(values))
+    return tuple(sorted(values))
+
+
+DYNAMIC_CODE = _dynamic_code()
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scales in 8 bits, as block_scales reads them: codes, nested_absmax, nested_offset and nested_code."""
-    code = dynamic_code().to(absmax.device)
+    code = torch.tensor(DYNAMIC_CODE, device=absmax.device)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     blocks = -(-absmax.numel() // NESTED_BLOCK)
     values = torch.nn.functional.pad(absmax - offset, (0, blocks * NESTED_BLOCK - absmax.numel()))
