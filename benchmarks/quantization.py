@@ -19,7 +19,14 @@ from torch import Tensor
 import pynlp
 from benchmarks.cases import Case, plot_shares, row, run_cases
 from benchmarks.measure import BF16, FP32, PRODUCT_DTYPES, peak_memory
-from pynlp.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from pynlp.functional import (
+    dequantize_4bit,
+    dequantize_int8,
+    int8_linear,
+    linear_4bit,
+    quantize_4bit,
+    quantize_int8,
+)
 
 SIZE = 4096
 WEIGHTS = 14  # of 9.4 MB: more than caches hold
@@ -73,6 +80,27 @@ def linear_case(quant_type: str, rows: int, dtype: torch.dtype, share: float, de
         },
         share=share if not few or WIDE else 0.0,  # without AVX-512 look-ups bound few rows, not the memory
         **({"bytes": size} if few else {"flop": 2 * rows * SIZE * SIZE * count}),
+    )  # fmt: skip
+
+
+def int8_case(rows: int) -> Case:
+    """x weight^T of 8-bit weights with a scale a row, as many as fill the memory where rows are few."""
+    torch.manual_seed(0)
+    few = rows <= 8
+    weights = [quantize_int8(torch.randn(SIZE, SIZE) / 64) for _ in range(8 if few else 2)]
+    x, dense = torch.randn(rows, SIZE), [dequantize_int8(*weight) for weight in weights[:2]]
+    return Case(
+        f"int8, {rows} rows", FP32,
+        {
+            "ours": lambda: [int8_linear(x, *weight) for weight in weights],
+            "dense": lambda: [F.linear(x, dense[i % 2]) for i in range(len(weights))],
+        },
+        lambda: [F.linear(x.double(), weight.double()) for weight in dense], {"dense": 1.0}, share=0.8 if few else 0.75,
+        checked={
+            "ours": lambda: [int8_linear(x, *weight) for weight in weights[:2]],
+            "dense": lambda: [F.linear(x, weight) for weight in dense],
+        },
+        **({"bytes": len(weights) * SIZE * SIZE} if few else {"flop": 2 * rows * SIZE * SIZE * len(weights)}),
     )  # fmt: skip
 
 
@@ -187,6 +215,8 @@ CASES = {
         for dtype in PRODUCT_DTYPES
         for rows in MANY
     },
+    "int8 1": lambda: int8_case(1),
+    "int8 64": lambda: int8_case(64),
     "mxfp4 1": lambda: linear_case("mxfp4", 1, FP32, 0.8, 10.0 if WIDE else 2.5),
     "mxfp4 64": lambda: linear_case("mxfp4", 64, FP32, 0.75, 2.4 if WIDE else 1.0),
     **{f"training {dtype}": lambda *, dtype=dtype: training_case(dtype) for dtype in PRODUCT_DTYPES},

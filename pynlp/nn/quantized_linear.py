@@ -23,6 +23,7 @@ class QuantizedLinear(nn.Module):
     """
 
     PARTS: tuple[str, ...] = ()  # names of the state's tensors
+    CODES = "weight"  # the codes' name in a state dict
 
     def _init(self, dense: nn.Linear, options: dict[str, Any]) -> None:
         self.bias = dense.bias
@@ -46,7 +47,7 @@ class QuantizedLinear(nn.Module):
 
     def _set(self, codes: Tensor, state: QuantState4bit | QuantStateInt8) -> None:
         self.dtype = state.dtype
-        self.register_buffer("weight", codes)
+        self.register_buffer("weight", codes, persistent=self.CODES == "weight")
         for name in self.PARTS:
             self.register_buffer(name, getattr(state, name), persistent=False)
 
@@ -79,13 +80,13 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, x in self._written().items():
+        for key, x in {self.CODES: self.weight, **self._written()}.items():
             destination[f"{prefix}{key}"] = x
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
-        weight = own.pop("weight", None)
-        bias = own.pop("bias", None)
+        weight, bias = own.pop("weight", None), own.pop("bias", None)
+        weight = own.pop(self.CODES, None) if weight is None else weight
         if weight is not None:
             assigned = metadata.get("assign_to_params_buffers", False)
             device = weight.device if assigned else self.weight.device
@@ -101,7 +102,9 @@ class QuantizedLinear(nn.Module):
                     self._read(weight.to(device, copy=not assigned), parts)
             except (ValueError, TypeError, KeyError) as error:
                 errors.append(f"{prefix}weight: {error}")
-        rest = {} if weight is None else {f"{prefix}weight": self.weight}  # which is loaded
+        if weight is None and strict:
+            missing.append(f"{prefix}{self.CODES}")
+        rest = {f"{prefix}weight": self.weight} if self.CODES == "weight" else {}  # which is loaded
         if bias is not None:
             rest[f"{prefix}bias"] = bias
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
@@ -247,6 +250,7 @@ class Linear8bit(QuantizedLinear):
     """
 
     PARTS = ("scale", "zero_point")
+    CODES = "weight.codes"  # a dense layer would take codes of this dtype and shape for its weight
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""4-bit weights drawn from all formats, sizes and values: the reference's bytes, and products near those in fp64."""
+"""Quantized weights drawn from all formats, sizes and values: the reference's bytes, products near those in fp64."""
 
 import dataclasses
 
@@ -7,9 +7,18 @@ from fuzz.draws import Machine, dtypes, generator_seeds, lengths, machines
 from hypothesis import strategies
 from torch import Tensor
 
-from pynlp.functional import dequantize_4bit, linear_4bit, quantize_4bit
+from pynlp.functional import (
+    dequantize_4bit,
+    dequantize_int8,
+    int8_linear,
+    linear_4bit,
+    quantize_4bit,
+    quantize_int8,
+)
 from pynlp.ops.quantization.formats import BLOCKSIZES, tensors_of
+from pynlp.ops.quantization.int8 import GRANULARITIES, SCHEMES
 from pynlp.reference.quantization import formats as reference
+from pynlp.reference.quantization import int8 as int8_reference
 from pynlp.reference.quantization.formats import QUANT_TYPES
 
 
@@ -82,6 +91,61 @@ def check_four_bit(call: Call) -> None:
     weight = dequantize_4bit(packed, state, dtype=torch.float64)
     offset = 0 if bias is None else bias.double()
     assert_near(y, x.double() @ weight.T + offset, x.double().abs() @ weight.abs().T + abs(offset), call.columns)
+    assert_near(grad_x, grad.double() @ weight, grad.double().abs() @ weight.abs(), call.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Call:
+    """A weight (outputs, columns) in 8 bits, and a product of it and of `rows` rows."""
+
+    scheme: str
+    granularity: str
+    group_size: int | None
+    rows: int
+    outputs: int
+    columns: int
+    dtype: torch.dtype
+    gap: int
+    seed: int
+    machine: Machine
+
+
+@strategies.composite
+def int8_calls(draw) -> Int8Call:
+    granularity = draw(strategies.sampled_from(GRANULARITIES))
+    return Int8Call(
+        draw(strategies.sampled_from(SCHEMES)),
+        granularity,
+        draw(strategies.sampled_from((16, 32, 48, 128))) if granularity == "group" else None,
+        draw(strategies.integers(0, 20) | lengths),
+        draw(lengths),
+        draw(lengths | strategies.sampled_from((512, 520, 1056))),
+        draw(dtypes),
+        draw(strategies.integers(0, 3)),
+        draw(generator_seeds),
+        draw(machines),
+    )
+
+
+def check_int8(call: Int8Call) -> None:
+    generator = torch.Generator().manual_seed(call.seed)
+    dense = torch.randn(call.outputs, call.columns, generator=generator) + 0.3
+    x = torch.randn(call.rows, call.columns + call.gap, generator=generator)[:, : call.columns].to(call.dtype)
+    grad = torch.randn(call.rows, call.outputs, generator=generator).to(call.dtype)
+    options = dict(scheme=call.scheme, granularity=call.granularity, group_size=call.group_size)
+    with call.machine.used():
+        codes, state = quantize_int8(dense, **options)
+        values = dequantize_int8(codes, state)
+        leaf = x.detach().requires_grad_()
+        y = int8_linear(leaf, codes, state)
+        (grad_x,) = torch.autograd.grad(y, leaf, grad)
+    group = {"tensor": 0, "channel": max(1, call.columns), "group": call.group_size}[call.granularity]
+    expected = int8_reference.quantize_int8(dense, call.scheme == "affine", group)
+    assert torch.equal(codes, expected[0]) and torch.equal(state.scale, expected[1])
+    parts = codes, state.scale, state.zero_point, state.group_size
+    assert torch.equal(values, int8_reference.dequantize_int8(*parts, torch.float32))
+    weight = dequantize_int8(codes, state, dtype=torch.float64)
+    assert_near(y, x.double() @ weight.T, x.double().abs() @ weight.abs().T, call.columns)
     assert_near(grad_x, grad.double() @ weight, grad.double().abs() @ weight.abs(), call.outputs)
 
 

@@ -66,6 +66,11 @@ def test_four_bit(call):
     quantization.check_four_bit(call)
 
 
+@drawn(quantization.int8_calls(), few=150)
+def test_int8(call):
+    quantization.check_int8(call)
+
+
 @drawn(refusals.bad_calls(), few=800)
 def test_refusals(call):
     refusals.check_refused(call)

@@ -173,7 +173,11 @@ def test_a_foreign_or_damaged_checkpoint_changes_nothing(state, message):
         (lambda state: state.pop("weight.quant_state.pynlp__int8"), "a quant_state or SCB beside it"),
         (lambda state: state.pop("weight.scale"), "weight: expected scale beside it"),
         (lambda state: state.update({"weight.scale": torch.ones(31, 1)}), r"state.scale: expected shape \(32, 1\)"),
-        (lambda state: state.update(weight=state["weight"][1:]), r"weight: expected shape \(32, 64\), got \(31, 64\)"),
+        (lambda state: state.pop("weight.codes"), "Missing key.*weight.codes"),
+        (
+            lambda state: state.update({"weight.codes": torch.ones(31, 64, dtype=torch.int8)}),
+            r"weight: expected shape \(32, 64\), got \(31, 64\)",
+        ),
     ],
 )
 def test_a_foreign_or_damaged_8_bit_checkpoint_changes_nothing(change, message):
@@ -183,6 +187,13 @@ def test_a_foreign_or_damaged_8_bit_checkpoint_changes_nothing(change, message):
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict(checkpoint)
     assert_same_state(layer.state_dict(), before)
+
+
+@layers
+def test_a_dense_layer_refuses_codes(cls, options):
+    quantized = cls(64, 64, **options)
+    with pytest.raises(RuntimeError):
+        nn.Linear(64, 64, bias=quantized.bias is not None).load_state_dict(quantized.state_dict())
 
 
 def test_memory_of_a_layer():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pynlp.decoding import beam_search, greedy, sample
 from pynlp.functional import (
     QuantState4bit,
+    QuantStateInt8,
     alibi_slopes,
     attention,
     attention_decode,
@@ -21,10 +22,12 @@ from pynlp.functional import (
     attention_weights,
     dequantize_4bit,
     gelu,
+    int8_linear,
     layer_norm,
     linear_4bit,
     linear_cross_entropy,
     quantize_4bit,
+    quantize_int8,
     relu,
     rms_norm,
     rotary_tables,
@@ -75,6 +78,13 @@ def four_bit_decoded(x):
     return dequantize_4bit(packed, state, dtype=x.dtype) + 0 * x
 
 
+def eight_bit(x):
+    weight = (torch.arange(300 * 520) * 7919 % 2003 / 1000 - 1).view(300, 520)
+    codes, state = quantize_int8(weight, scheme="affine", granularity="group", group_size=64)
+    state = QuantStateInt8(*(part.to(x.device) if isinstance(part, Tensor) else part for part in state))
+    return int8_linear(x, codes.to(x.device), state)
+
+
 QKV = dict(q=(2, 297, 8, 64), k=(2, 297, 2, 64), v=(2, 297, 2, 64))
 ROWS = dict(x=(3, 297, 520), weight=(520,), bias=(520,), residual=(3, 297, 520))
 # Name: the call, the shapes of its tensors; those of `WIDE` stay fp32.
@@ -93,6 +103,7 @@ CALLS = {
     "relu": (relu, dict(x=ROWS["x"])),
     "swiglu": (lambda x, residual: swiglu(x, residual), dict(x=ROWS["x"], residual=ROWS["x"])),
     "swiglu, packed": (lambda x: swiglu(x, dropout_p=0.5, seed=SEED), dict(x=ROWS["x"])),
+    "int8_linear": (eight_bit, dict(x=ROWS["x"])),
     "linear_4bit": (four_bit, dict(x=ROWS["x"])),
     "quantize_4bit": (four_bit_decoded, dict(x=ROWS["x"])),
     "linear_cross_entropy": (cross_entropy, dict(x=(3, 297, 64), weight=(5000, 64), bias=(5000,))),
