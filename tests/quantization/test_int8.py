@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES = ["symmetric", "affine"]
 GRANULARITIES = [("tensor", 128), ("channel", 128), ("group", 16), ("group", 128)]
 # (N, K): whole vectors and groups, and neither; nothing.
-SHAPES = [(1, 1), (7, 33), (50, 64), (33, 96), (70, 1000), (3, 257), (130, 2112), (64, 0), (0, 32), (0, 0)]
+SHAPES = [(1, 1), (7, 33), (50, 64), (33, 96), (70, 1000), (3, 257), (130, 2112), (64, 0), (1, 0), (0, 32), (0, 0)]
 
 
 def quantized(scheme: str, granularity: tuple[str, int], x: Tensor) -> tuple[Tensor, QuantStateInt8]:

@@ -19,12 +19,12 @@ def quantize_int8(
     """Codes int8 (N, K); scales fp32 and zeros int8, (N, ceil(K / group)) or (1, 1); zeros are empty if not affine."""
     values = x.float() if group else x.float().reshape(1, -1)
     rows, columns = values.shape
-    group = group or max(1, columns)
-    groups = -(-columns // group)
     if x.numel() == 0:
-        shape = (rows, groups) if rows != 1 else (1, 1)
+        shape = (rows, -(-columns // group)) if group else (1, 1)
         zeros = torch.zeros(shape if affine else 0, dtype=torch.int8, device=x.device)
         return x.to(torch.int8), values.new_zeros(shape), zeros
+    group = group or columns
+    groups = -(-columns // group)
     padded = torch.nn.functional.pad(values, (0, groups * group - columns)).view(rows, groups, group)
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     largest = torch.maximum(-low, high)
