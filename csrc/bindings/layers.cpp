@@ -11,24 +11,7 @@ namespace {
 
 using pynlp::Place;
 
-int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 int64_t rows_of(const Tensor& x) { return columns_of(x) ? x.numel() / columns_of(x) : 0; }
-
-// The rows of x, all at one stride.
-pynlp::RowsIn rows_in(const Tensor& x, const char* name) {
-  int64_t rows = 1, stride = columns_of(x);
-  bool fit = columns_of(x) == 1 || x.stride(x.dim() - 1) == 1;
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (rows == 1)
-      stride = x.stride(i);
-    else
-      fit &= x.stride(i) == rows * stride;
-    rows *= x.size(i);
-  }
-  STD_TORCH_CHECK(fit || x.numel() == 0, "pynlp: ", name, ": expected contiguous rows, all at one stride");
-  return {x.const_data_ptr(), stride, float_dtype_of(x)};
-}
 
 void check_like(const Tensor& x, const Tensor& like, const char* name) {
   bool same = x.dim() == like.dim();

@@ -7,8 +7,6 @@
 
 namespace {
 
-int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
-
 pynlp::FourBitType type_of(int64_t quant_type) {
   STD_TORCH_CHECK(quant_type >= 0 && quant_type <= 2, "pynlp: quant_type: expected 0 to 2, got ", quant_type);
   return static_cast<pynlp::FourBitType>(quant_type);
@@ -73,21 +71,11 @@ Tensor dequantize_4bit(Tensor packed, Tensor absmax, MaybeTensor nested_absmax, 
   return out;
 }
 
-// The rows of x, all at one stride; their number.
-pynlp::RowsIn rows_in(const Tensor& x, const char* name, int64_t* count) {
-  int64_t rows = 1, stride = columns_of(x);
-  bool fit = columns_of(x) == 1 || x.stride(x.dim() - 1) == 1;
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (rows == 1)
-      stride = x.stride(i);
-    else
-      fit &= x.stride(i) == rows * stride;
-    rows *= x.size(i);
-  }
-  STD_TORCH_CHECK(fit || x.numel() == 0, "pynlp: ", name, ": expected contiguous rows, all at one stride");
-  *count = rows;
-  return {x.const_data_ptr(), stride, float_dtype_of(x)};
+// The number of rows, also of those without columns.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i < x.dim() - 1; ++i) rows *= x.size(i);
+  return rows;
 }
 
 Tensor with_columns(const Tensor& x, int64_t columns) {
@@ -100,7 +88,8 @@ Tensor linear_4bit(Tensor x, Tensor packed, Tensor absmax, MaybeTensor nested_ab
                    MaybeTensor nested_code, MaybeTensor bias, int64_t outputs, int64_t blocksize,
                    int64_t quant_type) {
   pynlp::LinearForward<pynlp::FourBit> in{};
-  in.x = rows_in(x, "x", &in.rows);
+  in.rows = rows_of(x);
+  in.x = rows_in(x, "x");
   in.weight = four_bit(packed, absmax, nested_absmax, nested_offset, nested_code, outputs, columns_of(x), blocksize,
                        quant_type);
   in.bias = bias ? data_of<float>(*bias, ScalarType::Float, outputs, "bias") : nullptr;
@@ -114,7 +103,8 @@ Tensor linear_4bit_backward(Tensor grad, Tensor packed, Tensor absmax, MaybeTens
                             MaybeTensor nested_offset, MaybeTensor nested_code, int64_t columns, int64_t blocksize,
                             int64_t quant_type) {
   pynlp::LinearBackward<pynlp::FourBit> in{};
-  in.grad = rows_in(grad, "grad", &in.rows);
+  in.rows = rows_of(grad);
+  in.grad = rows_in(grad, "grad");
   in.weight = four_bit(packed, absmax, nested_absmax, nested_offset, nested_code, columns_of(grad), columns, blocksize,
                        quant_type);
   Tensor grad_x = with_columns(grad, columns);
@@ -168,7 +158,8 @@ Tensor dequantize_int8(Tensor codes, Tensor scales, MaybeTensor zeros, int64_t g
 
 Tensor int8_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor bias, int64_t group) {
   pynlp::LinearForward<pynlp::Int8> in{};
-  in.x = rows_in(x, "x", &in.rows);
+  in.rows = rows_of(x);
+  in.x = rows_in(x, "x");
   in.weight = int8(codes, scales, zeros, group);
   STD_TORCH_CHECK(columns_of(x) == in.weight.columns, "pynlp: x: expected another shape");
   in.bias = bias ? data_of<float>(*bias, ScalarType::Float, in.weight.rows, "bias") : nullptr;
@@ -180,7 +171,8 @@ Tensor int8_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, May
 
 Tensor int8_linear_backward(Tensor grad, Tensor codes, Tensor scales, MaybeTensor zeros, int64_t group) {
   pynlp::LinearBackward<pynlp::Int8> in{};
-  in.grad = rows_in(grad, "grad", &in.rows);
+  in.rows = rows_of(grad);
+  in.grad = rows_in(grad, "grad");
   in.weight = int8(codes, scales, zeros, group);
   STD_TORCH_CHECK(columns_of(grad) == in.weight.rows, "pynlp: grad: expected another shape");
   Tensor grad_x = with_columns(grad, in.weight.columns);

@@ -17,7 +17,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/dtype.h"
+#include "../common/rows.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name up to torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -41,6 +41,24 @@ inline pynlp::Dtype float_dtype_of(const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, "pynlp: expected float32, bfloat16 or float16");
   }
+}
+
+inline int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
+
+// The rows of x, all at one stride.
+inline pynlp::RowsIn rows_in(const Tensor& x, const char* name) {
+  int64_t rows = 1, stride = columns_of(x);
+  bool fit = columns_of(x) == 1 || x.stride(x.dim() - 1) == 1;
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (rows == 1)
+      stride = x.stride(i);
+    else
+      fit &= x.stride(i) == rows * stride;
+    rows *= x.size(i);
+  }
+  STD_TORCH_CHECK(fit || x.numel() == 0, "pynlp: ", name, ": expected contiguous rows, all at one stride");
+  return {x.const_data_ptr(), stride, float_dtype_of(x)};
 }
 
 // A new tensor like x: torch::stable::new_empty, past the search for the operator by its name, which takes longer than

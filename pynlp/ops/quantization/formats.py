@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pynlp.ops.common.checks import as_int, check, check_dtype, check_is_tensor
 from pynlp.ops.common.library import LIBRARY, define, refuse_derivatives
-from pynlp.ops.quantization.targets import check_target
+from pynlp.ops.quantization.checks import check_target
 from pynlp.reference.quantization import formats as reference
 from pynlp.reference.quantization.formats import FORMATS, QUANT_TYPES
 

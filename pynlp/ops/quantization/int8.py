@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from pynlp.ops.common.checks import (
-    as_fp32,
     as_int,
-    autocast,
     check,
     check_dtype,
     check_is_tensor,
-    check_tensor,
     rows_at_one_stride,
 )
 from pynlp.ops.common.library import (
@@ -22,7 +19,7 @@ from pynlp.ops.common.library import (
     refuse_double_backward,
     register_autograd,
 )
-from pynlp.ops.quantization.targets import check_target
+from pynlp.ops.quantization.checks import bias_gradient, check_target, prepare_linear
 from pynlp.reference.quantization import int8 as reference
 
 SCHEMES = ("symmetric", "affine")
@@ -91,7 +88,7 @@ def _backward(ctx, saved, needs, grad):
     if needs[0]:
         grad_x = _int8_linear_backward(rows_at_one_stride(grad), *saved, ctx.group)
     if needs[4]:
-        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+        grad_bias = bias_gradient(grad)
     return grad_x, None, None, None, grad_bias, None
 
 
@@ -228,16 +225,8 @@ def int8_linear(x: Tensor, codes: Tensor, state: QuantStateInt8, bias: Tensor | 
     """
     check_dtype("x", x)
     check_state_int8(codes, state)
-    outputs, columns = codes.shape
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x: expected shape (.., {columns}), got {tuple(x.shape)}")
-    if x.device != codes.device:
-        raise ValueError(f"codes: expected x's device {x.device}, got {codes.device}")
-    (x,) = autocast(x)
-    if bias is not None:
-        check_tensor("bias", bias, x, [(outputs,)], of="x")
-        bias = as_fp32(bias, x)
-    return _int8_linear(rows_at_one_stride(x), *_tensors_of(codes, state), bias, state.group_size)
+    x, bias = prepare_linear(x, bias, codes.shape, "codes", codes)
+    return _int8_linear(x, *_tensors_of(codes, state), bias, state.group_size)
 
 
 def _check_group(name: str, group: int) -> int:

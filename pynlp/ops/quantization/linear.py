@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import as_fp32, autocast, check_dtype, check_tensor, rows_at_one_stride
+from pynlp.ops.common.checks import check_dtype, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
+from pynlp.ops.quantization.checks import bias_gradient, prepare_linear
 from pynlp.ops.quantization.formats import QuantState4bit, check_state, tensors_of
 from pynlp.reference.quantization import linear as reference
 
@@ -47,7 +48,7 @@ def _backward(ctx, saved, needs, grad):
     if needs[0]:
         grad_x = _linear_4bit_backward(rows_at_one_stride(grad), *saved, *ctx.options)
     if needs[6]:
-        grad_bias = grad.flatten(0, -2).float().sum(0) if grad.dtype != torch.float64 else grad.flatten(0, -2).sum(0)
+        grad_bias = bias_gradient(grad)
     return grad_x, None, None, None, None, None, grad_bias, None, None, None
 
 
@@ -87,13 +88,5 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState4bit, bias: Tensor |
     kind = check_state(packed, state)
     if len(state.shape) != 2:
         raise ValueError(f"state: expected a weight of shape (N, K), got shape {tuple(state.shape)}")
-    outputs, columns = state.shape
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x: expected shape (.., {columns}), got {tuple(x.shape)}")
-    if x.device != packed.device:
-        raise ValueError(f"packed: expected x's device {x.device}, got {packed.device}")
-    (x,) = autocast(x)
-    if bias is not None:
-        check_tensor("bias", bias, x, [(outputs,)], of="x")
-        bias = as_fp32(bias, x)
-    return _linear_4bit(rows_at_one_stride(x), *tensors_of(packed, state), bias, outputs, state.blocksize, kind)
+    x, bias = prepare_linear(x, bias, state.shape, "packed", packed)
+    return _linear_4bit(x, *tensors_of(packed, state), bias, state.shape[0], state.blocksize, kind)
