@@ -17,11 +17,19 @@ from pynlp.ops.layers.linear import linear
 from pynlp.ops.layers.loss import linear_cross_entropy
 from pynlp.ops.layers.norm import layer_norm, rms_norm
 from pynlp.ops.quantization.formats import QuantState4bit, dequantize_4bit, quantize_4bit
-from pynlp.ops.quantization.int8 import QuantStateInt8, dequantize_int8, int8_linear, quantize_int8
+from pynlp.ops.quantization.int4 import QuantStateInt4, dequantize_int4, int4_linear, quantize_int4
+from pynlp.ops.quantization.int8 import (
+    QuantStateInt8,
+    dequantize_int8,
+    int8_dynamic_linear,
+    int8_linear,
+    quantize_int8,
+)
 from pynlp.ops.quantization.linear import linear_4bit
 
 __all__ = [
     "QuantState4bit",
+    "QuantStateInt4",
     "QuantStateInt8",
     "alibi_slopes",
     "attention",
@@ -29,14 +37,18 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "dequantize_4bit",
+    "dequantize_int4",
     "dequantize_int8",
     "gelu",
+    "int4_linear",
+    "int8_dynamic_linear",
     "int8_linear",
     "layer_norm",
     "linear",
     "linear_4bit",
     "linear_cross_entropy",
     "quantize_4bit",
+    "quantize_int4",
     "quantize_int8",
     "relative_position_buckets",
     "relu",

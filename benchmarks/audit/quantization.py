@@ -108,7 +108,7 @@ def judge(chip: str, start: Launch, rows: int, dtype: torch.dtype, case: str) ->
     lookups = 32 / TURNS[4 if features.NARROW else 8]
     row.figures = (f"{density:.2f}", f"{rate:.1f}, {lookups:.1f} ({limits.memory})")
     if features.UNIT > 1:
-        row.failures += narrow_codes(loop.instructions)
+        row.failures += narrow_loads(loop.instructions, CODES)
     usual = dtype.itemsize == 2 and features.UNIT > 1 and features.ALIGN >= 8 and features.KIND == "nf4"
     for most, bar in BARS.get(start.kernel, {}).items():
         if usual and chip not in CDNA and features.BLOCK_M <= most:
@@ -118,10 +118,10 @@ def judge(chip: str, start: Launch, rows: int, dtype: torch.dtype, case: str) ->
     return row
 
 
-def narrow_codes(instructions: list[Instruction]) -> list[str]:
-    """A complaint about loads of codes of less than 16 bytes a thread."""
+def narrow_loads(instructions: list[Instruction], codes: Markers) -> list[str]:
+    """A complaint about loads of codes, which markers tell, of less than 16 bytes a thread."""
     loads = [
-        i for i in instructions if CODES.match(i) and re.match(r"LDG(?!DEPBAR)|(buffer|global|flat)_load", i.opcode)
+        i for i in instructions if codes.match(i) and re.match(r"LDG(?!DEPBAR)|(buffer|global|flat)_load", i.opcode)
     ]
     narrow = [i for i in loads if not re.search("128|x4", i.opcode)]
     if not loads:

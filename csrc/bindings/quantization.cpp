@@ -1,6 +1,7 @@
 // Quantized weights in torch's dispatcher: tensors become pointers and strides.
 #include "../quantization/quantization.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "tensors.h"
@@ -84,18 +85,25 @@ Tensor with_columns(const Tensor& x, int64_t columns) {
   return output(x, sizes);
 }
 
+// The problem of x by a weight, and y, which it writes to.
+template <class Problem, class Weight>
+Problem forward_problem(const Tensor& x, const Weight& weight, const MaybeTensor& bias, const Tensor& y) {
+  Problem in{};
+  in.rows = rows_of(x);
+  in.x = rows_in(x, "x");
+  in.weight = weight;
+  in.bias = bias ? data_of<float>(*bias, ScalarType::Float, weight.rows, "bias") : nullptr;
+  in.y = {y.mutable_data_ptr(), float_dtype_of(y)};
+  return in;
+}
+
 Tensor linear_4bit(Tensor x, Tensor packed, Tensor absmax, MaybeTensor nested_absmax, MaybeTensor nested_offset,
                    MaybeTensor nested_code, MaybeTensor bias, int64_t outputs, int64_t blocksize,
                    int64_t quant_type) {
-  pynlp::LinearForward<pynlp::FourBit> in{};
-  in.rows = rows_of(x);
-  in.x = rows_in(x, "x");
-  in.weight = four_bit(packed, absmax, nested_absmax, nested_offset, nested_code, outputs, columns_of(x), blocksize,
-                       quant_type);
-  in.bias = bias ? data_of<float>(*bias, ScalarType::Float, outputs, "bias") : nullptr;
+  const pynlp::FourBit weight = four_bit(packed, absmax, nested_absmax, nested_offset, nested_code, outputs,
+                                         columns_of(x), blocksize, quant_type);
   Tensor y = with_columns(x, outputs);
-  in.y = {y.mutable_data_ptr(), float_dtype_of(y)};
-  pynlp::linear_4bit(in);
+  pynlp::linear_4bit(forward_problem<pynlp::LinearForward<pynlp::FourBit>>(x, weight, bias, y));
   return y;
 }
 
@@ -113,72 +121,125 @@ Tensor linear_4bit_backward(Tensor grad, Tensor packed, Tensor absmax, MaybeTens
   return grad_x;
 }
 
-// Scales (1, 1), (rows, 1) or (rows, groups), of groups of `group` columns.
-pynlp::Int8 int8(const Tensor& codes, const Tensor& scales, const MaybeTensor& zeros, int64_t group) {
+// Rows of codes (rows, bytes) of `columns` values, in groups of `group`; scales (1, 1), (rows, 1) or (rows, groups).
+template <int BITS>
+pynlp::Integers<BITS> integers(const Tensor& codes, const Tensor& scales, const MaybeTensor& zeros,
+                               const MaybeTensor& minimums, int64_t columns, int64_t group) {
   STD_TORCH_CHECK(codes.dim() == 2 && scales.dim() == 2, "pynlp: codes, scale: expected two dimensions");
-  pynlp::Int8 in{codes.size(0), codes.size(1), group, scales.size(1), scales.size(0) == 1 ? 0 : scales.size(1)};
-  STD_TORCH_CHECK(group > 0 && (group % 16 == 0 || group >= in.columns) &&
-                      (in.groups == (in.columns + group - 1) / group || in.columns == 0),
+  pynlp::Integers<BITS> in{codes.size(0), columns, group, scales.size(1), scales.size(0) == 1 ? 0 : scales.size(1)};
+  STD_TORCH_CHECK(codes.size(1) == in.row_bytes(), "pynlp: codes: expected ", in.row_bytes(), " bytes a row");
+  STD_TORCH_CHECK(group > 0 && (group % 16 == 0 || group >= columns) &&
+                      (in.groups == (columns + group - 1) / group || columns == 0),
                   "pynlp: scale: expected one for each group");
   STD_TORCH_CHECK(scales.size(0) == 1 || scales.size(0) == in.rows, "pynlp: scale: expected one row, or one a row");
-  in.codes = data_of<int8_t>(codes, ScalarType::Char, codes.numel(), "codes");
-  in.scales = data_of<float>(scales, ScalarType::Float, scales.numel(), "scale");
+  STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous(), "pynlp: codes, scale: expected contiguous");
+  in.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  in.scale_dtype = float_dtype_of(scales);
+  STD_TORCH_CHECK(in.scale_dtype != pynlp::Dtype::bfloat16, "pynlp: scale: expected float32 or float16");
+  in.scales = scales.const_data_ptr();
   if (zeros) in.zeros = data_of<int8_t>(*zeros, ScalarType::Char, scales.numel(), "zero_point");
+  if (minimums) in.minimums = data_of<void>(*minimums, scales.scalar_type(), scales.numel(), "minimum");
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_int8(Tensor x, bool affine, int64_t group) {
+// work(8 or 4 bits as a constant), by the codes' dtype.
+template <class Work>
+auto with_bits(const Tensor& codes, const Work& work) {
+  if (codes.scalar_type() == ScalarType::Char) return work(std::integral_constant<int, 8>{});
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, "pynlp: codes: expected int8 or uint8");
+  return work(std::integral_constant<int, 4>{});
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_integers(Tensor x, int64_t bits, bool affine, int64_t group) {
   STD_TORCH_CHECK(x.is_contiguous() && x.dim() == 2 && (group == 0 || group % 16 == 0 || group >= x.size(1)),
                   "pynlp: x: expected two dimensions, contiguous");
+  STD_TORCH_CHECK(bits == 8 || bits == 4, "pynlp: bits: expected 8 or 4, got ", bits);
   const bool whole = group == 0;  // one scale for all values, as if they were one row
-  pynlp::QuantizeInt8 in{whole ? 1 : x.size(0), whole ? x.numel() : x.size(1)};
+  pynlp::QuantizeIntegers in{static_cast<int>(bits), whole ? 1 : x.size(0), whole ? x.numel() : x.size(1)};
   in.group = std::max<int64_t>(1, whole ? in.columns : group);
+  in.width = std::max<int64_t>(1, x.size(1));
   in.affine = affine;
   in.x = {x.const_data_ptr(), in.columns, float_dtype_of(x)};
   const int64_t groups = whole ? 1 : (in.columns + in.group - 1) / in.group;
-  Tensor codes = output(x, x.sizes(), ScalarType::Char);
+  Tensor codes = bits == 8 ? output(x, x.sizes(), ScalarType::Char)
+                           : output(x, {x.size(0), (x.size(1) + 1) / 2}, ScalarType::Byte);
   Tensor scales = output(x, {in.rows, groups}, ScalarType::Float);
   Tensor zeros = affine ? output(x, {in.rows, groups}, ScalarType::Char) : empty(x, {0}, ScalarType::Char);
-  in.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  in.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   in.scales = static_cast<float*>(scales.mutable_data_ptr());
   in.zeros = static_cast<int8_t*>(zeros.mutable_data_ptr());
   if (whole && x.numel() == 0) {
     in.scales[0] = 0;
     if (affine) in.zeros[0] = 0;
   }
-  pynlp::quantize_int8(in);
+  pynlp::quantize_integers(in);
   return {codes, scales, zeros};
 }
 
-Tensor dequantize_int8(Tensor codes, Tensor scales, MaybeTensor zeros, int64_t group, ScalarType dtype) {
-  Tensor out = output(codes, codes.sizes(), dtype);
-  pynlp::dequantize_int8({int8(codes, scales, zeros, group), {out.mutable_data_ptr(), float_dtype_of(out)}});
+Tensor dequantize_integers(Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor minimums, int64_t columns,
+                           int64_t group, ScalarType dtype) {
+  Tensor out = output(codes, {codes.size(0), columns}, dtype);
+  const pynlp::RowsOut to{out.mutable_data_ptr(), float_dtype_of(out)};
+  with_bits(codes, [&](auto bits) {
+    const auto values = integers<bits>(codes, scales, zeros, minimums, columns, group);
+    if constexpr (bits == 8)
+      pynlp::dequantize_int8({values, to});
+    else
+      pynlp::dequantize_int4({values, to});
+  });
   return out;
 }
 
-Tensor int8_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor bias, int64_t group) {
-  pynlp::LinearForward<pynlp::Int8> in{};
-  in.rows = rows_of(x);
-  in.x = rows_in(x, "x");
-  in.weight = int8(codes, scales, zeros, group);
-  STD_TORCH_CHECK(columns_of(x) == in.weight.columns, "pynlp: x: expected another shape");
-  in.bias = bias ? data_of<float>(*bias, ScalarType::Float, in.weight.rows, "bias") : nullptr;
-  Tensor y = with_columns(x, in.weight.rows);
-  in.y = {y.mutable_data_ptr(), float_dtype_of(y)};
-  pynlp::int8_linear(in);
+Tensor integer_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor minimums, MaybeTensor bias,
+                      int64_t group) {
+  Tensor y = with_columns(x, codes.size(0));
+  with_bits(codes, [&](auto bits) {
+    using Weight = pynlp::Integers<bits>;
+    const Weight weight = integers<bits>(codes, scales, zeros, minimums, columns_of(x), group);
+    const auto in = forward_problem<pynlp::LinearForward<Weight>>(x, weight, bias, y);
+    if constexpr (bits == 8)
+      pynlp::int8_linear(in);
+    else
+      pynlp::int4_linear(in);
+  });
   return y;
 }
 
-Tensor int8_linear_backward(Tensor grad, Tensor codes, Tensor scales, MaybeTensor zeros, int64_t group) {
-  pynlp::LinearBackward<pynlp::Int8> in{};
-  in.rows = rows_of(grad);
-  in.grad = rows_in(grad, "grad");
-  in.weight = int8(codes, scales, zeros, group);
-  STD_TORCH_CHECK(columns_of(grad) == in.weight.rows, "pynlp: grad: expected another shape");
-  Tensor grad_x = with_columns(grad, in.weight.columns);
-  in.grad_x = {grad_x.mutable_data_ptr(), float_dtype_of(grad_x)};
-  pynlp::int8_linear_backward(in);
+Tensor integer_linear_backward(Tensor grad, Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor minimums,
+                               int64_t columns, int64_t group) {
+  STD_TORCH_CHECK(codes.dim() == 2 && columns_of(grad) == codes.size(0), "pynlp: grad: expected another shape");
+  Tensor grad_x = with_columns(grad, columns);
+  with_bits(codes, [&](auto bits) {
+    pynlp::LinearBackward<pynlp::Integers<bits>> in{};
+    in.rows = rows_of(grad);
+    in.grad = rows_in(grad, "grad");
+    in.weight = integers<bits>(codes, scales, zeros, minimums, columns, group);
+    in.grad_x = {grad_x.mutable_data_ptr(), float_dtype_of(grad_x)};
+    if constexpr (bits == 8)
+      pynlp::int8_linear_backward(in);
+    else
+      pynlp::int4_linear_backward(in);
+  });
   return grad_x;
+}
+
+Tensor dynamic_integer_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, MaybeTensor minimums,
+                              MaybeTensor bias, int64_t group, int64_t x_group, double outlier_threshold) {
+  STD_TORCH_CHECK(x_group == 0 || x_group == 32, "pynlp: x_group: expected 0 or 32, got ", x_group);
+  STD_TORCH_CHECK(x_group == 0 || std::isinf(outlier_threshold), "pynlp: outlier_threshold: expected none with groups");
+  Tensor y = with_columns(x, codes.size(0));
+  with_bits(codes, [&](auto bits) {
+    using Weight = pynlp::Integers<bits>;
+    const Weight weight = integers<bits>(codes, scales, zeros, minimums, columns_of(x), group);
+    auto in = forward_problem<pynlp::DynamicLinear<Weight>>(x, weight, bias, y);
+    in.x_group = x_group;
+    in.outlier_threshold = static_cast<float>(outlier_threshold);
+    if constexpr (bits == 8)
+      pynlp::int8_dynamic_linear(in);
+    else
+      pynlp::int4_dynamic_linear(in);
+  });
+  return y;
 }
 
 }  // namespace
@@ -188,8 +249,9 @@ STABLE_TORCH_LIBRARY_IMPL(pynlp, CPU, m) {
   PYNLP_IMPL(m, dequantize_4bit);
   PYNLP_IMPL(m, linear_4bit);
   PYNLP_IMPL(m, linear_4bit_backward);
-  PYNLP_IMPL(m, quantize_int8);
-  PYNLP_IMPL(m, dequantize_int8);
-  PYNLP_IMPL(m, int8_linear);
-  PYNLP_IMPL(m, int8_linear_backward);
+  PYNLP_IMPL(m, quantize_integers);
+  PYNLP_IMPL(m, dequantize_integers);
+  PYNLP_IMPL(m, integer_linear);
+  PYNLP_IMPL(m, integer_linear_backward);
+  PYNLP_IMPL(m, dynamic_integer_linear);
 }

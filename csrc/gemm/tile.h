@@ -4,6 +4,7 @@
 //
 // Rows of a are broadcast from memory as they are, so neither operand is repacked; nothing is summed across lanes.
 // A word is one fp32, or two bf16 that follow each other along k (`Bf16`): then b holds pairs of rows, interleaved.
+// Words of integers (gemm/integers.h) have sums of integers, whose bits c holds.
 // Register tiles of TILE_ROWS x TILE_VECTORS accumulators reach 95-100 % of the FMA and dot peak from the first-level
 // cache on Zen 4/5 and Intel cores.
 #pragma once
@@ -30,6 +31,7 @@ struct Fp32 {
   static constexpr int PAIR = 1;  // values in a word
   static constexpr int EXP_DEGREE = 6;
   static Float multiply_add(Float sum, Int a, Int b) { return sum + as_float(a) * as_float(b); }
+  static Float add(Float a, Float b) { return a + b; }
 };
 
 #if PYNLP_BF16
@@ -39,6 +41,7 @@ struct Bf16 {
   static Float multiply_add(Float sum, Int a, Int b) {
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
+  static Float add(Float a, Float b) { return a + b; }
 };
 #endif
 
@@ -83,7 +86,7 @@ __attribute__((always_inline)) inline void matmul_tile(int64_t depth, const int3
     for (int v = 0; v < VECTORS; ++v) {
       float* p = c + r * c_row + v * LANES;
       // c is added last: sums of sums lose less than one long sum.
-      if constexpr (INTO == Into::add) sum[r][v] += load(p);
+      if constexpr (INTO == Into::add) sum[r][v] = E::add(sum[r][v], load(p));
       if constexpr (INTO == Into::scale_and_add) sum[r][v] += load(p) * load(lane_scale + v * LANES);
       store(p, sum[r][v]);
     }

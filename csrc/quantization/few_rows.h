@@ -30,6 +30,24 @@ PYNLP_INLINE void with_constant(int64_t rows, const Work& work) {
   work(Constant<ROWS>{});
 }
 
+// kernel->multiply(task) for all rows of the weight, FEW_TASK a task.
+template <auto multiply, class Weight, class Kernel>
+void run_few(const LinearForward<Weight>& in, Kernel* kernel) {
+  const int64_t tasks = (in.weight.rows + FEW_TASK - 1) / FEW_TASK;
+  run_tasks<multiply>(tasks, in.rows * in.weight.rows * in.weight.columns, kernel);
+}
+
+// Writes results[m * FEW_TASK + n], row m of x times row first + n of the weight, with the bias.
+template <class Weight>
+void write_few(const LinearForward<Weight>& in, int64_t first, int64_t count, float* results) {
+  for (int64_t m = 0; m < in.rows; ++m) {
+    float* row = results + m * FEW_TASK;
+    if (in.bias)
+      for (int64_t n = 0; n < count; ++n) row[n] += in.bias[first + n];
+    write_row(in.y.dtype, row, count, in.y.data, m * in.weight.rows + first);
+  }
+}
+
 // The rows of x, vectors of all of them side by side, and zeros behind them.
 template <class Weight>
 class FewRows {
@@ -46,19 +64,6 @@ class FewRows {
 
   // Columns k .. k + LANES - 1 of row m are the vector at from(k) + m * LANES.
   PYNLP_INLINE const float* from(int64_t k) const { return x_.floats() + k * in_.rows; }
-
-  int64_t tasks() const { return (in_.weight.rows + FEW_TASK - 1) / FEW_TASK; }
-  int64_t operations() const { return in_.rows * in_.weight.rows * in_.weight.columns; }
-
-  // Writes results[m * FEW_TASK + n], row m of x times row first + n of the weight, with the bias.
-  void write(int64_t first, int64_t count, float* results) const {
-    for (int64_t m = 0; m < in_.rows; ++m) {
-      float* row = results + m * FEW_TASK;
-      if (in_.bias)
-        for (int64_t n = 0; n < count; ++n) row[n] += in_.bias[first + n];
-      write_row(in_.y.dtype, row, count, in_.y.data, m * in_.weight.rows + first);
-    }
-  }
 
  private:
   const LinearForward<Weight>& in_;

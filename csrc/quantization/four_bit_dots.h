@@ -19,7 +19,7 @@ class FourBitDots {
         values_(in.weight),
         x_(in) {}
 
-  void run() { run_tasks<&FourBitDots::multiply>(x_.tasks(), x_.operations(), this); }
+  void run() { run_few<&FourBitDots::multiply>(in_, this); }
 
  private:
   static constexpr int64_t CACHED = 4096;  // values of x
@@ -34,7 +34,7 @@ class FourBitDots {
       else
         dots_of_odd_rows<ROWS>(first, count, results);
     });
-    x_.write(first, count, results);
+    write_few(in_, first, count, results);
   }
 
   // results[m][n] of rows that are whole units: a piece of them at a time, for which x is in the first-level cache.

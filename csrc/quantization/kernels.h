@@ -1,11 +1,13 @@
 // The kernels of quantized weights for the target that the including file chose.
 #pragma once
 
+#include "dynamic_dots.h"
+#include "dynamic_linear.h"
 #include "four_bit_dots.h"
-#include "int8_dots.h"
-#include "int8_quantize.h"
-#include "linear.h"
 #include "four_bit_quantize.h"
+#include "integer_dots.h"
+#include "integer_quantize.h"
+#include "linear.h"
 #include "table.h"
 
 namespace pynlp {
@@ -38,16 +40,38 @@ void backward(const LinearBackward<Weight>& problem) {
   LinearGradient<Fp32, Values, Weight>(problem).run();
 }
 
+// y of a weight of integers by rounded rows of x.
+template <int BITS>
+void dynamic(const DynamicLinear<Integers<BITS>>& problem) {
+  if (problem.rows == 0) return;
+  if (problem.rows <= MOST_FEW)
+    DynamicDots<BITS>(problem).run();
+  else if (problem.x_group)
+    linear_of_rounded(problem);
+  else
+    DynamicIntegerLinear<BITS>(problem).run();
+}
+
+#if PYNLP_VNNI
+// Products of codes alone differ from those of the target without VNNI.
+constexpr QuantizationKernels KERNELS = {.int8_dynamic_linear = dynamic<8>, .int4_dynamic_linear = dynamic<4>};
+#else
 constexpr QuantizationKernels KERNELS = {
     [](const Quantize4bit& problem) { Quantize(problem).run(); },
     [](const Dequantize4bit& problem) { Dequantize(problem).run(); },
     forward<FourBitValues, FourBitDots, FourBit>,
     backward<FourBitValues, FourBit>,
-    [](const QuantizeInt8& problem) { QuantizeToInt8(problem).run(); },
-    [](const DequantizeInt8& problem) { DequantizeFromInt8(problem).run(); },
-    forward<Int8Values, Int8Dots, Int8>,
-    backward<Int8Values, Int8>,
+    [](const QuantizeIntegers& problem) { QuantizeToIntegers(problem).run(); },
+    [](const DequantizeIntegers<8>& problem) { DequantizeFromIntegers<8>(problem).run(); },
+    [](const DequantizeIntegers<4>& problem) { DequantizeFromIntegers<4>(problem).run(); },
+    forward<IntegerValues<8>, IntegerDots<8>, Int8>,
+    forward<IntegerValues<4>, IntegerDots<4>, Int4>,
+    backward<IntegerValues<8>, Int8>,
+    backward<IntegerValues<4>, Int4>,
+    dynamic<8>,
+    dynamic<4>,
 };
+#endif
 
 }  // namespace
 }  // namespace pynlp

@@ -8,8 +8,10 @@ namespace {
 
 constexpr Variant<QuantizationKernels> VARIANTS[] = {
 #if defined(__x86_64__)
+    {&quantization_avx512_vnni, &Features::avx512_vnni},
     {&quantization_avx512_bf16, &Features::avx512_bf16},
     {&quantization_avx512, &Features::avx512},
+    {&quantization_avx_vnni, &Features::avx_vnni},
     {&quantization_avx2, &Features::avx2},
 #endif
     {&quantization_portable},
@@ -23,11 +25,28 @@ void linear_4bit(const LinearForward<FourBit>& problem) { pick(VARIANTS, &Quanti
 void linear_4bit_backward(const LinearBackward<FourBit>& problem) {
   pick(VARIANTS, &QuantizationKernels::linear_4bit_backward)(problem);
 }
-void quantize_int8(const QuantizeInt8& problem) { pick(VARIANTS, &QuantizationKernels::quantize_int8)(problem); }
-void dequantize_int8(const DequantizeInt8& problem) { pick(VARIANTS, &QuantizationKernels::dequantize_int8)(problem); }
+void quantize_integers(const QuantizeIntegers& problem) {
+  pick(VARIANTS, &QuantizationKernels::quantize_integers)(problem);
+}
+void dequantize_int8(const DequantizeIntegers<8>& problem) {
+  pick(VARIANTS, &QuantizationKernels::dequantize_int8)(problem);
+}
+void dequantize_int4(const DequantizeIntegers<4>& problem) {
+  pick(VARIANTS, &QuantizationKernels::dequantize_int4)(problem);
+}
 void int8_linear(const LinearForward<Int8>& problem) { pick(VARIANTS, &QuantizationKernels::int8_linear)(problem); }
+void int4_linear(const LinearForward<Int4>& problem) { pick(VARIANTS, &QuantizationKernels::int4_linear)(problem); }
 void int8_linear_backward(const LinearBackward<Int8>& problem) {
   pick(VARIANTS, &QuantizationKernels::int8_linear_backward)(problem);
+}
+void int4_linear_backward(const LinearBackward<Int4>& problem) {
+  pick(VARIANTS, &QuantizationKernels::int4_linear_backward)(problem);
+}
+void int8_dynamic_linear(const DynamicLinear<Int8>& problem) {
+  pick(VARIANTS, &QuantizationKernels::int8_dynamic_linear)(problem);
+}
+void int4_dynamic_linear(const DynamicLinear<Int4>& problem) {
+  pick(VARIANTS, &QuantizationKernels::int4_dynamic_linear)(problem);
 }
 
 }  // namespace pynlp

@@ -20,29 +20,41 @@ struct FourBit {
   const float* nested_offset;    // one value
 };
 
-// Values in 8 bits: (code - zero) * scale. Groups of values along a row share a scale and a zero, or all values do.
-struct Int8 {
+// Integers of 8 bits, signed, or of 4, from 0 to 15, two a byte, the first in the low half. Values are
+// (code - zero) * scale, or code * scale + minimum; groups of them along a row share these, or all values do.
+template <int BITS>
+struct Integers {
   int64_t rows, columns;
   int64_t group, groups;   // values of a group, and groups of a row
   int64_t scale_stride;    // from a row's scales to the next one's: groups, or 0 where all rows share them
-  const int8_t* codes;     // contiguous
-  const float* scales;
-  const int8_t* zeros;     // or null: all 0
+  const uint8_t* codes;    // rows of whole bytes, contiguous
+  Dtype scale_dtype;       // fp32 or fp16
+  const void* scales;
+  const int8_t* zeros;     // or null: all 0, of 4 bits 8
+  const void* minimums;    // or null
 
-  int64_t group_of(int64_t row, int64_t number) const { return row * scale_stride + number; }
+  PYNLP_INLINE int64_t row_bytes() const { return BITS == 8 ? columns : (columns + 1) / 2; }
+  PYNLP_INLINE int64_t group_of(int64_t row, int64_t number) const { return row * scale_stride + number; }
+  PYNLP_INLINE int32_t zero(int64_t group) const { return zeros ? zeros[group] : BITS == 4 && !minimums ? 8 : 0; }
+  bool has_zeros() const { return zeros || (BITS == 4 && !minimums); }
 };
+using Int8 = Integers<8>;
+using Int4 = Integers<4>;
 
-struct QuantizeInt8 {
+struct QuantizeIntegers {
+  int bits;
   int64_t rows, columns, group;
+  int64_t width;  // values of a row of codes: one row of x may be many of those
   bool affine;
   RowsIn x;
-  int8_t* codes;
+  uint8_t* codes;
   float* scales;  // (rows, groups)
   int8_t* zeros;  // where it is affine
 };
 
-struct DequantizeInt8 {
-  Int8 values;
+template <int BITS>
+struct DequantizeIntegers {
+  Integers<BITS> values;
   RowsOut out;
 };
 
@@ -79,13 +91,25 @@ struct LinearBackward {
   RowsOut grad_x;
 };
 
+// y = x weight' + bias, of x rounded to 8 bits.
+template <class Weight>
+struct DynamicLinear : LinearForward<Weight> {
+  int64_t x_group;          // values along a row of x that share a scale: 32, or 0 for all of a row
+  float outlier_threshold;  // columns of x with so large a magnitude are not rounded
+};
+
 void quantize_4bit(const Quantize4bit& problem);
 void dequantize_4bit(const Dequantize4bit& problem);
 void linear_4bit(const LinearForward<FourBit>& problem);
 void linear_4bit_backward(const LinearBackward<FourBit>& problem);
-void quantize_int8(const QuantizeInt8& problem);
-void dequantize_int8(const DequantizeInt8& problem);
+void quantize_integers(const QuantizeIntegers& problem);
+void dequantize_int8(const DequantizeIntegers<8>& problem);
+void dequantize_int4(const DequantizeIntegers<4>& problem);
 void int8_linear(const LinearForward<Int8>& problem);
+void int4_linear(const LinearForward<Int4>& problem);
 void int8_linear_backward(const LinearBackward<Int8>& problem);
+void int4_linear_backward(const LinearBackward<Int4>& problem);
+void int8_dynamic_linear(const DynamicLinear<Int8>& problem);
+void int4_dynamic_linear(const DynamicLinear<Int4>& problem);
 
 }  // namespace pynlp

@@ -4,6 +4,8 @@ Arguments and results are those of the functions of the same names in the refere
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +52,10 @@ def linear_4bit(
     weight = Weight(packed, absmax, nested_absmax, nested_offset, nested_code)
     rows = out.numel() // outputs
     if rows >= DENSE_ROWS and x.element_size() == 2:
-        _dense_product(out, x, weight, bias, blocksize, quant_type)
+        # A multiple of 32 values lies before each chunk.
+        dense_product(out, x, bias, SMALLEST.value, lambda own, first: dequantize_into(
+            own, weight, first * columns, blocksize, quant_type
+        ))  # fmt: skip
     else:
         few = rows <= FEW_ROWS and columns % blocksize == 0
         shape = rows, outputs, columns
@@ -80,26 +85,6 @@ def linear_4bit_backward(
     return out
 
 
-def _dense_product(
-    out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, blocksize: int, quant_type: int
-) -> None:
-    """The product with a weight in x's dtype, of which as many rows exist at once as fit DENSE_BYTES."""
-    outputs, columns = out.shape[-1], x.shape[-1]
-    rows, results = x.reshape(-1, columns), out.view(-1, outputs)
-    bias = None if bias is None else bias.to(x.dtype)
-    # A multiple of 32 values lies before each chunk.
-    size = max(1, DENSE_BYTES // (columns * x.element_size() * SMALLEST.value)) * SMALLEST.value
-    chunk = torch.empty((min(size, outputs), columns), dtype=x.dtype, device=x.device)
-    for first in range(0, outputs, size):
-        own = chunk[: outputs - first]
-        dequantize_into(own, weight, first * columns, blocksize, quant_type)
-        result = results[:, first : first + size]
-        if bias is None:
-            torch.mm(rows, own.T, out=result)
-        else:
-            torch.addmm(bias[first : first + size], rows, own.T, out=result)
-
-
 def _product(
     kernel: str,
     out: Tensor,
@@ -111,18 +96,77 @@ def _product(
     quant_type: int,
 ) -> None:
     """Starts a kernel of products with rows, outputs and columns of a shape; backward x is the gradient."""
-    rows, outputs, columns = shape
+    rows, _, columns = shape
     unit = SMALLEST.value if columns % blocksize == 0 else 1
+    nested = weight.nested_absmax is not None
+
+    def features(config: Config, cut: dict) -> LinearFeatures:
+        own = dict(KIND=KINDS[quant_type], BLOCKSIZE=blocksize, NESTED=nested, NARROW=x.dtype in NARROW)
+        return LinearFeatures(**own, OPAQUE=config.opaque, **cut)
+
+    def fit(config: Config) -> Config:
+        return for_few(config, rows, columns) if kernel == "few" else config
+
+    candidates = configs(kernel, chip_of(x), rows, x.element_size(), unit == 1)
+    key = quant_type, blocksize, nested
+    name = f"linear_4bit {kernel}"
+    start_product(name, KERNELS[kernel], out, x, weight, bias, shape, unit, candidates, key, features, fit)
+
+
+def dense_product(out: Tensor, x: Tensor, bias: Tensor | None, unit: int, fill: Callable[[Tensor, int], None]) -> None:
+    """The product with a weight in x's dtype, of which as many rows exist at once as fit DENSE_BYTES.
+
+    fill: Overwrites a tensor by the weight's rows from a number on, which is a multiple of `unit`.
+    """
+    outputs, columns = out.shape[-1], x.shape[-1]
+    rows, results = x.reshape(-1, columns), out.view(-1, outputs)
+    bias = None if bias is None else bias.to(x.dtype)
+    size = max(1, DENSE_BYTES // (columns * x.element_size() * unit)) * unit
+    chunk = torch.empty((min(size, outputs), columns), dtype=x.dtype, device=x.device)
+    for first in range(0, outputs, size):
+        own = chunk[: outputs - first]
+        fill(own, first)
+        result = results[:, first : first + size]
+        if bias is None:
+            torch.mm(rows, own.T, out=result)
+        else:
+            torch.addmm(bias[first : first + size], rows, own.T, out=result)
+
+
+def start_product(
+    name: str,
+    kernel: Callable,
+    out: Tensor,
+    x: Tensor,
+    weight: tuple,
+    bias: Tensor | None,
+    shape: tuple[int, int, int],
+    unit: int,
+    candidates: list[Config],
+    key: tuple,
+    features: Callable[[Config, dict], NamedTuple],
+    fit: Callable[[Config], Config] = lambda config: config,
+    more: tuple = (),
+) -> None:
+    """Starts a product's kernel, and where its sums are cut into parts the one that adds them up.
+
+    Args:
+        name: Of the product; it ends with "backward" where x is the gradient and rows of the weight are summed over.
+        weight: Its tensors, as the kernel takes them; `more`: those that belong to x.
+        shape: Rows, outputs and columns.
+        unit: Columns are given in multiples of it.
+        key: All that the machine code depends on besides x, the bias and the shape.
+        features: The kernel's constants, of a config and of those that all products share.
+        fit: What becomes of a config for this shape.
+    """
+    rows, outputs, columns = shape
     align, (stride,) = row_strides(x)
+    is_backward = name.endswith("backward")
 
     def start(config: Config, compile_only: bool = False) -> CompiledKernel | None:
-        if kernel == "few":
-            config = _for_few(config, rows, columns)
-        splits = _splits(kernel, shape, config, _multiprocessors(x.device))
-        features = LinearFeatures(
-            KIND=KINDS[quant_type],
-            BLOCKSIZE=blocksize,
-            NESTED=weight.nested_absmax is not None,
+        config = fit(config)
+        splits = _splits(is_backward, shape, config, _multiprocessors(x.device))
+        cut = dict(
             HAS_BIAS=bias is not None,
             SPLIT=splits > 1,
             UNIT=unit,
@@ -135,15 +179,13 @@ def _product(
             BLOCK_K=config.block_k,
             PRECISION=config.precision if x.dtype == torch.float32 else None,
             STAGES=config.num_stages,
-            NARROW=x.dtype in NARROW,
-            OPAQUE=config.opaque,
         )
         sums = out
         if splits > 1:
             sums = torch.empty((splits, rows, out.shape[-1]), dtype=torch.float32, device=x.device)
         compiled = launch(
-            KERNELS[kernel], (_tiles(kernel, shape, config) * splits,),
-            x, weight, bias, sums, stride, rows, outputs, columns // unit, splits, features,
+            kernel, (_tiles(is_backward, shape, config) * splits,),
+            x, *more, weight, bias, sums, stride, rows, outputs, columns // unit, splits, features(config, cut),
             compile_only=compile_only, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if compile_only:
@@ -155,14 +197,11 @@ def _product(
                 num_warps=4,
             )  # fmt: skip
 
-    chip = chip_of(x)
-    candidates = configs(kernel, chip, rows, x.element_size(), unit == 1)
-    nested, has_bias = weight.nested_absmax is not None, bias is not None
-    key = (chip, x.dtype, x.device, quant_type, blocksize, nested, has_bias, unit, align, *_remainders(shape))
-    start(choose(f"linear_4bit {kernel}", x.device, candidates, key, shape, start, neighbours))
+    key = (chip_of(x), x.dtype, out.dtype, x.device, *key, bias is not None, unit, align, *_remainders(shape))
+    start(choose(name, x.device, candidates, key, shape, start, neighbours))
 
 
-def _for_few(config: Config, rows: int, columns: int) -> Config:
+def for_few(config: Config, rows: int, columns: int) -> Config:
     """The config for all rows at once, and of blocks that columns fill, if these are multiples of 256."""
     block_n, block_k = config.block_n, config.block_k
     while columns % block_k and block_k > 256:
@@ -176,19 +215,19 @@ def _remainders(shape: tuple[int, int, int]) -> tuple[int, int]:
     return outputs & -outputs & 0xFFF, columns & -columns & 0xFFF
 
 
-def _tiles(kernel: str, shape: tuple[int, int, int], config: Config) -> int:
+def _tiles(is_backward: bool, shape: tuple[int, int, int], config: Config) -> int:
     """The number of tiles of a result."""
     rows, outputs, columns = shape
-    result = cdiv(columns, config.block_k) if kernel == "backward" else cdiv(outputs, config.block_n)
+    result = cdiv(columns, config.block_k) if is_backward else cdiv(outputs, config.block_n)
     return cdiv(rows, config.block_m) * result
 
 
-def _splits(kernel: str, shape: tuple[int, int, int], config: Config, processors: int) -> int:
+def _splits(is_backward: bool, shape: tuple[int, int, int], config: Config, processors: int) -> int:
     """The number of parts that sums are cut into; none is empty."""
     _, outputs, columns = shape
-    products, block = (outputs, config.block_n) if kernel == "backward" else (columns, config.block_k)
+    products, block = (outputs, config.block_n) if is_backward else (columns, config.block_k)
     blocks, least = cdiv(products, block), cdiv(LEAST, block)
-    splits = max(1, min(cdiv(PROGRAMS * processors, _tiles(kernel, shape, config)), blocks // least))
+    splits = max(1, min(cdiv(PROGRAMS * processors, _tiles(is_backward, shape, config)), blocks // least))
     return cdiv(blocks, cdiv(blocks, splits))
 
 

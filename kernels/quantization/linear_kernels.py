@@ -35,7 +35,7 @@ class LinearFeatures(NamedTuple):
 
 
 @triton.jit
-def _load_rows(p_x, i_m, i_c, stride, rows, columns, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, F: tl.constexpr):
+def load_rows(p_x, i_m, i_c, stride, rows, columns, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, F: tl.constexpr):
     """Rows i_m .. i_m + BLOCK_M and columns i_c .. i_c + BLOCK_C; rows behind the last are the last one's."""
     o_m = tl.minimum(tl.arange(0, F.BLOCK_M), rows - 1 - i_m)
     o_c = tl.arange(0, BLOCK_C)
@@ -49,7 +49,7 @@ def _load_rows(p_x, i_m, i_c, stride, rows, columns, EVEN: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def _store_rows(p_out, p_bias, b_out, i_m, i_c, i_s, rows, columns, BLOCK_C: tl.constexpr, F: tl.constexpr):
+def store_rows(p_out, p_bias, b_out, i_m, i_c, i_s, rows, columns, BLOCK_C: tl.constexpr, F: tl.constexpr):
     """Stores a tile of the result or, where sums are cut into parts, of part i_s."""
     b_m = i_m + tl.arange(0, F.BLOCK_M)
     b_c = i_c + tl.arange(0, BLOCK_C)
@@ -62,7 +62,7 @@ def _store_rows(p_out, p_bias, b_out, i_m, i_c, i_s, rows, columns, BLOCK_C: tl.
 
 
 @triton.jit
-def _part(blocks, splits, BLOCK: tl.constexpr, F: tl.constexpr):
+def part_of(blocks, splits, BLOCK: tl.constexpr, F: tl.constexpr):
     """A program's tile, its part i_s, and the part's start and end, of `blocks` blocks that are summed over."""
     i_tile = tl.program_id(0)
     i_s = tl.zeros_like(i_tile)
@@ -83,17 +83,17 @@ def linear_kernel(
 ):  # fmt: skip
     """out = x W^T + bias; a program does a tile (BLOCK_M, BLOCK_N), or a part of its sums."""
     columns = columns * F.UNIT
-    i_tile, i_s, start, end = _part(tl.cdiv(columns, F.BLOCK_K), splits, F.BLOCK_K, F)
+    i_tile, i_s, start, end = part_of(tl.cdiv(columns, F.BLOCK_K), splits, F.BLOCK_K, F)
     tiles = tl.cdiv(rows, F.BLOCK_M)
     i_m = i_tile % tiles * F.BLOCK_M
     i_n = i_tile // tiles * F.BLOCK_N
     b_table = pair_table(F.KIND, F.NARROW)
     b_out = tl.full([F.BLOCK_M, F.BLOCK_N], 0.0, tl.float32)
     for i_k in tl.range(start, end, F.BLOCK_K):
-        b_x = _load_rows(p_x, i_m, i_k, stride_x, rows, columns, F.EVEN_K, F.BLOCK_K, F)
+        b_x = load_rows(p_x, i_m, i_k, stride_x, rows, columns, F.EVEN_K, F.BLOCK_K, F)
         b_w = weight_tile(weight, b_table, i_n, i_k, outputs, columns, F, b_x.dtype)  # (BLOCK_N, BLOCK_K)
         b_out = tl.dot(b_x, tl.trans(b_w), b_out, input_precision=F.PRECISION)
-    _store_rows(p_out, p_bias, b_out, i_m, i_n, i_s, rows, outputs, F.BLOCK_N, F)
+    store_rows(p_out, p_bias, b_out, i_m, i_n, i_s, rows, outputs, F.BLOCK_N, F)
 
 
 @triton.jit
@@ -102,17 +102,17 @@ def linear_backward_kernel(
 ):  # fmt: skip
     """out = grad W; a program does a tile (BLOCK_M, BLOCK_K), or a part of its sums."""
     columns = columns * F.UNIT
-    i_tile, i_s, start, end = _part(tl.cdiv(outputs, F.BLOCK_N), splits, F.BLOCK_N, F)
+    i_tile, i_s, start, end = part_of(tl.cdiv(outputs, F.BLOCK_N), splits, F.BLOCK_N, F)
     tiles = tl.cdiv(rows, F.BLOCK_M)
     i_m = i_tile % tiles * F.BLOCK_M
     i_k = i_tile // tiles * F.BLOCK_K
     b_table = pair_table(F.KIND, F.NARROW)
     b_out = tl.full([F.BLOCK_M, F.BLOCK_K], 0.0, tl.float32)
     for i_n in tl.range(start, end, F.BLOCK_N):
-        b_grad = _load_rows(p_grad, i_m, i_n, stride_grad, rows, outputs, F.EVEN_N, F.BLOCK_N, F)
+        b_grad = load_rows(p_grad, i_m, i_n, stride_grad, rows, outputs, F.EVEN_N, F.BLOCK_N, F)
         b_w = weight_tile(weight, b_table, i_n, i_k, outputs, columns, F, b_grad.dtype)  # (BLOCK_N, BLOCK_K)
         b_out = tl.dot(b_grad, b_w, b_out, input_precision=F.PRECISION)
-    _store_rows(p_out, p_bias, b_out, i_m, i_k, i_s, rows, columns, F.BLOCK_K, F)
+    store_rows(p_out, p_bias, b_out, i_m, i_k, i_s, rows, columns, F.BLOCK_K, F)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def linear_few_kernel(
     Rows of W have whole blocks of scales. Each thread sums its own columns, 16 bytes at a time, to the end.
     """
     columns = columns * F.UNIT
-    i_tile, i_s, start, end = _part(tl.cdiv(columns, F.BLOCK_K), splits, F.BLOCK_K, F)
+    i_tile, i_s, start, end = part_of(tl.cdiv(columns, F.BLOCK_K), splits, F.BLOCK_K, F)
     i_n = i_tile * F.BLOCK_N
     GROUPS: tl.constexpr = F.BLOCK_K // SMALLEST
     ROWS: tl.constexpr = F.BLOCK_M

@@ -21,11 +21,16 @@ from triton.backends.nvidia import driver as nvidia
 from benchmarks import standin
 from pynlp.functional import (
     QuantState4bit,
+    QuantStateInt4,
+    QuantStateInt8,
     alibi_slopes,
     attention,
     attention_decode,
     attention_varlen,
     gelu,
+    int4_linear,
+    int8_dynamic_linear,
+    int8_linear,
     layer_norm,
     linear_4bit,
     linear_cross_entropy,
@@ -246,6 +251,27 @@ def draw_linear_4bit(draw: Draw) -> Callable:
     return draw.both_ways(lambda: linear_4bit(x, packed, state, bias))
 
 
+def draw_integers(draw: Draw) -> Callable:
+    rows, outputs, columns = draw.size(200), draw.size(500), draw.random.choice((64, 256, 1024, 96, 33))
+    x, group = draw.tensor(rows, columns, grad=True), draw.random.choice((16, 64, max(columns, 1)))
+    scale = torch.rand(outputs, -(-columns // group))
+    zero = torch.randint(-8, 8, scale.shape).to(torch.int8) if draw.random.random() < 0.5 else None
+    bias = draw.tensor(outputs, dtype=torch.float32) if draw.random.random() < 0.5 else None
+    activations, threshold = draw.random.choice((None, "int8")), draw.random.choice((None, 6.0))
+    draw.inputs += [scale] if zero is None else [scale, zero]
+    if draw.random.random() < 0.5:
+        codes = torch.randint(256, (outputs, (columns + 1) // 2)).byte()
+        draw.inputs.append(codes)
+        state = QuantStateInt4(group, columns, torch.float32, scale, zero)
+        return draw.both_ways(lambda: int4_linear(x, codes, state, bias, activations=activations))
+    codes = torch.randint(-128, 128, (outputs, columns)).to(torch.int8)
+    draw.inputs.append(codes)
+    state = QuantStateInt8(group, torch.float32, scale, zero)
+    if draw.random.random() < 0.5:
+        return draw.both_ways(lambda: int8_dynamic_linear(x, codes, state, bias, outlier_threshold=threshold))
+    return draw.both_ways(lambda: int8_linear(x, codes, state, bias, activations=activations))
+
+
 DRAWS = {
     "gelu": draw_gelu,
     "swiglu": draw_swiglu,
@@ -254,6 +280,7 @@ DRAWS = {
     "varlen": draw_varlen,
     "decode": draw_decode,
     "linear_4bit": draw_linear_4bit,
+    "integers": draw_integers,
 }
 
 

@@ -1,6 +1,7 @@
 """Quantized weights drawn from all formats, sizes and values: the reference's bytes, products near those in fp64."""
 
 import dataclasses
+import math
 
 import torch
 from fuzz.draws import Machine, dtypes, generator_seeds, lengths, machines
@@ -9,16 +10,20 @@ from torch import Tensor
 
 from pynlp.functional import (
     dequantize_4bit,
+    dequantize_int4,
     dequantize_int8,
+    int4_linear,
+    int8_dynamic_linear,
     int8_linear,
     linear_4bit,
     quantize_4bit,
+    quantize_int4,
     quantize_int8,
 )
 from pynlp.ops.quantization.formats import BLOCKSIZES, tensors_of
-from pynlp.ops.quantization.int8 import GRANULARITIES, SCHEMES
+from pynlp.ops.quantization.integers import GRANULARITIES, SCHEMES
 from pynlp.reference.quantization import formats as reference
-from pynlp.reference.quantization import int8 as int8_reference
+from pynlp.reference.quantization import integers as integers_reference
 from pynlp.reference.quantization.formats import QUANT_TYPES
 
 
@@ -94,10 +99,17 @@ def check_four_bit(call: Call) -> None:
     assert_near(grad_x, grad.double() @ weight, grad.double().abs() @ weight.abs(), call.outputs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Int8Call:
-    """A weight (outputs, columns) in 8 bits, and a product of it and of `rows` rows."""
+OF_BITS = {
+    8: (quantize_int8, dequantize_int8, int8_linear),
+    4: (quantize_int4, dequantize_int4, int4_linear),
+}
 
+
+@dataclasses.dataclass(frozen=True)
+class IntegerCall:
+    """A weight (outputs, columns) of integers, and products of it and of `rows` rows."""
+
+    bits: int
     scheme: str
     granularity: str
     group_size: int | None
@@ -111,9 +123,10 @@ class Int8Call:
 
 
 @strategies.composite
-def int8_calls(draw) -> Int8Call:
+def integer_calls(draw) -> IntegerCall:
     granularity = draw(strategies.sampled_from(GRANULARITIES))
-    return Int8Call(
+    return IntegerCall(
+        draw(strategies.sampled_from((8, 4))),
         draw(strategies.sampled_from(SCHEMES)),
         granularity,
         draw(strategies.sampled_from((16, 32, 48, 128))) if granularity == "group" else None,
@@ -127,26 +140,38 @@ def int8_calls(draw) -> Int8Call:
     )
 
 
-def check_int8(call: Int8Call) -> None:
+def check_integers(call: IntegerCall) -> None:
     generator = torch.Generator().manual_seed(call.seed)
     dense = torch.randn(call.outputs, call.columns, generator=generator) + 0.3
     x = torch.randn(call.rows, call.columns + call.gap, generator=generator)[:, : call.columns].to(call.dtype)
     grad = torch.randn(call.rows, call.outputs, generator=generator).to(call.dtype)
     options = dict(scheme=call.scheme, granularity=call.granularity, group_size=call.group_size)
+    quantize, dequantize, linear = OF_BITS[call.bits]
     with call.machine.used():
-        codes, state = quantize_int8(dense, **options)
-        values = dequantize_int8(codes, state)
+        codes, state = quantize(dense, **options)
+        values = dequantize(codes, state)
         leaf = x.detach().requires_grad_()
-        y = int8_linear(leaf, codes, state)
+        y = linear(leaf, codes, state)
         (grad_x,) = torch.autograd.grad(y, leaf, grad)
+        of_rounded = linear(x, codes, state, activations="int8")
+        in_integers = int8_dynamic_linear(x, codes, state, outlier_threshold=2.5) if call.bits == 8 else None
     group = {"tensor": 0, "channel": max(1, call.columns), "group": call.group_size}[call.granularity]
-    expected = int8_reference.quantize_int8(dense, call.scheme == "affine", group)
+    expected = integers_reference.quantize_integers(dense, call.bits, call.scheme == "affine", group)
     assert torch.equal(codes, expected[0]) and torch.equal(state.scale, expected[1])
-    parts = codes, state.scale, state.zero_point, state.group_size
-    assert torch.equal(values, int8_reference.dequantize_int8(*parts, torch.float32))
-    weight = dequantize_int8(codes, state, dtype=torch.float64)
+    parts = codes, state.scale, state.zero_point, None, call.columns, state.group_size
+    assert torch.equal(values, integers_reference.dequantize_integers(*parts, torch.float32))
+    weight = dequantize(codes, state, dtype=torch.float64)
     assert_near(y, x.double() @ weight.T, x.double().abs() @ weight.abs().T, call.columns)
     assert_near(grad_x, grad.double() @ weight, grad.double().abs() @ weight.abs(), call.outputs)
+    # In fp64 the reference rounds x to the same codes.
+    largest = state.scale.max() if state.scale.numel() else 0.0
+    room = x.double().abs() @ (weight.abs() + 16 * largest).T
+    for result, x_group, threshold in ((of_rounded, 32, math.inf), (in_integers, 0, 2.5)):
+        if result is not None:
+            exact = integers_reference.dynamic_integer_linear(
+                x.double(), *parts[:4], None, state.group_size, x_group, threshold
+            )
+            assert_near(result, exact, room, call.columns)
 
 
 def assert_near(ours: Tensor, exact: Tensor, sizes: Tensor, terms: int) -> None:

@@ -66,9 +66,9 @@ def test_four_bit(call):
     quantization.check_four_bit(call)
 
 
-@drawn(quantization.int8_calls(), few=150)
-def test_int8(call):
-    quantization.check_int8(call)
+@drawn(quantization.integer_calls(), few=150)
+def test_integers(call):
+    quantization.check_integers(call)
 
 
 @drawn(refusals.bad_calls(), few=800)

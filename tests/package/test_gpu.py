@@ -22,11 +22,14 @@ from pynlp.functional import (
     attention_weights,
     dequantize_4bit,
     gelu,
+    int4_linear,
+    int8_dynamic_linear,
     int8_linear,
     layer_norm,
     linear_4bit,
     linear_cross_entropy,
     quantize_4bit,
+    quantize_int4,
     quantize_int8,
     relu,
     rms_norm,
@@ -85,6 +88,19 @@ def eight_bit(x):
     return int8_linear(x, codes.to(x.device), state)
 
 
+def eight_bit_rounded(x):
+    weight = (torch.arange(300 * 520) * 7919 % 2003 / 1000 - 1).view(300, 520)
+    codes, state = quantize_int8(weight)
+    state = QuantStateInt8(*(part.to(x.device) if isinstance(part, Tensor) else part for part in state))
+    return int8_dynamic_linear(x, codes.to(x.device), state, outlier_threshold=3.5)
+
+
+def four_bit_integers(x):
+    """A product with a weight that is quantized where x is."""
+    weight = (torch.arange(300 * 520, device=x.device) * 7919 % 2003 / 1000 - 1).view(300, 520)
+    return int4_linear(x, *quantize_int4(weight, group_size=64))
+
+
 QKV = dict(q=(2, 297, 8, 64), k=(2, 297, 2, 64), v=(2, 297, 2, 64))
 ROWS = dict(x=(3, 297, 520), weight=(520,), bias=(520,), residual=(3, 297, 520))
 # Name: the call, the shapes of its tensors; those of `WIDE` stay fp32.
@@ -104,6 +120,8 @@ CALLS = {
     "swiglu": (lambda x, residual: swiglu(x, residual), dict(x=ROWS["x"], residual=ROWS["x"])),
     "swiglu, packed": (lambda x: swiglu(x, dropout_p=0.5, seed=SEED), dict(x=ROWS["x"])),
     "int8_linear": (eight_bit, dict(x=ROWS["x"])),
+    "int8_dynamic_linear": (eight_bit_rounded, dict(x=ROWS["x"])),
+    "quantize_int4": (four_bit_integers, dict(x=ROWS["x"])),
     "linear_4bit": (four_bit, dict(x=ROWS["x"])),
     "quantize_4bit": (four_bit_decoded, dict(x=ROWS["x"])),
     "linear_cross_entropy": (cross_entropy, dict(x=(3, 297, 64), weight=(5000, 64), bias=(5000,))),

@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#include "../../targets/avx512_vnni.h"
+
+#include "../kernels.h"
+
+const pynlp::QuantizationKernels pynlp::quantization_avx512_vnni = pynlp::KERNELS;
+#endif
