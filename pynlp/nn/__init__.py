@@ -11,10 +11,12 @@ Example:
 from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache
 from pynlp.nn.feed_forward import FeedForward
+from pynlp.nn.integer_linear import Linear8bit, Linear8bitDynamic, LinearInt4
 from pynlp.nn.latent_attention import LatentAttention
 from pynlp.nn.linear import Linear
+from pynlp.nn.lora import LoRALinear
 from pynlp.nn.norm import LayerNorm, RMSNorm
-from pynlp.nn.quantized_linear import Linear4bit, Linear8bit
+from pynlp.nn.quantized_linear import Linear4bit
 
 __all__ = [
     "FeedForward",
@@ -25,6 +27,9 @@ __all__ = [
     "Linear",
     "Linear4bit",
     "Linear8bit",
+    "Linear8bitDynamic",
+    "LinearInt4",
+    "LoRALinear",
     "MultiHeadAttention",
     "OutOfPages",
     "PagedKVCache",

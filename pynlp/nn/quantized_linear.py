@@ -1,13 +1,12 @@
-"""Linear layers of quantized weights as modules."""
+"""Linear layers of quantized weights as modules: what they share, and those whose codes of 4 bits are looked up."""
 
 import json
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from pynlp.ops.quantization.formats import QuantState4bit, dequantize_4bit, quantize_4bit
-from pynlp.ops.quantization.int8 import QuantStateInt8, dequantize_int8, int8_linear, quantize_int8
 from pynlp.ops.quantization.linear import linear_4bit
 from pynlp.reference.quantization.formats import FORMATS, NESTED_BLOCK, QUANT_TYPES
 
@@ -45,7 +44,7 @@ class QuantizedLinear(nn.Module):
         layer._init(linear, options)
         return layer.train(linear.training)
 
-    def _set(self, codes: Tensor, state: QuantState4bit | QuantStateInt8) -> None:
+    def _set(self, codes: Tensor, state: NamedTuple) -> None:
         self.dtype = state.dtype
         self.register_buffer("weight", codes, persistent=self.CODES == "weight")
         for name in self.PARTS:
@@ -225,106 +224,6 @@ class Linear4bit(QuantizedLinear):
         self._set(packed, state)
 
 
-class Linear8bit(QuantizedLinear):
-    """A linear layer whose weight is a constant in 8 bits; gradients are those of its input and of the bias.
-
-    It loads state dicts of its own, of dense layers, and of bitsandbytes' Linear8bitLt. `.to(dtype)` and `.half()`
-    leave the weight and its scales as they are.
-
-    Args:
-        in_features, out_features, bias, device: As nn.Linear's; the new layer's weight, too, before it is quantized.
-        scheme, granularity, group_size: As `pynlp.functional.quantize_int8`'s.
-        dtype: Of the bias, and the default of `dequantize`.
-
-    Attributes:
-        weight: int8 `(out_features, in_features)`.
-        state: What its codes mean.
-        bias: `(out_features,)` or None; the only parameter.
-
-    Example:
-        >>> import torch
-        >>> from pynlp.nn import Linear8bit
-        >>> layer = Linear8bit.from_linear(torch.nn.Linear(512, 256), scheme="affine", granularity="group")
-        >>> layer(torch.randn(3, 512)).shape
-        torch.Size([3, 256])
-    """
-
-    PARTS = ("scale", "zero_point")
-    CODES = "weight.codes"  # a dense layer would take codes of this dtype and shape for its weight
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        scheme: str = "symmetric",
-        granularity: str = "channel",
-        group_size: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        options = dict(scheme=scheme, granularity=granularity, group_size=group_size)
-        self._init(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
-
-    def _quantize(self, weight: Tensor, **options) -> None:
-        self._set(*quantize_int8(weight, **options))
-
-    def _set(self, codes: Tensor, state: QuantStateInt8) -> None:
-        super()._set(codes, state)
-        self.group_size = state.group_size
-
-    def _options(self) -> dict[str, Any]:
-        scheme = "symmetric" if self.zero_point is None else "affine"
-        if self.scale.shape[0] != self.out_features:
-            return dict(scheme=scheme, granularity="tensor")
-        if self.scale.shape[1] <= 1:
-            return dict(scheme=scheme, granularity="channel")
-        return dict(scheme=scheme, granularity="group", group_size=self.group_size)
-
-    @property
-    def state(self) -> QuantStateInt8:
-        """What the codes in `weight` mean."""
-        return QuantStateInt8(self.group_size, self.dtype, self.scale, self.zero_point)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(.., out_features)` of x `(.., in_features)`, in x's dtype."""
-        return int8_linear(x, self.weight, self.state, self.bias)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight `(out_features, in_features)` as a dense tensor, of the quantized one's dtype by default."""
-        return dequantize_int8(self.weight, self.state, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        """The sizes and the scheme, for print."""
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {options}"
-
-    def _written(self) -> dict[str, Tensor]:
-        parts = {"weight.scale": self.scale, "weight.zero_point": self.zero_point}
-        parts["weight.quant_state.pynlp__int8"] = self._facts(group_size=self.group_size)
-        return {key: x for key, x in parts.items() if x is not None}
-
-    def _read(self, codes: Tensor, parts: dict[str, Tensor]) -> None:
-        if "SCB" in parts:  # bitsandbytes': the rows' largest magnitudes
-            state = QuantStateInt8(max(1, self.in_features), self.compute_dtype, parts["SCB"].float()[:, None] / 127)
-        elif "weight.quant_state.pynlp__int8" in parts:
-            facts, dtype = self._read_facts(parts["weight.quant_state.pynlp__int8"])
-            if not isinstance(facts.get("group_size"), int) or facts["group_size"] < 1:
-                raise ValueError(f"expected group_size to be a positive int, got {facts.get('group_size')!r}")
-            if "weight.scale" not in parts:
-                raise ValueError("expected scale beside it")
-            state = QuantStateInt8(facts["group_size"], dtype, parts["weight.scale"], parts.get("weight.zero_point"))
-        else:
-            raise ValueError("expected a dense weight, or a quant_state or SCB beside it, which tells what codes mean")
-        if tuple(codes.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(codes.shape)}")
-        on_meta = {name: x.to("meta") for name in self.PARTS if (x := getattr(state, name)) is not None}
-        dequantize_int8(codes.to("meta"), state._replace(**on_meta))  # which checks that they fit each other
-        self._set(codes, state)
-
-
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as a dense tensor, where a quantized one may stand in its place."""
     return layer.dequantize(layer.compute_dtype) if isinstance(layer, QuantizedLinear) else layer.weight
@@ -332,7 +231,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype that a linear layer, dense or quantized, has its inputs in."""
-    return layer.compute_dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+    return layer.weight.dtype if isinstance(layer, nn.Linear) else layer.compute_dtype
 
 
 def _facts_key(quant_type: str) -> str:

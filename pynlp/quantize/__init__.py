@@ -1,4 +1,4 @@
-"""Quantization of whole models: the linear layers, one by one, and what that cost.
+"""Quantization of whole models: the linear layers, one by one, and what that cost; and low-rank adapters beside them.
 
 Example:
     >>> import torch
@@ -11,7 +11,20 @@ Example:
     {'2': 'in skip'}
 """
 
+from pynlp.quantize.adapters import Adapters, add_adapters, load_adapters, remove_adapters, save_adapters
+from pynlp.quantize.calibrate import calibrate
 from pynlp.quantize.model import QUANTIZATIONS, quantize_
 from pynlp.quantize.report import QuantizedLayer, Report
 
-__all__ = ["QUANTIZATIONS", "QuantizedLayer", "Report", "quantize_"]
+__all__ = [
+    "Adapters",
+    "QUANTIZATIONS",
+    "QuantizedLayer",
+    "Report",
+    "add_adapters",
+    "calibrate",
+    "load_adapters",
+    "quantize_",
+    "remove_adapters",
+    "save_adapters",
+]

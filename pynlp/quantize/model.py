@@ -5,23 +5,33 @@ import inspect
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pynlp.nn.integer_linear import Linear8bit, Linear8bitDynamic, LinearInt4
 from pynlp.nn.linear import Linear
-from pynlp.nn.quantized_linear import Linear4bit, Linear8bit, QuantizedLinear
+from pynlp.nn.quantized_linear import Linear4bit, QuantizedLinear
 from pynlp.ops.common.checks import DTYPES
 from pynlp.quantize.report import QuantizedLayer, Report
 
 # How each is made: the layer, and what it is told.
 QUANTIZATIONS = {
     "int8": (Linear8bit, {}),
+    "int8_dynamic": (Linear8bitDynamic, {}),
+    "int4": (LinearInt4, {}),
     "nf4": (Linear4bit, {"quant_type": "nf4"}),
     "fp4": (Linear4bit, {"quant_type": "fp4"}),
     "mxfp4": (Linear4bit, {"quant_type": "mxfp4"}),
 }
-OPTIONS = {Linear8bit: ("scheme", "granularity", "group_size"), Linear4bit: ("blocksize", "double_quant")}
+INTEGERS = ("scheme", "granularity", "group_size")
+OPTIONS = {
+    Linear8bit: INTEGERS,
+    Linear8bitDynamic: (*INTEGERS, "outlier_threshold"),
+    LinearInt4: (*INTEGERS, "activations"),
+    Linear4bit: ("blocksize", "double_quant"),
+}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -38,10 +48,11 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
     A quantized model is loaded by making the model, quantizing it the same way, and `load_state_dict`.
 
     Args:
-        how: "int8", "nf4", "fp4" or "mxfp4".
+        how: "int8", "int8_dynamic" (inputs are rounded, too), "int4", "nf4", "fp4" or "mxfp4".
         skip: Names of layers that stay dense, or patterns of them: `"lm_head"`, `"*.mlp.*"`.
         options: More about the quantization: `scheme`, `granularity` and `group_size` of
-            `pynlp.functional.quantize_int8`, `blocksize` and `double_quant` of `pynlp.functional.quantize_4bit`.
+            `pynlp.functional.quantize_int8` and `quantize_int4`, `blocksize` and `double_quant` of `quantize_4bit`,
+            `outlier_threshold` of "int8_dynamic", `activations` of "int4".
 
     Returns:
         What each layer lost and saved.
@@ -60,6 +71,41 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
         >>> report.skipped["self_attn.out_proj"]
         'MultiheadAttention reads its weight'
     """
+    plan = make_plan(model, how, skip, options)
+    with torch.inference_mode(False), torch.no_grad():
+        before, layers = _bytes_of(model), []
+        for name, layer in plan.chosen.items():
+            dense = as_linear(layer)
+            new = plan.cls.from_linear(dense, **plan.options)
+            layers.append(measure(name, dense.weight, layer, new))
+            plan.replace(layer, new)
+    return Report(how, tuple(layers), plan.skipped, before, _bytes_of(model))
+
+
+class Plan(NamedTuple):
+    """What a quantization of a model does.
+
+    Attributes:
+        cls: The layer that takes the place of a dense one, by `cls.from_linear(dense, **options)`.
+        options: How it quantizes.
+        chosen: The layers to quantize, by name.
+        skipped: Why others are not, by name.
+        places: The parent of a layer and its name there, as often as it is in the model.
+    """
+
+    cls: type[QuantizedLinear]
+    options: dict[str, Any]
+    chosen: dict[str, nn.Module]
+    skipped: dict[str, str]
+    places: dict[nn.Module, list[tuple[nn.Module, str]]]
+
+    def replace(self, layer: nn.Module, new: nn.Module) -> None:
+        for parent, child in self.places[layer]:
+            parent._modules[child] = new
+
+
+def make_plan(model: nn.Module, how: str, skip: Sequence[str], options: dict, more: Sequence[str] = ()) -> Plan:
+    """The plan of a quantization, with all of its arguments checked; `more` are options beside those of the layer."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if how not in QUANTIZATIONS:
@@ -69,7 +115,7 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
     cls, fixed = QUANTIZATIONS[how]
     for name in options:
         if name not in OPTIONS[cls]:
-            raise TypeError(f"options: expected {', '.join(OPTIONS[cls])} with how={how!r}, got {name}")
+            raise TypeError(f"options: expected {', '.join((*OPTIONS[cls], *more))} with how={how!r}, got {name}")
     chosen, skipped = _choose(model, skip)
     if not chosen:
         hint = "; a layer by itself: from_linear of pynlp.nn's quantized layers" if isinstance(model, nn.Linear) else ""
@@ -79,17 +125,11 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
         for name, layer in chosen.items():
             if not layer.weight.is_meta and not layer.weight.float().isfinite().all():
                 raise ValueError(f"{name}.weight: expected finite values in fp32, got NaN or an infinity")
-        places = {}
-        for parent in model.modules():
-            for child, layer in parent._modules.items():
-                places.setdefault(layer, []).append((parent, child))
-        before, layers = _bytes_of(model), []
-        for name, layer in chosen.items():
-            new, line = _quantized(name, layer, cls, fixed | options)
-            layers.append(line)
-            for parent, child in places[layer]:
-                parent._modules[child] = new
-    return Report(how, tuple(layers), skipped, before, _bytes_of(model))
+    places = {}
+    for parent in model.modules():
+        for child, layer in parent._modules.items():
+            places.setdefault(layer, []).append((parent, child))
+    return Plan(cls, fixed | options, chosen, skipped, places)
 
 
 def _choose(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -175,21 +215,24 @@ def _tied(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, str]:
     return tied
 
 
-def _quantized(name: str, layer: nn.Module, cls: type, options: dict) -> tuple[QuantizedLinear, QuantizedLayer]:
-    weight = layer.weight.detach()
-    dense = layer
-    if _is_conv(layer):
-        weight = weight.t()
-        dense = nn.Linear(*weight.t().shape, device="meta")
-        dense.weight, dense.bias = nn.Parameter(weight.contiguous(), requires_grad=False), layer.bias
-        dense.train(layer.training)
-    new = cls.from_linear(dense, **options)
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """The layer as an nn.Linear: itself, or one of the turned weight and the same bias."""
+    if not _is_conv(layer):
+        return layer
+    weight = layer.weight.detach().t()
+    dense = nn.Linear(*layer.weight.shape, device="meta")
+    dense.weight, dense.bias = nn.Parameter(weight.contiguous(), requires_grad=False), layer.bias
+    return dense.train(layer.training)
+
+
+def measure(name: str, weight: Tensor, layer: nn.Module, new: QuantizedLinear) -> QuantizedLayer:
+    """The report's line of a layer whose weight (N, K) was quantized."""
     error = float("nan")
     if not weight.is_meta:
         error = _relative_error(new.dequantize(torch.float32), weight)
     sqnr = -20 * torch.tensor(error).log10().item()
     after = sum(x.nbytes for x in new.buffers())
-    return new, QuantizedLayer(name, tuple(weight.shape), error, sqnr, weight.nbytes, after)
+    return QuantizedLayer(name, tuple(weight.shape), error, sqnr, layer.weight.nbytes, after)
 
 
 def _relative_error(x: Tensor, exact: Tensor) -> float:

@@ -118,6 +118,25 @@ def calls(n: int) -> dict[str, Call]:
             ),
             (x, bias, codes.view(4, 8).repeat(2, 1).char(), torch.arange(8).char().view(8, 1)), gradients=2,
         ),
+        "int8_dynamic_linear": Call(
+            lambda x, bias, codes, zeros: F.int8_dynamic_linear(
+                x, codes, F.QuantStateInt8(8, torch.float32, (zeros.float() + 9) / 1000, zeros), bias,
+                outlier_threshold=1.5,
+            ),
+            (x, bias, codes.view(4, 8).repeat(2, 1).char(), torch.arange(8).char().view(8, 1)), gradients=2,
+        ),
+        "quantize_int4": Call(lambda x: as_tensors(*F.quantize_int4(x.reshape(-1, 8))), (x.bfloat16().float(),)),
+        "dequantize_int4": Call(
+            lambda scale, codes: F.dequantize_int4(codes, F.QuantStateInt4(16, 8, torch.float32, scale.float())),
+            (randn(8, 1), codes.view(8, 4)),
+        ),
+        "int4_linear": Call(
+            lambda x, bias, codes, minimum: F.int4_linear(
+                x, codes, F.QuantStateInt4(8, 8, torch.float32, minimum.float() / 9, minimum=minimum.float()), bias,
+                activations="int8",
+            ),
+            (x, bias, codes.view(8, 4), randn(8, 1)), gradients=2,
+        ),
         "quantize_4bit": Call(lambda x: as_tensors(*F.quantize_4bit(x)), (x.bfloat16().float(),)),
         "dequantize_4bit": Call(
             lambda scales, codes: F.dequantize_4bit(
@@ -144,6 +163,9 @@ def modules(**factory) -> dict[str, Callable[[], nn.Module]]:
         "LayerNorm": lambda: pynlp.nn.LayerNorm(8, **factory),
         "Linear": lambda: pynlp.nn.Linear(8, 4, **factory),
         "Linear8bit": lambda: pynlp.nn.Linear8bit(8, 4, scheme="affine", **factory),
+        "Linear8bitDynamic": lambda: pynlp.nn.Linear8bitDynamic(8, 4, outlier_threshold=2.0, **factory),
+        "LinearInt4": lambda: pynlp.nn.LinearInt4(8, 4, group_size=16, activations="int8", **factory),
+        "LoRALinear": lambda: pynlp.nn.LoRALinear(pynlp.nn.Linear(8, 4, **factory), rank=2),
         "Linear4bit": lambda: pynlp.nn.Linear4bit(8, 4, double_quant=True, **factory),
         "MultiHeadAttention": lambda: pynlp.nn.MultiHeadAttention(
             8, 2, causal=True, positions="rope", max_positions=32, **factory

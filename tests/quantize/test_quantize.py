@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import pynlp.nn
 from pynlp.decoding import greedy
 from pynlp.models import Decoder, TransformerConfig
-from pynlp.nn import Linear4bit, Linear8bit
+from pynlp.nn import Linear4bit, Linear8bit, Linear8bitDynamic, LinearInt4
 from pynlp.quantize import QUANTIZATIONS, quantize_
 
 
@@ -34,18 +34,18 @@ def test_layers_errors_and_bytes(how):
     model, x = small(), torch.randn(5, 64)
     dense, expected = copy.deepcopy(model), model(x)
     report = quantize_(model, how)
-    kind = Linear8bit if how == "int8" else Linear4bit
+    kind = {"int8": Linear8bit, "int8_dynamic": Linear8bitDynamic, "int4": LinearInt4}.get(how, Linear4bit)
     assert isinstance(model[0], kind) and isinstance(model[2], kind) and model[2].bias is None
     assert [layer.name for layer in report.layers] == ["0", "2"] and report.skipped == {}
     for layer, number in zip(report.layers, (0, 2), strict=True):
         weight = dense[number].weight
         error = ((model[number].dequantize() - weight).norm() / weight.norm()).item()
-        assert layer.error == pytest.approx(error, rel=1e-3) and 0 < error < (0.02 if how == "int8" else 0.2)
+        assert layer.error == pytest.approx(error, rel=1e-3) and 0 < error < (0.02 if how.startswith("int8") else 0.2)
         assert layer.sqnr == pytest.approx(-20 * torch.tensor(error).log10().item(), rel=1e-3)
         assert layer.shape == tuple(weight.shape) and layer.bytes_before == weight.nbytes
         assert layer.bytes_after == sum(x.nbytes for x in model[number].buffers())
-    assert report.bytes_after < report.bytes_before * (0.28 if how == "int8" else 0.16)
-    assert (model(x) - expected).norm() / expected.norm() < (0.02 if how == "int8" else 0.2)
+    assert report.bytes_after < report.bytes_before * (0.28 if how.startswith("int8") else 0.16)
+    assert (model(x) - expected).norm() / expected.norm() < (0.02 if how.startswith("int8") else 0.2)
     text = str(report)
     assert text.startswith(f"{how}: 2 layers, 0.07 MB before") and "128 x 64" in text
 
@@ -207,7 +207,7 @@ def test_plot(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(how="nf5"), ValueError, "how: expected 'int8', 'nf4', 'fp4', 'mxfp4', got 'nf5'"),
+        (dict(how="nf5"), ValueError, "how: expected 'int8', 'int8_dynamic', 'int4', 'nf4', 'fp4', 'mxfp4', got 'nf5'"),
         (dict(skip="0"), TypeError, "skip: expected a sequence of names, got '0'"),
         (dict(skip=["0", "head"]), ValueError, "skip: expected names of linear layers, got 'head', which fit none"),
         (dict(blocksize=48), ValueError, "blocksize: expected 32"),
