@@ -17,7 +17,8 @@ from pdoc import doc, render
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     "pynlp", "pynlp.functional", "pynlp.nn", "pynlp.models", "pynlp.decoding", "pynlp.training", "pynlp.quantize",
-    "pynlp.integrations", "pynlp.integrations.flash_attn", "pynlp.integrations.transformers", "pynlp.probes",
+    "pynlp.integrations", "pynlp.integrations.flash_attn", "pynlp.integrations.transformers",
+    "pynlp.integrations.bitsandbytes", "pynlp.probes",
 )  # fmt: skip
 PAGES = {  # text, the page that it becomes, and its title
     "README.md": ("index.html", "Overview"),

@@ -4,6 +4,7 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYNLP_BITSANDBYTES", "0")  # a peer: tests compare with its own kernels
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: their threads must not wait in loops
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 

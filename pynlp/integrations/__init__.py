@@ -1,1 +1,4 @@
-"""Other libraries' names and models on pynlp's kernels. Only `transformers` needs the library it is named after."""
+"""Other libraries' names and models on pynlp's kernels.
+
+`transformers` and `bitsandbytes` need the library that they are named after.
+"""

@@ -17,7 +17,8 @@ LEVELS = (
     ("ops",),
     ("functional", "info"),
     ("nn",),
-    ("models", "decoding", "training", "quantize", "integrations"),
+    ("models", "decoding", "training", "quantize"),
+    ("integrations",),
     ("__init__",),
     ("__main__",),
 )

@@ -28,5 +28,6 @@ except ModuleNotFoundError as error:
 
 from pynlp.integrations.transformers.masks import NAME, Mask
 from pynlp.integrations.transformers.patch import patch, register
+from pynlp.integrations.transformers.quantization import PynlpConfig
 
-__all__ = ["NAME", "Mask", "patch", "register"]
+__all__ = ["NAME", "Mask", "PynlpConfig", "patch", "register"]
