@@ -29,6 +29,7 @@ class Case:
     share: float = 0.0  # of the machine's peak, at least
     flop: float = 0.0
     bytes: float = 0.0
+    products: torch.dtype | None = None  # whose products bound it, if not those of `dtype`
     slack: float = 2.0  # the errors of ours are at most this times the peers'
     checked: dict[str, Callable[[], list[Tensor]]] | None = None  # held against the oracle, instead of the calls
     apart: dict[str, Callable[[], Callable]] = field(default_factory=dict)  # each makes a call that is timed alone
@@ -81,7 +82,7 @@ def take_turns(case: Case) -> Rounds:
     peaks = []  # once as a warm-up, then twice a round
 
     def probe() -> None:
-        peaks.append(probes.read_bandwidth(seconds=0.05) if case.bytes else peak(case.dtype))
+        peaks.append(probes.read_bandwidth(seconds=0.05) if case.bytes else peak(case.products or case.dtype))
 
     times = round_times(case.calls | {"machine": probe}, 4.0)
     del times["machine"]
