@@ -11,7 +11,8 @@
     pynlp.models         Encoder, Decoder, EncoderDecoder, by a TransformerConfig
     pynlp.decoding       greedy, sample, beam_search
     pynlp.training       Trainer, Batches, schedules, checkpoints (needs matplotlib, safetensors and tqdm)
-    pynlp.quantize       quantize_: the linear layers of a model in 4 or 8 bits; add_adapters: low-rank adapters
+    pynlp.quantize       quantize_: the linear layers of a model in 4 or 8 bits; calibrate: the same by GPTQ, AWQ or
+                         SmoothQuant; add_adapters: low-rank adapters
     pynlp.integrations   the names of flash-attn, and transformers' models (needs transformers)
 
 Example:
