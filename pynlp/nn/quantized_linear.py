@@ -231,7 +231,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype that a linear layer, dense or quantized, has its inputs in."""
-    return layer.weight.dtype if isinstance(layer, nn.Linear) else layer.compute_dtype
+    dtype = getattr(layer, "compute_dtype", None)
+    return layer.weight.dtype if dtype is None else dtype
 
 
 def _facts_key(quant_type: str) -> str:

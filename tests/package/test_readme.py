@@ -24,7 +24,10 @@ TABLE = re.compile(r"^\| (`.*`) \| (.*) \| (.*) \| (.*) \| (yes|no) \| (yes|no) 
 OP_OF = {
     "attention": "attention_forward", "attention_varlen": "attention_forward", "layer_norm": "norm_forward",
     "rms_norm": "norm_forward", "gelu": "activation_forward", "relu": "activation_forward",
-    "swiglu": "activation_forward",
+    "swiglu": "activation_forward", "int8_linear": "integer_linear", "int4_linear": "integer_linear",
+    "int8_dynamic_linear": "dynamic_integer_linear", "quantize_int8": "quantize_integers",
+    "quantize_int4": "quantize_integers", "dequantize_int8": "dequantize_integers",
+    "dequantize_int4": "dequantize_integers",
 }  # fmt: skip
 
 
@@ -51,7 +54,8 @@ def test_python_block(code, tmp_path, monkeypatch, capsys, one_thread_and_python
 
 def test_the_table_of_ops_is_true():
     rows = [(re.findall(r"`(\w+)`", names), *facts) for names, *facts in TABLE.findall(README)]
-    tables = {"alibi_slopes", "relative_position_buckets", "rotary_tables", "QuantState4bit", "QuantStateInt8"}
+    tables = {"alibi_slopes", "relative_position_buckets", "rotary_tables", "QuantState4bit"}
+    tables |= {"QuantStateInt4", "QuantStateInt8"}
     assert sorted(name for names, *_ in rows for name in names) == sorted(set(functional.__all__) - tables)
     for names, cpu, gpu, dtypes, backward, _, limits in rows:
         for name in names:
@@ -84,7 +88,7 @@ def test_packages_of_the_extras():
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     wanted = {re.split(r"[>;\[]", requirement)[0] for extra in extras.values() for requirement in extra}
-    assert wanted - {"pynlp-kernels", "tensorboard"} <= pinned
+    assert wanted - {"pynlp-kernels", "tensorboard", *(name.split(">")[0] for name in extras["peers"])} <= pinned
 
 
 def test_every_block_has_a_known_language():

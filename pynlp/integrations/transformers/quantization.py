@@ -29,6 +29,9 @@ class PynlpConfig(QuantizationConfigMixin):
     Args:
         how, skip, options: As `quantize_`'s.
 
+    Attributes:
+        quant_method: "pynlp", by which transformers finds this class.
+
     Raises:
         ValueError, TypeError: as `quantize_`. So does loading: a pattern in skip that fits no layer, no layer to
             quantize, more than one device, a checkpoint without a layer's codes or with parts of them.
