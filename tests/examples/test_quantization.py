@@ -106,6 +106,7 @@ def trained(corpus, folders, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_one_call_trains_compares_and_writes(trained):
     rows, scores = rows_of(trained), json.loads((trained / "full" / "scores.json").read_text())
     assert list(rows) == [name for name in variants.NAMES if name not in variants.THEIRS]
@@ -130,6 +131,7 @@ def test_one_call_trains_compares_and_writes(trained):
     assert "| full " in (trained / "finetuning.md").read_text()
 
 
+@pytest.mark.slow
 def test_bytes_fall_as_they_should(trained):
     """By hand: a block has 12 * 64 * 64 weights; what else there is is in fp32, and in bf16 beside quantized ones."""
     rows = rows_of(trained)

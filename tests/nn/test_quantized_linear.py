@@ -78,6 +78,7 @@ def test_from_linear():
     dense = nn.Linear(64, 32).eval()
     layer = Linear4bit.from_linear(dense, double_quant=True)
     assert layer.bias is dense.bias and not layer.training
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in layer.buffers())  # files refuse views
     assert (layer.dequantize() - dense.weight).abs().max() < 0.2 * dense.weight.abs().max()
     with pytest.raises(TypeError, match="linear: expected a dense nn.Linear, got Conv1d"):
         Linear4bit.from_linear(nn.Conv1d(1, 1, 1))

@@ -176,4 +176,5 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outer = values.abs().amax(dim=1) if blocks else values.new_zeros(0)
     scaled = torch.where(outer[:, None] > 0, values / outer[:, None], 0)
     codes = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-    return codes.view(-1)[: absmax.numel()], outer, offset, code
+    # Not a view of the padded codes: files of tensors refuse a part of a storage.
+    return codes.view(-1)[: absmax.numel()].clone(), outer, offset, code
