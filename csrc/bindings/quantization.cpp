@@ -181,11 +181,8 @@ Tensor dequantize_integers(Tensor codes, Tensor scales, MaybeTensor zeros, Maybe
   Tensor out = output(codes, {codes.size(0), columns}, dtype);
   const pynlp::RowsOut to{out.mutable_data_ptr(), float_dtype_of(out)};
   with_bits(codes, [&](auto bits) {
-    const auto values = integers<bits>(codes, scales, zeros, minimums, columns, group);
-    if constexpr (bits == 8)
-      pynlp::dequantize_int8({values, to});
-    else
-      pynlp::dequantize_int4({values, to});
+    pynlp::dequantize_integers(
+        pynlp::DequantizeIntegers<bits>{integers<bits>(codes, scales, zeros, minimums, columns, group), to});
   });
   return out;
 }
@@ -196,11 +193,7 @@ Tensor integer_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor zeros, 
   with_bits(codes, [&](auto bits) {
     using Weight = pynlp::Integers<bits>;
     const Weight weight = integers<bits>(codes, scales, zeros, minimums, columns_of(x), group);
-    const auto in = forward_problem<pynlp::LinearForward<Weight>>(x, weight, bias, y);
-    if constexpr (bits == 8)
-      pynlp::int8_linear(in);
-    else
-      pynlp::int4_linear(in);
+    pynlp::integer_linear(forward_problem<pynlp::LinearForward<Weight>>(x, weight, bias, y));
   });
   return y;
 }
@@ -215,10 +208,7 @@ Tensor integer_linear_backward(Tensor grad, Tensor codes, Tensor scales, MaybeTe
     in.grad = rows_in(grad, "grad");
     in.weight = integers<bits>(codes, scales, zeros, minimums, columns, group);
     in.grad_x = {grad_x.mutable_data_ptr(), float_dtype_of(grad_x)};
-    if constexpr (bits == 8)
-      pynlp::int8_linear_backward(in);
-    else
-      pynlp::int4_linear_backward(in);
+    pynlp::integer_linear_backward(in);
   });
   return grad_x;
 }
@@ -234,10 +224,7 @@ Tensor dynamic_integer_linear(Tensor x, Tensor codes, Tensor scales, MaybeTensor
     auto in = forward_problem<pynlp::DynamicLinear<Weight>>(x, weight, bias, y);
     in.x_group = x_group;
     in.outlier_threshold = static_cast<float>(outlier_threshold);
-    if constexpr (bits == 8)
-      pynlp::int8_dynamic_linear(in);
-    else
-      pynlp::int4_dynamic_linear(in);
+    pynlp::dynamic_integer_linear(in);
   });
   return y;
 }

@@ -1,6 +1,7 @@
 // Words of integers for the products of tile.h. A sum is an int32, whose bits are kept as those of a float.
 #pragma once
 
+#include "../simd/bytes.h"
 #include "tile.h"
 
 namespace pynlp {
@@ -27,12 +28,8 @@ struct Int8Quads {
   static constexpr int PAIR = 4;
   static constexpr int32_t OFFSET = 128;  // what is added to values in the lanes, so that they have no sign
   static Float multiply_add(Float sum, Int a, Int b) {
-#if PYNLP_VNNI && PYNLP_AVX512
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
-    return sum;
-#elif PYNLP_VNNI
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(b), "x"(a));
-    return sum;
+#if PYNLP_VNNI
+    return add_byte_products(sum, b, a);
 #else
     Int total = (Int)sum;
 #pragma GCC unroll 4

@@ -2,6 +2,7 @@
 // latency of two pipes.
 #pragma once
 
+#include "../simd/bytes.h"
 #include "../simd/vector.h"
 #include "table.h"
 
@@ -55,13 +56,8 @@ double bf16_dot_rounds(int64_t rounds) {
 #if PYNLP_LANES >= 8
 // sum + the products of four unsigned bytes of a by four signed ones of b, in each lane.
 inline Int add_products(Int sum, Int a, Int b) {
-#if PYNLP_VNNI && PYNLP_AVX512
-  // The intrinsic of g++ 12 copies its accumulator, at half the speed.
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#elif PYNLP_VNNI
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-  return sum;
+#if PYNLP_VNNI
+  return add_byte_products(sum, a, b);
 #else
   asm volatile("" : "+v"(a));  // else the products, the same in every round, would be taken out of the loop
 #if PYNLP_AVX512

@@ -1,6 +1,7 @@
 // A few rows of x, rounded to 8 bits, by a weight of integers: sums of products of codes are integers.
 #pragma once
 
+#include "../simd/bytes.h"
 #include "few_rows.h"
 #include "rounded_rows.h"
 
@@ -39,12 +40,8 @@ PYNLP_INLINE Unit spread_unit(const uint8_t* codes) {
 
 // sum + products of codes without a sign, at most 128, and codes with one, at least -127.
 PYNLP_INLINE Eight multiply_add(Eight sum, Unit plain, Unit with_sign) {
-#if PYNLP_VNNI && PYNLP_AVX512
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(plain), "v"(with_sign));
-  return sum;
-#elif PYNLP_VNNI
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(plain), "x"(with_sign));
-  return sum;
+#if PYNLP_VNNI
+  return add_byte_products(sum, plain, with_sign);
 #elif PYNLP_LANES >= 8
   // No pair of products exceeds 16 bits: 2 * 128 * 127.
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)plain, (__m256i)with_sign);
@@ -90,6 +87,7 @@ class DynamicDots {
         x_sums_(in.rows * groups_ * sizeof(float)),
         outliers_(in.rows * x_.outlier_count() * sizeof(float)) {
     if (in.weight.has_zeros() || in.weight.minimums) sum_x();
+    if (x_.outlier_count() == 0) return;
     float* room = static_cast<float*>(thread_scratch(padded(columns_) * sizeof(float)));
     for (int64_t m = 0; m < in.rows; ++m) {
       const float* row = widened(in.x, m, columns_, room);
@@ -106,9 +104,12 @@ class DynamicDots {
       for (int64_t number = 0; number < groups_; ++number) {
         const int64_t first = number * in_.weight.group, end = smaller(first + in_.weight.group, columns_);
         double sum = 0;
-        for (int64_t k = first; k < end; ++k) {
-          const double code = x_.row(m)[k];
-          sum += in_.x_group ? code * x_.scale(m, k / in_.x_group) : code;
+        for (int64_t k = first; k < end;) {
+          const int64_t number_of_x = in_.x_group ? k / in_.x_group : 0;
+          const int64_t stop = in_.x_group ? smaller(end, (number_of_x + 1) * in_.x_group) : end;
+          int64_t codes = 0;
+          for (; k < stop; ++k) codes += x_.row(m)[k];
+          sum += static_cast<double>(codes) * (in_.x_group ? x_.scale(m, number_of_x) : 1.0f);
         }
         x_sums_.floats()[m * groups_ + number] = static_cast<float>(sum);
       }

@@ -25,7 +25,7 @@ class DynamicIntegerLinear {
         values_(in.weight),
         rounded_(in),
         x_(panels_ * PANEL * words_ * sizeof(int32_t)),
-        x_sums_(panels_ * runs_ * PANEL * sizeof(int32_t)),
+        x_sums_(offsets_ ? panels_ * runs_ * PANEL * sizeof(int32_t) : 0),
         outliers_(panels_ * PANEL * larger(1, rounded_.outlier_count()) * sizeof(float)) {}
 
   void run() {
@@ -82,7 +82,7 @@ class DynamicIntegerLinear {
         continue;
       }
       const int8_t* codes = rounded_.row(first + m);
-      for (int64_t run = 0; run < runs_; ++run) {
+      for (int64_t run = 0; offsets_ && run < runs_; ++run) {
         int32_t sum = 0;
         for (int64_t k = run_start(run); k < run_end(run); ++k) sum += codes[k];
         sums_of_x(panel, run)[m] = sum;
@@ -93,7 +93,7 @@ class DynamicIntegerLinear {
         outliers_of_x(panel)[i * PANEL + m] = row[rounded_.outliers()[i]];
     }
     for (int64_t m = count; m < PANEL; ++m) {
-      for (int64_t run = 0; run < runs_; ++run) sums_of_x(panel, run)[m] = 0;
+      for (int64_t run = 0; offsets_ && run < runs_; ++run) sums_of_x(panel, run)[m] = 0;
       for (int64_t i = 0; i < rounded_.outlier_count(); ++i) outliers_of_x(panel)[i * PANEL + m] = 0;
     }
     transpose(rows, words_, panel_of_x(panel), PANEL, PANEL, words_);
@@ -182,9 +182,9 @@ class DynamicIntegerLinear {
     }
   }
 
-  // Scales the products of a panel, adds those of columns that were not rounded and the bias, turns and writes them.
+  // Scales the products of a panel, adds those of columns that were not rounded, and writes them.
   void write(const Scratch& s, int64_t first, int64_t count, int64_t row, int64_t rows, int64_t place) const {
-    const int64_t pitch = round_up(BLOCK, LANES), outliers = rounded_.outlier_count();
+    const int64_t outliers = rounded_.outlier_count();
     float scales[PANEL] = {};
     for (int64_t m = 0; m < rows; ++m) scales[m] = rounded_.groups() ? rounded_.scale(row + m, 0) : 0;
     for (int64_t n = 0; n < count; ++n) {
@@ -198,14 +198,7 @@ class DynamicIntegerLinear {
       matmul<Fp32, Into::add>(count, PANEL, outliers, s.outliers, outliers, 1, outliers_of_x(row / PANEL), PANEL,
                               s.products + place, PITCH, nullptr);
     }
-    transpose(reinterpret_cast<int32_t*>(s.products + place), PITCH, reinterpret_cast<int32_t*>(s.rows), pitch,
-              round_up(count, LANES), PANEL);
-    for (int64_t m = 0; m < rows; ++m) {
-      float* values = s.rows + m * pitch;
-      if (in_.bias)
-        for (int64_t n = 0; n < count; ++n) values[n] += in_.bias[first + n];
-      write_row(in_.y.dtype, values, count, in_.y.data, (row + m) * outputs_ + first);
-    }
+    write_panel<BLOCK, PANEL>(in_, s.products + place, PITCH, first, count, row, rows, s.rows);
   }
 
   const DynamicLinear<Integers<BITS>>& in_;
@@ -225,8 +218,11 @@ void linear_of_rounded(const DynamicLinear<Integers<BITS>>& problem) {
   const int64_t columns = problem.weight.columns;
   const Buffer x(problem.rows * columns * sizeof(float));
   for (int64_t m = 0; m < problem.rows; ++m) {
-    for (int64_t k = 0; k < columns; ++k)
-      x.floats()[m * columns + k] = static_cast<float>(rounded.row(m)[k]) * rounded.scale(m, k / problem.x_group);
+    for (int64_t number = 0, k = 0; k < columns; ++number) {
+      const float scale = rounded.scale(m, number);
+      for (const int64_t end = smaller(columns, k + problem.x_group); k < end; ++k)
+        x.floats()[m * columns + k] = static_cast<float>(rounded.row(m)[k]) * scale;
+    }
   }
   LinearForward<Integers<BITS>> near = problem;
   near.x = {x.data, columns, Dtype::float32};

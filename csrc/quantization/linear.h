@@ -31,6 +31,22 @@ PYNLP_INLINE void decode(const Values& values, int64_t row_number, int64_t colum
   if constexpr (E::PAIR == 2) float_to_bf16(row, words * 2, reinterpret_cast<uint16_t*>(to));
 }
 
+// Turns products (block, PANEL) and writes `rows` rows of them, from columns `first` to first + count - 1, with the bias.
+// `room` takes (PANEL, block of whole vectors).
+template <int64_t BLOCK, int64_t PANEL, class Weight>
+void write_panel(const LinearForward<Weight>& in, const float* products, int64_t pitch, int64_t first, int64_t count,
+                 int64_t row, int64_t rows, float* room) {
+  constexpr int64_t WIDTH = round_up(BLOCK, LANES);
+  transpose(reinterpret_cast<const int32_t*>(products), pitch, reinterpret_cast<int32_t*>(room), WIDTH,
+            round_up(count, LANES), PANEL);
+  for (int64_t m = 0; m < rows; ++m) {
+    float* values = room + m * WIDTH;
+    if (in.bias)
+      for (int64_t n = 0; n < count; ++n) values[n] += in.bias[first + n];
+    write_row(in.y.dtype, values, count, in.y.data, (row + m) * in.weight.rows + first);
+  }
+}
+
 template <class E, class Values, class Weight>
 class Linear {
  public:
@@ -95,20 +111,9 @@ class Linear {
                 s.products + m, PITCH, nullptr);
       }
     }
-    for (int64_t m = 0; m < rows; m += PANEL) write(s, first, count, first_row + m, smaller(PANEL, rows - m), m);
-  }
-
-  // Turns the products of a panel and writes them with the bias.
-  void write(const Scratch& s, int64_t first, int64_t count, int64_t row, int64_t rows, int64_t place) const {
-    const int64_t pitch = round_up(BLOCK, LANES);
-    transpose(reinterpret_cast<int32_t*>(s.products + place), PITCH, reinterpret_cast<int32_t*>(s.rows), pitch,
-              round_up(count, LANES), PANEL);
-    for (int64_t m = 0; m < rows; ++m) {
-      float* values = s.rows + m * pitch;
-      if (in_.bias)
-        for (int64_t n = 0; n < count; ++n) values[n] += in_.bias[first + n];
-      write_row(in_.y.dtype, values, count, in_.y.data, (row + m) * outputs_ + first);
-    }
+    for (int64_t m = 0; m < rows; m += PANEL)
+      write_panel<BLOCK, PANEL>(in_, s.products + m, PITCH, first, count, first_row + m, smaller(PANEL, rows - m),
+                                s.rows);
   }
 
   const LinearForward<Weight>& in_;

@@ -103,13 +103,13 @@ void dequantize_4bit(const Dequantize4bit& problem);
 void linear_4bit(const LinearForward<FourBit>& problem);
 void linear_4bit_backward(const LinearBackward<FourBit>& problem);
 void quantize_integers(const QuantizeIntegers& problem);
-void dequantize_int8(const DequantizeIntegers<8>& problem);
-void dequantize_int4(const DequantizeIntegers<4>& problem);
-void int8_linear(const LinearForward<Int8>& problem);
-void int4_linear(const LinearForward<Int4>& problem);
-void int8_linear_backward(const LinearBackward<Int8>& problem);
-void int4_linear_backward(const LinearBackward<Int4>& problem);
-void int8_dynamic_linear(const DynamicLinear<Int8>& problem);
-void int4_dynamic_linear(const DynamicLinear<Int4>& problem);
+void dequantize_integers(const DequantizeIntegers<8>& problem);
+void dequantize_integers(const DequantizeIntegers<4>& problem);
+void integer_linear(const LinearForward<Int8>& problem);
+void integer_linear(const LinearForward<Int4>& problem);
+void integer_linear_backward(const LinearBackward<Int8>& problem);
+void integer_linear_backward(const LinearBackward<Int4>& problem);
+void dynamic_integer_linear(const DynamicLinear<Int8>& problem);
+void dynamic_integer_linear(const DynamicLinear<Int4>& problem);
 
 }  // namespace pynlp
