@@ -18,3 +18,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`(.., out_features)` of x `(.., in_features)`."""
         return linear(x, self.weight, self.bias)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether this is the linear layer of transformers' GPT-2, of a weight (in, out)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and layer.weight.dim() == 2

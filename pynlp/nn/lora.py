@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pynlp.nn.linear import Linear
-from pynlp.nn.quantized_linear import QuantizedLinear, compute_dtype, dense_weight
+from pynlp.nn.linear import Linear, is_conv1d
+from pynlp.nn.quantized_linear import QuantizedLinear, compute_dtype, dense_weight, relative_error
 from pynlp.ops.common.checks import DTYPES, as_int, check_number, check_share
 
 
@@ -163,8 +163,7 @@ class LoRALinear(nn.Module):
             self._set_merged(merged)
             if weight.is_meta:
                 return float("nan")
-            size = torch.linalg.vector_norm(exact)
-            return 0.0 if size == 0 else (torch.linalg.vector_norm(_dense(merged, wide) - exact) / size).item()
+            return relative_error(_dense(merged, wide), exact)
 
     def unmerge(self) -> None:
         """Go back to the base, which has the bits that it had, and the adapter beside it."""
@@ -195,11 +194,6 @@ class LoRALinear(nn.Module):
         if self.merged:
             self._merged._apply(fn, recurse)
         return self
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether this is the linear layer of transformers' GPT-2, of a weight (in, out)."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and layer.weight.dim() == 2
 
 
 def shape_of(base: nn.Module) -> tuple[int, int]:

@@ -235,6 +235,12 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
     return layer.weight.dtype if dtype is None else dtype
 
 
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """The root mean square of the error of x over that of what is exact."""
+    size = torch.linalg.vector_norm(exact)
+    return 0.0 if size == 0 else (torch.linalg.vector_norm(x - exact) / size).item()
+
+
 def _facts_key(quant_type: str) -> str:
     """The key of what the codes mean."""
     return f"weight.quant_state.{'pynlp' if quant_type == 'mxfp4' else 'bitsandbytes'}__{quant_type}"

@@ -11,7 +11,8 @@ Example:
     {'2': 'in skip'}
 """
 
-from pynlp.quantize.adapters import Adapters, add_adapters, load_adapters, remove_adapters, save_adapters
+from pynlp.quantize.adapter_files import load_adapters, save_adapters
+from pynlp.quantize.adapters import Adapters, add_adapters, remove_adapters
 from pynlp.quantize.calibrate import calibrate
 from pynlp.quantize.model import QUANTIZATIONS, quantize_
 from pynlp.quantize.report import QuantizedLayer, Report

@@ -13,7 +13,7 @@ from pynlp.quantize.activations import Runs, Unit, running
 from pynlp.quantize.awq import awq_scale, smoothquant_scale
 from pynlp.quantize.folding import Source, source_of, weight_of
 from pynlp.quantize.gptq import Hessian, factor_of, quantize_with
-from pynlp.quantize.model import Plan, _bytes_of, as_linear, make_plan, measure
+from pynlp.quantize.model import Plan, as_linear, bytes_of, linear_of, make_plan, measure
 from pynlp.quantize.report import QuantizedLayer, Report
 
 METHODS = {"gptq": {"damping": 0.01, "activation_order": True}, "awq": {}, "smoothquant": {"alpha": 0.5}}
@@ -116,7 +116,7 @@ class _Calibration:
         self.raised: dict[str, float] = {}  # damping, by layer
 
     def run(self, how: str, method: str, options: dict[str, Any]) -> Report:
-        size = _bytes_of(self.model)
+        size = bytes_of(self.model)
         layers = {name: layer for name, layer in self.plan.chosen.items() if layer.weight.numel()}
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -146,7 +146,7 @@ class _Calibration:
                 stacklevel=3,
             )
         lines = tuple(self.lines[layer] for layer in self.names)
-        return Report(f"{how} by {method}", lines, self.plan.skipped, size, _bytes_of(self.model))
+        return Report(f"{how} by {method}", lines, self.plan.skipped, size, bytes_of(self.model))
 
     def _gptq(self, runs: Runs, unit: Unit, damping: float, activation_order: bool) -> None:
         for group in unit.groups:
@@ -209,11 +209,11 @@ class _Calibration:
             weight *= scale
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        return self.plan.cls.from_linear(_linear(weight, None), **self.plan.options).dequantize(torch.float32)
+        return self.plan.cls.from_linear(linear_of(weight, None), **self.plan.options).dequantize(torch.float32)
 
     def _put(self, layer: nn.Module, weight: Tensor) -> QuantizedLinear:
         """Puts a layer of this weight (N, K), rounded to nearest, in the place of a dense one."""
-        new = self.plan.cls.from_linear(_linear(weight, layer.bias), **self.plan.options)
+        new = self.plan.cls.from_linear(linear_of(weight, layer.bias), **self.plan.options)
         if weight.dtype != layer.weight.dtype:
             new._set(new.weight, new.state._replace(dtype=layer.weight.dtype))
             new.compute_dtype = layer.weight.dtype
@@ -233,12 +233,6 @@ class _Calibration:
             self.plan.replace(layer, layer)
         for x, before in self.before:
             x.detach().copy_(before)
-
-
-def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    dense = nn.Linear(1, 1, device="meta")
-    dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), bias
-    return dense
 
 
 def _progress(units: list[Unit], what: str) -> Iterable[Unit]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pynlp.nn.linear import is_conv1d
 from pynlp.quantize.activations import Runs, Unit, same
-from pynlp.quantize.model import _is_conv
 
 MOST_SLICES = 4  # of a layer's rows: queries, keys and values in one, or a gate and what it gates
 
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight `(N, K)` of a linear layer, as a view."""
-    return layer.weight.detach().t() if _is_conv(layer) else layer.weight.detach()
+    return layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
 
 
 def source_of(runs: Runs, unit: Unit, group: list[nn.Module], results: list[Tensor]) -> Source | None:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pynlp.nn.integer_linear import Linear8bit, Linear8bitDynamic, LinearInt4
-from pynlp.nn.linear import Linear
-from pynlp.nn.quantized_linear import Linear4bit, QuantizedLinear
+from pynlp.nn.linear import Linear, is_conv1d
+from pynlp.nn.quantized_linear import Linear4bit, QuantizedLinear, relative_error
 from pynlp.ops.common.checks import DTYPES
 from pynlp.quantize.report import QuantizedLayer, Report
 
@@ -73,13 +73,13 @@ def quantize_(model: nn.Module, how: str, *, skip: Sequence[str] = (), **options
     """
     plan = make_plan(model, how, skip, options)
     with torch.inference_mode(False), torch.no_grad():
-        before, layers = _bytes_of(model), []
+        before, layers = bytes_of(model), []
         for name, layer in plan.chosen.items():
             dense = as_linear(layer)
             new = plan.cls.from_linear(dense, **plan.options)
             layers.append(measure(name, dense.weight, layer, new))
             plan.replace(layer, new)
-    return Report(how, tuple(layers), plan.skipped, before, _bytes_of(model))
+    return Report(how, tuple(layers), plan.skipped, before, bytes_of(model))
 
 
 class Plan(NamedTuple):
@@ -110,13 +110,12 @@ def make_plan(model: nn.Module, how: str, skip: Sequence[str], options: dict, mo
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if how not in QUANTIZATIONS:
         raise ValueError(f"how: expected {', '.join(map(repr, QUANTIZATIONS))}, got {how!r}")
-    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(x, str) for x in skip):
-        raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
+    check_names("skip", skip)
     cls, fixed = QUANTIZATIONS[how]
     for name in options:
         if name not in OPTIONS[cls]:
             raise TypeError(f"options: expected {', '.join((*OPTIONS[cls], *more))} with how={how!r}, got {name}")
-    chosen, skipped = _choose(model, skip)
+    chosen, skipped = choose(model, skip)
     if not chosen:
         hint = "; a layer by itself: from_linear of pynlp.nn's quantized layers" if isinstance(model, nn.Linear) else ""
         raise ValueError(f"model: expected linear layers to quantize inside of it, got {skipped or 'none'}{hint}")
@@ -132,33 +131,48 @@ def make_plan(model: nn.Module, how: str, skip: Sequence[str], options: dict, mo
     return Plan(cls, fixed | options, chosen, skipped, places)
 
 
-def _choose(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to quantize by name, and why others are not."""
-    names = {}
+def check_names(argument: str, names: Sequence[str]) -> None:
+    """Refuse what is no sequence of names or patterns."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(x, str) for x in names):
+        raise TypeError(f"{argument}: expected a sequence of names, got {names!r}")
+
+
+def names_of(
+    model: nn.Module, is_wanted: Callable[[nn.Module], bool], argument: str, patterns: Sequence[str]
+) -> dict[nn.Module, list[str]]:
+    """All names of each layer that is wanted, of which each pattern fits one."""
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and not isinstance(module, QuantizedLinear) and (isinstance(module, nn.Linear) or _is_conv(module)):
+        if name and is_wanted(module):
             names.setdefault(module, []).append(name)
-    lost = [pattern for pattern in skip if not any(fnmatchcase(x, pattern) for all in names.values() for x in all)]
+    lost = [pattern for pattern in patterns if not any(fnmatchcase(x, pattern) for all in names.values() for x in all)]
     if lost:
-        raise ValueError(f"skip: expected names of linear layers, got {', '.join(map(repr, lost))}, which fit none")
+        got = ", ".join(map(repr, lost))
+        raise ValueError(f"{argument}: expected names of linear layers, got {got}, which fit none")
+    return names
+
+
+def choose(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to quantize by name, and why others are not."""
+    names = names_of(model, lambda x: isinstance(x, nn.Linear) or is_conv1d(x), "skip", skip)
     chosen, skipped = {}, {}
     for module, all_names in names.items():
         reason = "in skip" if any(fnmatchcase(x, pattern) for x in all_names for pattern in skip) else None
-        reason = reason or _reason_to_keep(model, module, all_names)
+        reason = reason or reason_to_keep(model, module, all_names)
         if reason:
             skipped[all_names[0]] = reason
         else:
             chosen[all_names[0]] = module
-    for name, owner in _tied(model, chosen).items():
+    for name, owner in tied_to(model, chosen).items():
         del chosen[name]
         skipped[name] = f"tied to {owner}"
     return chosen, skipped
 
 
-def _reason_to_keep(model: nn.Module, layer: nn.Module, names: list[str]) -> str | None:
+def reason_to_keep(model: nn.Module, layer: nn.Module, names: list[str]) -> str | None:
     """Why a linear layer cannot be replaced."""
     kind = type(layer)
-    is_known = _is_conv(layer) or isinstance(layer, Linear) or kind.forward is nn.Linear.forward
+    is_known = is_conv1d(layer) or isinstance(layer, Linear) or kind.forward is nn.Linear.forward
     if not is_known or "forward" in vars(layer):
         return f"{kind.__name__}: it has a forward of its own"
     if nn.parameter.is_lazy(layer.weight):
@@ -195,17 +209,12 @@ def _read_weights(cls: type) -> set[str]:
     return found
 
 
-def _bytes_of(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
     return sum(x.nbytes for x in {*model.parameters(), *model.buffers()} if not nn.parameter.is_lazy(x))
 
 
-def _is_conv(module: nn.Module) -> bool:
-    """Whether this is the linear layer of transformers' GPT-2, of a weight (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
-
-
-def _tied(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, str]:
+def tied_to(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, str]:
     """The chosen layers whose weight is another module's, too, and its name."""
     tied = {}
     for name, layer in chosen.items():
@@ -217,24 +226,24 @@ def _tied(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, str]:
 
 def as_linear(layer: nn.Module) -> nn.Linear:
     """The layer as an nn.Linear: itself, or one of the turned weight and the same bias."""
-    if not _is_conv(layer):
+    if not is_conv1d(layer):
         return layer
-    weight = layer.weight.detach().t()
-    dense = nn.Linear(*layer.weight.shape, device="meta")
-    dense.weight, dense.bias = nn.Parameter(weight.contiguous(), requires_grad=False), layer.bias
-    return dense.train(layer.training)
+    return linear_of(layer.weight.detach().t().contiguous(), layer.bias).train(layer.training)
+
+
+def linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A dense layer of a weight (N, K), which does not train, and a bias."""
+    dense = nn.Linear(1, 1, device="meta")
+    dense.out_features, dense.in_features = weight.shape
+    dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), bias
+    return dense
 
 
 def measure(name: str, weight: Tensor, layer: nn.Module, new: QuantizedLinear) -> QuantizedLayer:
     """The report's line of a layer whose weight (N, K) was quantized."""
     error = float("nan")
     if not weight.is_meta:
-        error = _relative_error(new.dequantize(torch.float32), weight)
+        error = relative_error(new.dequantize(torch.float32), weight.float())
     sqnr = -20 * torch.tensor(error).log10().item()
     after = sum(x.nbytes for x in new.buffers())
     return QuantizedLayer(name, tuple(weight.shape), error, sqnr, layer.weight.nbytes, after)
-
-
-def _relative_error(x: Tensor, exact: Tensor) -> float:
-    size = torch.linalg.vector_norm(exact.float())
-    return 0.0 if size == 0 else (torch.linalg.vector_norm(x - exact.float()) / size).item()

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pynlp.nn.quantized_linear import QuantizedLinear
 from pynlp.quantize import Report, quantize_
-from pynlp.quantize.model import _choose
+from pynlp.quantize.model import check_names, choose
 
 METHOD = "pynlp"  # the quant_method in a config.json
 
@@ -53,8 +53,7 @@ class PynlpConfig(QuantizationConfigMixin):
     def __init__(self, how: str = "nf4", skip: Sequence[str] = (), quant_method: str = METHOD, **options):
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
-        if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(x, str) for x in skip):
-            raise TypeError(f"skip: expected a sequence of names, got {skip!r}")
+        check_names("skip", skip)
         self.quant_method, self.how, self.skip, self.options = METHOD, how, list(skip), options
         self.layer(nn.Linear(32, 1, bias=False, device="meta"))  # which refuses what is off
 
@@ -103,7 +102,7 @@ class PynlpQuantizer(HfQuantizer):
         # Saving takes the names as they are; transformers' way back would fit parts of weights to patterns of others.
         model._weight_conversions = [x for x in model._weight_conversions if not _collects(x)]
         names = [name for name, _ in model.named_modules()]
-        chosen, _ = _choose(model, [x for x in config.skip if any(fnmatchcase(name, x) for name in names)])
+        chosen, _ = choose(model, [x for x in config.skip if any(fnmatchcase(name, x) for name in names)])
         if chosen:
             raise ValueError(f"checkpoint: expected quantized weights of {', '.join(chosen)}, got none")
         return model

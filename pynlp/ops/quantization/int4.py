@@ -127,9 +127,7 @@ def int4_linear(
         True
         >>> y.sum().backward()
     """
-    if integers.check_activations(activations):
-        return integers.dynamic_linear(x, _checked(codes, state), bias, integers.ACTIVATION_GROUP)
-    return integers.linear(x, _checked(codes, state), bias)
+    return integers.linear(x, _checked(codes, state), bias, activations)
 
 
 def _checked(codes: Tensor, state: QuantStateInt4) -> Scaled:

@@ -126,9 +126,7 @@ def int8_linear(
         True
         >>> y.sum().backward()
     """
-    if integers.check_activations(activations):
-        return integers.dynamic_linear(x, _checked(codes, state), bias, integers.ACTIVATION_GROUP)
-    return integers.linear(x, _checked(codes, state), bias)
+    return integers.linear(x, _checked(codes, state), bias, activations)
 
 
 def int8_dynamic_linear(

@@ -160,7 +160,10 @@ def dequantize(weight: Scaled, own: torch.dtype, dtype: torch.dtype | None) -> T
     return op(*weight, dtype)
 
 
-def linear(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Scaled, bias: Tensor | None, activations: str | None) -> Tensor:
+    """The product with x as it is, or rounded to 8 bits a group at a time."""
+    if check_activations(activations):
+        return dynamic_linear(x, weight, bias, ACTIVATION_GROUP)
     x, bias = _prepare(x, weight, bias)
     return _integer_linear(x, *weight[:4], bias, weight.group)
 
