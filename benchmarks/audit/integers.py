@@ -12,11 +12,10 @@ from collections.abc import Iterator
 import torch
 from pynlp.kernels.common.launch import Launch
 from pynlp.kernels.quantization import integer_linear, integers, rounded_linear
-from pynlp.kernels.quantization.linear_configs import DENSE_ROWS
 
 from benchmarks.audit.chips import CDNA, CHIPS, compiled_launches, missed_products, multiplying_chip
 from benchmarks.audit.machine_code import work
-from benchmarks.audit.quantization import SUMS, narrow_loads
+from benchmarks.audit.quantization import SUMS, cases_of_products, narrow_loads
 from benchmarks.audit.report import Markers, Row, row_of
 
 FIGURES = ("n/w", "scaled")
@@ -133,12 +132,7 @@ def judge(chip: str, start: Launch, rows: int, dtype: torch.dtype, case: str) ->
 
 def cases(_: str, full: bool) -> Iterator[tuple[int, torch.dtype, str]]:
     """(rows, dtype, name of the case), alike on every chip."""
-    for rows in (0, 1, 2, 16, 32, 64, DENSE_ROWS - 1, DENSE_ROWS) if full else (0, 1, 16, 64):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32) if full else (torch.bfloat16,):
-            for case in CASES if full else USUAL:
-                yield rows, dtype, case
-    if not full:
-        yield 64, torch.float32, "int8"
+    return cases_of_products(CASES, USUAL, full)
 
 
 def audit(chip: str, rows: int, dtype: torch.dtype, case: str) -> list[Row]:

@@ -10,7 +10,7 @@ did, in bytes a clock and SM; beside them memory's.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from pynlp.kernels.common.launch import Launch
@@ -145,12 +145,17 @@ def _values(start: Launch) -> int:
 
 def cases(_: str, full: bool) -> Iterator[tuple[int, torch.dtype, str]]:
     """(rows, dtype, name of the case), alike on every chip."""
+    return cases_of_products(CASES, USUAL, full)
+
+
+def cases_of_products(names: Iterable[str], usual: list[str], full: bool) -> Iterator[tuple[int, torch.dtype, str]]:
+    """All names, rows and dtypes; if not full the usual ones in bf16, and the first in fp32."""
     for rows in (0, 1, 2, 16, 32, 64, DENSE_ROWS - 1, DENSE_ROWS) if full else (0, 1, 16, 64):
         for dtype in (torch.bfloat16, torch.float16, torch.float32) if full else (torch.bfloat16,):
-            for case in CASES if full else USUAL:
+            for case in names if full else usual:
                 yield rows, dtype, case
     if not full:
-        yield 64, torch.float32, "nf4"
+        yield 64, torch.float32, usual[0]
 
 
 def audit(chip: str, rows: int, dtype: torch.dtype, case: str) -> list[Row]:

@@ -27,6 +27,11 @@ class IntegerWeight(NamedTuple):
     def bits(self) -> int:
         return 8 if self.codes.dtype == torch.int8 else 4
 
+    @property
+    def piece(self) -> int:
+        """The columns whose codes fill 16 bytes."""
+        return 16 * 8 // self.bits
+
 
 class Scales(NamedTuple):
     """What a kernel knows of a weight besides its tensors."""
@@ -49,8 +54,7 @@ def scales_of(weight: IntegerWeight, columns: int, group: int) -> Scales:
 
 
 # Two bf16 of two bytes of a 32-bit register: (128 + low bits) - (128 or 256), by the sign, - zero.
-_BYTES_BF16 = tl.constexpr("""{
-.reg .b32 a, b, c, d, minus;
+_SPLIT = """.reg .b32 a, b, c, d, minus;
 prmt.b32 a, $2, 0, 0x4140;
 prmt.b32 b, $2, 0, 0x4342;
 lop3.b32 c, a, 0x00800080, 0x43004300, 0xEA;
@@ -58,23 +62,23 @@ lop3.b32 d, b, 0x00800080, 0x43004300, 0xEA;
 lop3.b32 a, a, 0x007f007f, 0x43004300, 0xEA;
 lop3.b32 b, b, 0x007f007f, 0x43004300, 0xEA;
 mov.b32 minus, 0xBF80BF80;
-fma.rn.bf16x2 $0, c, minus, a;
+"""
+_BYTES_BF16 = tl.constexpr(
+    "{\n"
+    + _SPLIT
+    + """fma.rn.bf16x2 $0, c, minus, a;
 fma.rn.bf16x2 $1, d, minus, b;
-}""")
-_BYTES_ZERO_BF16 = tl.constexpr("""{
-.reg .b32 a, b, c, d, minus;
-prmt.b32 a, $2, 0, 0x4140;
-prmt.b32 b, $2, 0, 0x4342;
-lop3.b32 c, a, 0x00800080, 0x43004300, 0xEA;
-lop3.b32 d, b, 0x00800080, 0x43004300, 0xEA;
-lop3.b32 a, a, 0x007f007f, 0x43004300, 0xEA;
-lop3.b32 b, b, 0x007f007f, 0x43004300, 0xEA;
-mov.b32 minus, 0xBF80BF80;
-fma.rn.bf16x2 a, c, minus, a;
+}"""
+)
+_BYTES_ZERO_BF16 = tl.constexpr(
+    "{\n"
+    + _SPLIT
+    + """fma.rn.bf16x2 a, c, minus, a;
 fma.rn.bf16x2 b, d, minus, b;
 fma.rn.bf16x2 $0, $3, minus, a;
 fma.rn.bf16x2 $1, $4, minus, b;
-}""")
+}"""
+)
 # Two fp16: (1024 + (code + 128)) - (1024 + 128 + zero).
 _BYTES_FP16 = tl.constexpr("""{
 .reg .b32 a, b;

@@ -1,6 +1,6 @@
 """The tiles of products with weights of integers on each chip, best first; what they are is in linear_configs."""
 
-from .linear_configs import FP32, RAGGED, Config
+from .linear_configs import FP32, RAGGED, Config, for_rows
 from .linear_configs import HALF as FOUR_BIT
 
 _ROUNDED = [
@@ -62,6 +62,4 @@ def configs(kernel: str, chip: str, rows: int, item_size: int, ragged: bool) -> 
     ragged: The weight's rows of codes do not start at multiples of 16 bytes.
     """
     tables = RAGGED if ragged else FP32 if item_size == 4 else HALF
-    tiles = tables[chip]["forward" if ragged and kernel == "rounded" else kernel]
-    enough = min((c.block_m for c in tiles if c.block_m >= rows), default=tiles[0].block_m)
-    return [c for c in tiles if c.block_m <= enough]
+    return for_rows(tables[chip]["forward" if ragged and kernel == "rounded" else kernel], rows)

@@ -73,8 +73,7 @@ def multiply(out: Tensor, x: Tensor, weight: IntegerWeight, bias: Tensor | None,
     if rows >= linear.DENSE_ROWS and x.element_size() == 2:
         linear.dense_product(out, x, bias, 1, lambda own, first: dequantize_into(own, weight, first, group))
         return
-    piece = 16 * 8 // weight.bits  # columns of 16 bytes
-    in_pieces = columns % piece == 0 and (group >= columns or group % piece == 0)
+    in_pieces = columns % weight.piece == 0 and (group >= columns or group % weight.piece == 0)
     kernel = "few" if rows <= FEW_ROWS and in_pieces else "forward"
     _product(kernel, out, x, weight, bias, (rows, outputs, columns), group)
 
@@ -90,8 +89,7 @@ def _product(
 ) -> None:
     """Starts a kernel of products with rows, outputs and columns of a shape; backward x is the gradient."""
     rows, _, columns = shape
-    piece = 16 * 8 // weight.bits
-    unit = math.gcd(piece, columns)
+    unit = math.gcd(weight.piece, columns)
     scales = scales_of(weight, columns, group)
     chip = chip_of(x)
 
@@ -102,13 +100,13 @@ def _product(
         return config._replace(block_k=block) if kernel == "forward" and block >= BLOCK else config
 
     def features(config: Config, cut: dict) -> IntegerFeatures:
-        width = piece if kernel == "few" else math.gcd(scales.GROUP, config.block_k)
+        width = weight.piece if kernel == "few" else math.gcd(scales.GROUP, config.block_k)
         scaled = "rows" if scales.GROUP == 0 else "blocks" if width == config.block_k else "weights"
         if kernel == "backward" or scales.MINIMUM:
             scaled = "weights"
         return IntegerFeatures(W=scales, WIDTH=width, SCALED=scaled, PTX=chip in NVIDIA, **cut)
 
-    candidates = configs(kernel, chip, rows, x.element_size(), unit < piece)
+    candidates = configs(kernel, chip, rows, x.element_size(), unit < weight.piece)
     key = *scales, weight.scale.dtype
     name = f"integer_linear {kernel}"
     linear.start_product(name, KERNELS[kernel], out, x, weight, bias, shape, unit, candidates, key, features, fit)

@@ -95,7 +95,11 @@ def configs(kernel: str, chip: str, rows: int, item_size: int, ragged: bool) -> 
 
     ragged: The weight's rows have no whole blocks of scales.
     """
-    tiles = (RAGGED if ragged else FP32 if item_size == 4 else HALF)[chip][kernel]
+    return for_rows((RAGGED if ragged else FP32 if item_size == 4 else HALF)[chip][kernel], rows)
+
+
+def for_rows(tiles: list[Config], rows: int) -> list[Config]:
+    """The tiles of at most as many rows as the smallest that has enough."""
     enough = min((c.block_m for c in tiles if c.block_m >= rows), default=tiles[0].block_m)
     return [c for c in tiles if c.block_m <= enough]
 

@@ -90,8 +90,7 @@ def _product(
     group: int,
 ) -> None:
     rows, _, columns = shape
-    piece = 16 * 8 // weight.bits
-    unit = math.gcd(piece, columns)
+    unit = math.gcd(weight.piece, columns)
     scales = scales_of(weight, columns, group)
     chip = chip_of(x_codes)
 
@@ -108,7 +107,7 @@ def _product(
             **cut | dict(PRECISION=config.precision),
         )
 
-    candidates = configs("rounded", chip, rows, 1, unit < piece)
+    candidates = configs("rounded", chip, rows, 1, unit < weight.piece)
     key = *scales, weight.scale.dtype, rounded.x.dtype, rounded.places is not None
     linear.start_product(
         "rounded_linear", rounded_linear_kernel, out, x_codes, weight, bias, shape, unit, candidates, key, features,
