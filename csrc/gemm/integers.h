@@ -7,29 +7,29 @@
 namespace pynlp {
 namespace {
 
-// Two int16 a word: AVX2 and AVX-512 without VNNI multiply pairs of them, and no sum of two products overflows.
-#if PYNLP_LANES >= 8 && !PYNLP_VNNI
-struct Int16Pairs {
-  static constexpr int PAIR = 2;
-  static constexpr int32_t OFFSET = 0;  // what is added to values in the lanes
-  // The compiler would compute all products of a tile before it adds the first one, and run out of registers.
-  static Float multiply_add(Float sum, Int a, Int b) {
-    Int product;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(product) : "v"(a), "v"(b));
-    return sum;
-  }
-  static Float add(Float a, Float b) { return (Float)((Int)a + (Int)b); }
-};
-using IntegerWords = Int16Pairs;
-#else
+alignas(64) constexpr int16_t ONES[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Four int8 a word. VNNI multiplies bytes without a sign, those in the lanes, by bytes with one.
+// Four bytes a word: in the lanes without a sign, which hold values plus OFFSET, and in rows with one.
 struct Int8Quads {
   static constexpr int PAIR = 4;
-  static constexpr int32_t OFFSET = 128;  // what is added to values in the lanes, so that they have no sign
+  static constexpr int32_t OFFSET = 128;
+  // Without VNNI the sum of a word's first two products must fit in 16 bits, and that of the last two: two values of a
+  // row must not add up to more than MOST_OF_TWO or less than -MOST_OF_TWO. 255 * 128 fits.
+  static constexpr bool NARROW = PYNLP_LANES >= 8 && !PYNLP_VNNI;
+  static constexpr int32_t MOST_OF_TWO = 128;
+
   static Float multiply_add(Float sum, Int a, Int b) {
 #if PYNLP_VNNI
     return add_byte_products(sum, b, a);
+#elif PYNLP_LANES >= 8
+    // One statement: the compiler would compute all products of a tile before it adds the first one, and run out of
+    // registers.
+    Int product;
+    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+v"(sum), "=&v"(product)
+        : "v"(b), "v"(a), "m"(ONES));
+    return sum;
 #else
     Int total = (Int)sum;
 #pragma GCC unroll 4
@@ -39,8 +39,6 @@ struct Int8Quads {
   }
   static Float add(Float a, Float b) { return (Float)((Int)a + (Int)b); }
 };
-using IntegerWords = Int8Quads;
-#endif
 
 }  // namespace
 }  // namespace pynlp

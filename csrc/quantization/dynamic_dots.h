@@ -1,79 +1,12 @@
 // A few rows of x, rounded to 8 bits, by a weight of integers: sums of products of codes are integers.
 #pragma once
 
-#include "../simd/bytes.h"
+#include "code_units.h"
 #include "few_rows.h"
 #include "rounded_rows.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // of functions that are inlined
-#endif
-
 namespace pynlp {
 namespace {
-
-// A unit of codes, and the sums of products of four of them each: 32 bytes for every instruction set.
-typedef uint8_t Unit __attribute__((vector_size(32)));
-typedef int32_t Eight __attribute__((vector_size(32)));
-typedef float EightFloats __attribute__((vector_size(32)));
-
-PYNLP_INLINE Unit load_unit(const void* codes) {
-  Unit unit;
-  memcpy(&unit, codes, sizeof unit);
-  return unit;
-}
-
-// 32 codes of 4 bits, in order.
-PYNLP_INLINE Unit spread_unit(const uint8_t* codes) {
-#if PYNLP_LANES >= 8
-  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  return (Unit)_mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), _mm256_set1_epi8(15));
-#else
-  Unit unit;
-  for (int i = 0; i < 16; ++i) {
-    unit[2 * i] = codes[i] & 15;
-    unit[2 * i + 1] = codes[i] >> 4;
-  }
-  return unit;
-#endif
-}
-
-// sum + products of codes without a sign, at most 128, and codes with one, at least -127.
-PYNLP_INLINE Eight multiply_add(Eight sum, Unit plain, Unit with_sign) {
-#if PYNLP_VNNI
-  return add_byte_products(sum, plain, with_sign);
-#elif PYNLP_LANES >= 8
-  // No pair of products exceeds 16 bits: 2 * 128 * 127.
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)plain, (__m256i)with_sign);
-  return sum + (Eight)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-  for (int i = 0; i < 32; ++i) sum[i / 4] += plain[i] * static_cast<int8_t>(with_sign[i]);
-  return sum;
-#endif
-}
-PYNLP_INLINE Unit magnitude(Unit codes) {
-#if PYNLP_LANES >= 8
-  return (Unit)_mm256_abs_epi8((__m256i)codes);
-#else
-  for (int i = 0; i < 32; ++i) codes[i] = codes[i] < 128 ? codes[i] : -codes[i];
-  return codes;
-#endif
-}
-// x with the signs of codes.
-PYNLP_INLINE Unit signs_moved(Unit x, Unit codes) {
-#if PYNLP_LANES >= 8
-  return (Unit)_mm256_sign_epi8((__m256i)x, (__m256i)codes);
-#else
-  for (int i = 0; i < 32; ++i) x[i] = codes[i] < 128 ? x[i] : -x[i];
-  return x;
-#endif
-}
-PYNLP_INLINE int32_t lane_sum(Eight x) {
-  int32_t sum = 0;
-  for (int i = 0; i < 8; ++i) sum += x[i];
-  return sum;
-}
-PYNLP_INLINE EightFloats to_floats(Eight x) { return __builtin_convertvector(x, EightFloats); }
 
 template <int BITS>
 class DynamicDots {
@@ -145,6 +78,10 @@ class DynamicDots {
       add_row<ROWS>(n, scales, sums);
     } else if (weight.group % CODES_UNIT != 0 && weight.group < columns_) {
       add_halves<ROWS>(n, scales, sums);
+    } else if (weight.group > CODES_UNIT && in_.x_group) {
+      add_groups<ROWS, true>(n, scales, sums);
+    } else if (weight.group > CODES_UNIT) {
+      add_groups<ROWS, false>(n, scales, sums);
     } else {
       multiply_scales<ROWS>(scales, room.products);
       add_units<ROWS>(n, room.products, sums);
@@ -177,19 +114,13 @@ class DynamicDots {
     for (; unit + 2 <= whole; unit += 2) {
       const uint8_t* from = codes + unit * BYTES;
       __builtin_prefetch(from + FEW_AHEAD);
-      work(unit_at(from), unit, Constant<0>{});
-      work(unit_at(from + BYTES), unit + 1, Constant<1>{});
+      work(unit_at<BITS>(from), unit, Constant<0>{});
+      work(unit_at<BITS>(from + BYTES), unit + 1, Constant<1>{});
     }
-    if (unit < whole) work(unit_at(codes + unit * BYTES), unit, Constant<0>{});
-    if (whole < last) {
-      uint8_t rest[CODES_UNIT] = {};
-      const int64_t k = whole * CODES_UNIT;
-      memcpy(rest, codes + k * BITS / 8, ((columns_ - k) * BITS + 7) / 8);
-      work(unit_at(rest), whole, Constant<0>{});
-    }
+    if (unit < whole) work(unit_at<BITS>(codes + unit * BYTES), unit, Constant<0>{});
+    if (whole < last)
+      work(unit_at<BITS>(codes + whole * BYTES, columns_ - whole * CODES_UNIT), whole, Constant<0>{});
   }
-
-  static PYNLP_INLINE Unit unit_at(const uint8_t* codes) { return BITS == 8 ? load_unit(codes) : spread_unit(codes); }
 
   // The sums of products of a unit's codes, and of those of row m of x.
   PYNLP_INLINE Eight multiplied(Unit codes, Unit plain, int64_t unit, int m, Eight sum = Eight{}) const {
@@ -214,20 +145,45 @@ class DynamicDots {
     }
   }
 
+  // A group of the weight is several units, each of which has a scale in x, if SCALED.
+  template <int ROWS, bool SCALED>
+  PYNLP_INLINE void add_groups(int64_t n, const float* scales, EightFloats (&sums)[ROWS]) const {
+    const int64_t group_units = groups_ > 1 ? in_.weight.group / CODES_UNIT : units();
+    const uint8_t* codes = in_.weight.codes + n * in_.weight.row_bytes();
+    const float* x_scales = x_.scales();
+    const int64_t x_groups = x_.groups();
+    for (int64_t group = 0, unit = 0; unit < units(); ++group, unit += group_units) {
+      const int64_t end = smaller(units(), unit + group_units);
+      EightFloats own[ROWS] = {};
+      const auto add = [&](Unit codes, int64_t number, auto) {
+        const Unit positive = plain(codes);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m) {
+          const EightFloats some = to_floats(multiplied(codes, positive, number, m));
+          own[m] += SCALED ? some * x_scales[m * x_groups + number] : some;
+        }
+      };
+      if (group_units == 4 && (unit + 4) * CODES_UNIT <= columns_) {  // groups of 128, the usual ones
+        __builtin_prefetch(codes + unit * CODES_UNIT * BITS / 8 + FEW_AHEAD);
+        if (BITS == 8) __builtin_prefetch(codes + unit * CODES_UNIT + 64 + FEW_AHEAD);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          add(unit_at<BITS>(codes + (unit + i) * CODES_UNIT * BITS / 8), unit + i, Constant<0>{});
+      } else {
+        each_unit(n, unit, end, add);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) sums[m] += own[m] * scales[group];
+    }
+  }
+
   // products[m][unit]: the scale of a unit of the weight, times that of the unit of x.
   template <int ROWS>
   void multiply_scales(const float* scales, float* products) const {
-    const int64_t count = units(), group_units = groups_ > 1 ? in_.weight.group / CODES_UNIT : count;
-    const int64_t pitch = padded(count);
-    for (int64_t group = 0, unit = 0; unit < count; ++group)
-      for (const int64_t end = smaller(count, unit + group_units); unit < end; ++unit) products[unit] = scales[group];
-    if (!in_.x_group) {
-      for (int m = 1; m < ROWS; ++m) copy_row(products + m * pitch, products, pitch * sizeof(float));
-      return;
-    }
-    for (int m = ROWS - 1; m >= 0; --m) {
+    for (int m = 0; m < ROWS; ++m) {
       const float* of_x = x_.scales() + m * x_.groups();
-      for (int64_t unit = 0; unit < count; ++unit) products[m * pitch + unit] = products[unit] * of_x[unit];
+      float* to = products + m * padded(units());
+      for (int64_t unit = 0; unit < units(); ++unit) to[unit] = in_.x_group ? scales[unit] * of_x[unit] : scales[unit];
     }
   }
 

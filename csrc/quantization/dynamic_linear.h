@@ -1,5 +1,6 @@
-// Rows of x, rounded to 8 bits, by a weight of integers: products at full width, of integers, a panel of the weight at a
-// time. y^T = W x^T, as in linear.h: rows of x are in the lanes.
+// Rows of x, rounded to 8 bits, by a weight of integers, at full width: a panel of the weight at a time. Rows of x are
+// in the lanes: y^T = W x^T, as in linear.h. Sums are exact: of a pair of codes for which the instruction would not
+// hold them, a part is multiplied apart.
 #pragma once
 
 #include "../gemm/integers.h"
@@ -21,11 +22,11 @@ class DynamicIntegerLinear {
         blocks_((outputs_ + BLOCK - 1) / BLOCK),
         group_runs_((smaller(in.weight.group, columns_) + MOST_CODES - 1) / MOST_CODES),
         runs_(in.weight.groups * group_runs_),
-        offsets_(in.weight.has_zeros() || in.weight.minimums || E::OFFSET != 0),
+        sums_of_x_(in.weight.has_zeros() || in.weight.minimums),
         values_(in.weight),
         rounded_(in),
         x_(panels_ * PANEL * words_ * sizeof(int32_t)),
-        x_sums_(offsets_ ? panels_ * runs_ * PANEL * sizeof(int32_t) : 0),
+        x_sums_(sums_of_x_ ? panels_ * runs_ * PANEL * sizeof(int32_t) : 0),
         outliers_(panels_ * PANEL * larger(1, rounded_.outlier_count()) * sizeof(float)) {}
 
   void run() {
@@ -35,21 +36,30 @@ class DynamicIntegerLinear {
   }
 
  private:
-  using E = IntegerWords;
+  using E = Int8Quads;
   static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of x that lie in the lanes
   static constexpr int64_t BLOCK = 10 * TILE_ROWS;        // rows of the weight
   static constexpr int64_t DEPTH = 128;                   // words of a row that are multiplied at once
   static constexpr int64_t PITCH = CHUNK + LINE;          // no power of two, whose rows would share the cache's sets
+  static constexpr int64_t MOST_PAIRS = BLOCK * DEPTH / 8;  // more take longer than a second product
+
+  // A pair of codes whose sum is more than a narrow sum of products allows.
+  struct Pair {
+    int32_t row, column, rest;  // of the block; of the first code; what the second one must be less by
+  };
 
   struct Scratch {
-    int32_t* weight;   // (BLOCK, DEPTH)
-    int32_t* code_sums;  // of the block's rows, in a run
-    float *sums, *products;  // (BLOCK, CHUNK): of codes, as integers; scaled
-    float *outliers;   // the block's rows of such columns
-    float* rows;       // (PANEL, block of whole vectors)
+    int32_t *weight, *halves;  // (BLOCK, DEPTH): codes; what was split off from them
+    Pair* pairs;               // MOST_PAIRS of them
+    Eight* code_sums;          // of the block's rows, in a run
+    float *sums, *products;    // (BLOCK, CHUNK): of codes, as integers; scaled
+    float* outliers;           // the block's rows of such columns
+    float* rows;               // (PANEL, block of whole vectors)
     Scratch(const DynamicIntegerLinear& linear, Arena& arena) {
       weight = arena.take<int32_t>(BLOCK * DEPTH);
-      code_sums = arena.take<int32_t>(BLOCK);
+      halves = arena.take<int32_t>(BLOCK * DEPTH);
+      pairs = arena.take<Pair>(MOST_PAIRS);
+      code_sums = arena.take<Eight>(BLOCK);
       sums = arena.take<float>(BLOCK * PITCH);
       products = arena.take<float>(round_up(BLOCK, LANES) * PITCH);
       outliers = arena.take<float>(BLOCK * linear.rounded_.outlier_count());
@@ -82,54 +92,83 @@ class DynamicIntegerLinear {
         continue;
       }
       const int8_t* codes = rounded_.row(first + m);
-      for (int64_t run = 0; offsets_ && run < runs_; ++run) {
+      for (int64_t run = 0; sums_of_x_ && run < runs_; ++run) {
         int32_t sum = 0;
         for (int64_t k = run_start(run); k < run_end(run); ++k) sum += codes[k];
         sums_of_x(panel, run)[m] = sum;
       }
-      pack_codes<8>(reinterpret_cast<const uint8_t*>(codes), columns_, words_, E::OFFSET, rows + m * words_);
+      uint8_t* to = reinterpret_cast<uint8_t*>(rows + m * words_);
+      for (int64_t k = 0; k < columns_; ++k) to[k] = static_cast<uint8_t>(codes[k] + E::OFFSET);
+      memset(to + columns_, 0, words_ * 4 - columns_);
       const float* row = rounded_.outlier_count() ? widened(in_.x, first + m, columns_, room) : nullptr;
       for (int64_t i = 0; i < rounded_.outlier_count(); ++i)
         outliers_of_x(panel)[i * PANEL + m] = row[rounded_.outliers()[i]];
     }
     for (int64_t m = count; m < PANEL; ++m) {
-      for (int64_t run = 0; offsets_ && run < runs_; ++run) sums_of_x(panel, run)[m] = 0;
+      for (int64_t run = 0; sums_of_x_ && run < runs_; ++run) sums_of_x(panel, run)[m] = 0;
       for (int64_t i = 0; i < rounded_.outlier_count(); ++i) outliers_of_x(panel)[i * PANEL + m] = 0;
     }
     transpose(rows, words_, panel_of_x(panel), PANEL, PANEL, words_);
   }
 
-  // Codes as words of E, with `offset` added, then zeros up to `words` words. Returns the codes' sum, if E asks for it.
-  template <int CODE_BITS>
-  static int32_t pack_codes(const uint8_t* codes, int64_t count, int64_t words, int32_t offset, int32_t* to) {
-    int32_t sum = 0;
-    int64_t k = 0;
-    if constexpr (E::PAIR == 2) {
-      int16_t* target = reinterpret_cast<int16_t*>(to);
-#if PYNLP_LANES >= 8
-      for (; k + 16 <= count; k += 16) {
-        __m256i pairs;
-        if constexpr (CODE_BITS == 8) {
-          pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k)));
-        } else {
-          const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k / 2)));
-          const __m128i both = _mm_and_si128(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)), _mm_set1_epi8(15));
-          pairs = _mm256_cvtepu8_epi16(both);
+  // Codes k .. k + values - 1 of a block's rows as bytes with a sign, and their sums added to code_sums. Returns the
+  // number of pairs that exceed the bound of narrow sums, of which MOST_PAIRS are written to s.pairs.
+  int64_t read_codes(const Scratch& s, int64_t first, int64_t count, int64_t k, int64_t values) const {
+    int64_t pairs = 0;
+    for (int64_t n = 0; n < count; ++n) {
+      ask_ahead(values_, first, n, count, k, values);
+      const uint8_t* codes = in_.weight.codes + (first + n) * in_.weight.row_bytes() + k * BITS / 8;
+      char* to = reinterpret_cast<char*>(s.weight + n * DEPTH);
+      Eight sum = s.code_sums[n];
+      for (int64_t i = 0; i < values; i += CODES_UNIT) {
+        const Unit unit = unit_at<BITS>(codes + i * BITS / 8, smaller(CODES_UNIT, values - i));
+        memcpy(to + i, &unit, sizeof unit);
+        sum = multiply_add(sum, Unit{} + 1, unit);
+        if constexpr (BITS == 8 && E::NARROW) {
+          for (uint32_t bits = exceed_in_pairs(unit, E::MOST_OF_TWO); bits; bits &= bits - 1, bits &= bits - 1) {
+            const int32_t place = __builtin_ctz(bits);
+            const int32_t two = static_cast<int8_t>(unit[place]) + static_cast<int8_t>(unit[place + 1]);
+            const int32_t rest = two > 0 ? two - E::MOST_OF_TWO : two + E::MOST_OF_TWO;
+            if (pairs < MOST_PAIRS)
+              s.pairs[pairs] = {static_cast<int32_t>(n), static_cast<int32_t>(i) + place, rest};
+            ++pairs;
+          }
         }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + k), pairs);
       }
-#endif
-      for (; k < count; ++k) target[k] = static_cast<int16_t>(code_of<CODE_BITS>(codes, k));
-    } else {
-      uint8_t* target = reinterpret_cast<uint8_t*>(to);
-      for (; k < count; ++k) {
-        const int32_t code = code_of<CODE_BITS>(codes, k);
-        sum += code;
-        target[k] = static_cast<uint8_t>(code + offset);
+      s.code_sums[n] = sum;
+    }
+    return pairs;
+  }
+
+  // Takes from each pair what it exceeds the bound by.
+  static void shorten(const Scratch& s, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Pair& pair = s.pairs[i];
+      int8_t* second = reinterpret_cast<int8_t*>(s.weight + pair.row * DEPTH) + pair.column + 1;
+      *second = static_cast<int8_t>(*second - pair.rest);
+    }
+  }
+
+  // Adds the products of what was taken from pairs by a panel of x.
+  static void add_rests(const Scratch& s, int64_t pairs, const int32_t* x, float* sums) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Pair& pair = s.pairs[i];
+      const int32_t column = pair.column + 1;
+      for (int64_t m = 0; m < PANEL; m += LANES) {
+        float* to = sums + pair.row * PITCH + m;
+        const Int bytes = load(x + column / 4 * PANEL + m) >> column % 4 * 8 & 255;
+        store(to, (Float)((Int)load(to) + bytes * pair.rest));
       }
     }
-    memset(reinterpret_cast<char*>(to) + k * 4 / E::PAIR, 0, words * 4 - k * 4 / E::PAIR);
-    return sum;
+  }
+
+  // Splits the codes of whole rows in two halves, of which no two exceed the bound.
+  static void halve(const Scratch& s, int64_t count) {
+    int8_t *codes = reinterpret_cast<int8_t*>(s.weight), *halves = reinterpret_cast<int8_t*>(s.halves);
+    for (int64_t i = 0; i < count * DEPTH * 4; ++i) {
+      halves[i] = static_cast<int8_t>(codes[i] >> 1);
+      codes[i] = static_cast<int8_t>(codes[i] - halves[i]);
+    }
   }
 
   void multiply(int64_t task) const {
@@ -140,19 +179,23 @@ class DynamicIntegerLinear {
       for (int64_t n = 0; n < count; ++n) memset(s.products + n * PITCH, 0, rows * sizeof(float));
     for (int64_t run = 0; run < runs_; ++run) {
       const int64_t start = run_start(run), end = run_end(run);
-      for (int64_t n = 0; n < count; ++n) s.code_sums[n] = 0;
+      for (int64_t n = 0; n < count; ++n) s.code_sums[n] = Eight{};
       for (int64_t k = start; k < end; k += DEPTH * E::PAIR) {
         const int64_t values = smaller(DEPTH * E::PAIR, end - k), words = (values + E::PAIR - 1) / E::PAIR;
-        for (int64_t n = 0; n < count; ++n) {
-          values_.prefetch(first + n + AHEAD_ROWS, k, values);
-          const uint8_t* codes = in_.weight.codes + (first + n) * in_.weight.row_bytes() + k * BITS / 8;
-          s.code_sums[n] += pack_codes<BITS>(codes, values, words, 0, s.weight + n * DEPTH);
-        }
+        const int64_t pairs = read_codes(s, first, count, k, values);
+        if (pairs > MOST_PAIRS)
+          halve(s, count);
+        else
+          shorten(s, pairs);
         for (int64_t m = 0; m < rows; m += PANEL) {
           const auto product = k == start ? matmul<E, Into::overwrite> : matmul<E, Into::add>;
           const int64_t lanes = round_up(smaller(PANEL, rows - m), LANES);
-          product(count, lanes, words, s.weight, DEPTH, 1, panel_of_x((first_row + m) / PANEL) + k / E::PAIR * PANEL,
-                  PANEL, s.sums + m, PITCH, nullptr);
+          const int32_t* x = panel_of_x((first_row + m) / PANEL) + k / E::PAIR * PANEL;
+          product(count, lanes, words, s.weight, DEPTH, 1, x, PANEL, s.sums + m, PITCH, nullptr);
+          if (pairs > MOST_PAIRS)
+            matmul<E, Into::add>(count, lanes, words, s.halves, DEPTH, 1, x, PANEL, s.sums + m, PITCH, nullptr);
+          else
+            add_rests(s, pairs, x, s.sums + m);
         }
       }
       for (int64_t n = 0; n < count; ++n) scale(s, first, n, run, first_row, rows);
@@ -166,17 +209,15 @@ class DynamicIntegerLinear {
     const int64_t group = weight.group_of(first + n, run / group_runs_);
     const Float scale = broadcast(scale_at(weight.scales, weight.scale_dtype, group));
     const Float minimum = broadcast(weight.minimums ? scale_at(weight.minimums, weight.scale_dtype, group) : 0.0f);
-    const Int zero = broadcast(weight.zero(group)), offset = broadcast(E::OFFSET * s.code_sums[n]);
+    const Int zero = broadcast(weight.zero(group)), offset = broadcast(E::OFFSET * lane_sum(s.code_sums[n]));
     const float* sums = s.sums + n * PITCH;
     float* products = s.products + n * PITCH;
     for (int64_t m = 0; m < rows; m += LANES) {
-      Int sum = (Int)load(sums + m);
-      Float value;
-      if (offsets_) {
+      const Int sum = (Int)load(sums + m) - offset;
+      Float value = to_float(sum) * scale;
+      if (sums_of_x_) {
         const Int x_sum = load(sums_of_x((first_row + m) / PANEL, run) + m % PANEL);
-        value = to_float(sum - offset - zero * x_sum) * scale + minimum * to_float(x_sum);
-      } else {
-        value = to_float(sum) * scale;
+        value = to_float(sum - zero * x_sum) * scale + minimum * to_float(x_sum);
       }
       store(products + m, run == 0 ? value : load(products + m) + value);
     }
@@ -203,7 +244,7 @@ class DynamicIntegerLinear {
 
   const DynamicLinear<Integers<BITS>>& in_;
   const int64_t outputs_, columns_, words_, panels_, blocks_, group_runs_, runs_;
-  const bool offsets_;  // whether products of codes are not yet those of the values, but for a scale
+  const bool sums_of_x_;  // whether the weight's zeros or minimums need them
   const IntegerValues<BITS> values_;
   const RoundedRows<Integers<BITS>> rounded_;
   const Buffer x_;         // panels of (words_, PANEL)

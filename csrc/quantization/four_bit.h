@@ -2,13 +2,12 @@
 #pragma once
 
 #include "../simd/convert.h"
+#include "nibbles.h"
 #include "quantization.h"
 
 namespace pynlp {
 namespace {
 
-constexpr int64_t UNIT = 32, UNIT_BYTES = UNIT / 2;
-constexpr int UNIT_VECTORS = UNIT / LANES;
 constexpr int64_t NESTED_BLOCK = 256;
 
 // The value of each code. A code of fp4 and mxfp4 is a sign and a magnitude.
@@ -75,20 +74,11 @@ class Lookup {
   PYNLP_INLINE void read(const uint8_t* packed, Float (&to)[UNIT_VECTORS]) const {
 #if PYNLP_AVX512
 #pragma GCC unroll 2
-    for (int v = 0; v < UNIT_VECTORS; ++v) {
-      const __m512i low = _mm512_broadcastd_epi32(_mm_loadu_si32(packed + 8 * v));
-      const __m512i both = _mm512_mask_broadcastd_epi32(low, 0xff00, _mm_loadu_si32(packed + 8 * v + 4));
-      to[v] = (Float)_mm512_permutexvar_ps(_mm512_srlv_epi32(both, (__m512i)shifts_), table_);
-    }
+    for (int v = 0; v < UNIT_VECTORS; ++v)
+      to[v] = (Float)_mm512_permutexvar_ps(_mm512_srlv_epi32(sixteen_nibbles(packed + 8 * v), (__m512i)shifts_),
+                                           table_);
 #elif PYNLP_LANES == 8
-    // Codes 8 n to 8 n + 3 come into the lower half of vector n, the next four into the upper one: the bytes of both
-    // are spread accordingly, each twice.
-    const __m256i spread = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
-                                            2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
-    const __m256i bytes = _mm256_shuffle_epi8(
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))), spread);
-    const __m256i codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), moved_mask_),
-                                          _mm256_and_si256(bytes, mask_));
+    const __m256i codes = spread_nibbles(packed, moved_mask_, mask_);
     const __m256i a = _mm256_shuffle_epi8(planes_[0], codes), b = _mm256_shuffle_epi8(planes_[1], codes);
     const __m256i c = _mm256_shuffle_epi8(planes_[2], codes), d = _mm256_shuffle_epi8(planes_[3], codes);
     const __m256i low_a = _mm256_unpacklo_epi8(a, b), high_a = _mm256_unpackhi_epi8(a, b);
@@ -131,6 +121,10 @@ class Scales {
     return rounded(in_.nested_code[code] * in_.nested_absmax[block / NESTED_BLOCK]) + *in_.nested_offset;
   }
 
+  PYNLP_INLINE void prefetch(int64_t block) const {
+    __builtin_prefetch(in_.scales ? static_cast<const void*>(in_.scales + block) : in_.scale_codes + block);
+  }
+
   // Those of `count` blocks: where they are, or in `room`.
   PYNLP_INLINE const float* of(int64_t first, int64_t count, float* room) const {
     if (in_.scales) return in_.scales + first;
@@ -148,10 +142,11 @@ class FourBitValues {
   explicit FourBitValues(const FourBit& in)
       : in_(in), lookup_(in.type), scales_(in), shift_(__builtin_ctzll(in.blocksize)), count_(in.rows * in.columns) {}
 
-  // Asks for the codes of values that are read later: the processor does not foresee them where rows are apart.
+  // Asks for codes and scales of values that are read later: the processor does not foresee them where rows are apart.
   PYNLP_INLINE void prefetch(int64_t row, int64_t column, int64_t count) const {
     const uint8_t* packed = in_.packed + (row * in_.columns + column) / 2;
     for (int64_t byte = 0; byte < count / 2; byte += 64) __builtin_prefetch(packed + byte);
+    scales_.prefetch((row * in_.columns + column) >> shift_);
   }
 
   // Values column .. column + count - 1 of a row.

@@ -41,7 +41,8 @@ class FourBitDots {
   template <int ROWS>
   void dots(int64_t first, int64_t count, float* results) const {
     constexpr int64_t PIECE = larger(UNIT, CACHED / ROWS / UNIT * UNIT);
-    Arena arena{static_cast<char*>(thread_scratch((FEW_TASK * ROWS + 1) * sizeof(Float) + (PIECE / UNIT + 2) * 4 + 128))};
+    const int64_t bytes = (FEW_TASK * ROWS + 1) * sizeof(Float) + (PIECE / UNIT + 2) * 4 + 128;
+    Arena arena{static_cast<char*>(thread_scratch(bytes))};
     Float* sums = arena.take<Float>(FEW_TASK * ROWS);
     float* room = arena.take<float>(PIECE / UNIT + 2);
     for (int64_t i = 0; i < count * ROWS; ++i) sums[i] = Float{};
@@ -49,8 +50,11 @@ class FourBitDots {
     for (int64_t k = 0; k < columns_; k += PIECE) {
       const int64_t size = smaller(PIECE, columns_ - k);
       const int64_t ahead = (FEW_AHEAD / (size / 2) + 1) * (columns_ / 2);  // the same piece of a later row
-      for (int64_t n = 0; n < count; ++n)
-        add_piece<ROWS>(lookup, (first + n) * columns_ + k, size, x_.from(k), ahead, room, sums + n * ROWS);
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t start = (first + n) * columns_ + k;
+        scales_.prefetch((start + 2 * ahead) >> shift_);
+        add_piece<ROWS>(lookup, start, size, x_.from(k), ahead, room, sums + n * ROWS);
+      }
     }
     for (int64_t n = 0; n < count; ++n)
       for (int m = 0; m < ROWS; ++m) results[m * FEW_TASK + n] = lane_sum(sums[n * ROWS + m]);
@@ -100,8 +104,8 @@ class FourBitDots {
   }
 
   template <int ROWS>
-  static PYNLP_INLINE void add_block(const Lookup& lookup, const uint8_t* packed, int64_t units, const float* x, int64_t ahead,
-                              float scale, Float (&sums)[ROWS]) {
+  static PYNLP_INLINE void add_block(const Lookup& lookup, const uint8_t* packed, int64_t units, const float* x,
+                                     int64_t ahead, float scale, Float (&sums)[ROWS]) {
     for (int64_t unit = 0; unit < units; ++unit, packed += UNIT_BYTES, x += UNIT * ROWS) {
       if (unit % 4 == 0) __builtin_prefetch(packed + ahead);
       Float values[UNIT_VECTORS];

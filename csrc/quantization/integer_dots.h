@@ -53,11 +53,14 @@ class IntegerDots {
 #pragma GCC unroll 8
       for (int i = 0; i < CHAINS * ROWS; ++i) own[i / ROWS][i % ROWS] = Float{};
       int64_t i = k;
-      for (; i + CHAINS * LANES <= end; i += CHAINS * LANES) {
+      const typename ReaderOf<BITS>::type reader(zero[0]);
+      for (; i + UNIT <= end; i += UNIT) {
         __builtin_prefetch(codes + i * BITS / 8 + FEW_AHEAD);
-#pragma GCC unroll 4
-        for (int chain = 0; chain < CHAINS; ++chain)
-          add<ROWS>(value_of(codes + (i + chain * LANES) * BITS / 8), i + chain * LANES, own[chain]);
+        Float values[UNIT_VECTORS];
+        reader.read(codes + i * BITS / 8, values);
+#pragma GCC unroll 8
+        for (int v = 0; v < UNIT_VECTORS; ++v)
+          add<ROWS>(MINIMUM ? values[v] * scale + minimum : values[v], i + v * LANES, own[v % CHAINS]);
       }
       for (; i < end; i += LANES) {
         uint8_t some[LANES] = {};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../simd/convert.h"
+#include "nibbles.h"
 #include "quantization.h"
 
 namespace pynlp {
@@ -42,6 +43,28 @@ PYNLP_INLINE Int load_codes(const uint8_t* codes) {
 }
 PYNLP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 
+// Integers of 8 bits less a zero point, as Nibbles are those of 4.
+class SignedBytes {
+ public:
+  explicit PYNLP_INLINE SignedBytes(int32_t zero) : zero_(broadcast(zero)) {}
+
+  PYNLP_INLINE void read(const uint8_t* codes, Float (&to)[UNIT_VECTORS]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < UNIT_VECTORS; ++v) to[v] = to_float(load_codes<8>(codes + v * LANES) - zero_);
+  }
+
+ private:
+  Int zero_;
+};
+template <int BITS>
+struct ReaderOf {
+  using type = SignedBytes;
+};
+template <>
+struct ReaderOf<4> {
+  using type = Nibbles;
+};
+
 // The code of one value of a row.
 template <int BITS>
 PYNLP_INLINE int32_t code_of(const uint8_t* row, int64_t column) {
@@ -60,10 +83,12 @@ class IntegerValues {
  public:
   explicit IntegerValues(const Integers<BITS>& in) : in_(in) {}
 
-  // Asks for the codes of values that are read later.
+  // Asks for the codes and scales of values that are read later.
   PYNLP_INLINE void prefetch(int64_t row, int64_t column, int64_t count) const {
     const uint8_t* codes = in_.codes + row * in_.row_bytes() + column * BITS / 8;
     for (int64_t byte = 0; byte < count * BITS / 8; byte += 64) __builtin_prefetch(codes + byte);
+    const int64_t scale = in_.group_of(row, column / in_.group) * (in_.scale_dtype == Dtype::float32 ? 4 : 2);
+    __builtin_prefetch(static_cast<const char*>(in_.scales) + scale);
   }
 
   // Values column .. column + count - 1 of a row; `column` is even.
@@ -88,14 +113,25 @@ class IntegerValues {
   PYNLP_INLINE void read_group(const uint8_t* codes, int64_t count, int64_t group, float* to) const {
     const Float scale = broadcast(scale_at(in_.scales, in_.scale_dtype, group));
     const Int zero = broadcast(in_.zero(group));
+    const typename ReaderOf<BITS>::type reader(zero[0]);
     int64_t i = 0;
     if (in_.minimums) {
       const Float minimum = broadcast(scale_at(in_.minimums, in_.scale_dtype, group));
+      for (; i + UNIT <= count; i += UNIT) {
+        Float values[UNIT_VECTORS];
+        reader.read(codes + i * BITS / 8, values);
+        for (int v = 0; v < UNIT_VECTORS; ++v) store(to + i + v * LANES, rounded(values[v] * scale) + minimum);
+      }
       for (; i + LANES <= count; i += LANES)
         store(to + i, rounded(to_float(load_codes<BITS>(codes + i * BITS / 8)) * scale) + minimum);
       for (; i < count; ++i)
         to[i] = rounded(static_cast<float>(code_of<BITS>(codes, i)) * scale[0]) + minimum[0];
     } else {
+      for (; i + UNIT <= count; i += UNIT) {
+        Float values[UNIT_VECTORS];
+        reader.read(codes + i * BITS / 8, values);
+        for (int v = 0; v < UNIT_VECTORS; ++v) store(to + i + v * LANES, values[v] * scale);
+      }
       for (; i + LANES <= count; i += LANES)
         store(to + i, to_float(load_codes<BITS>(codes + i * BITS / 8) - zero) * scale);
       for (; i < count; ++i) to[i] = static_cast<float>(code_of<BITS>(codes, i) - zero[0]) * scale[0];

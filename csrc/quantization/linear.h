@@ -17,21 +17,31 @@ namespace {
 constexpr int64_t CHUNK = 512;
 
 // Rows of the weight whose codes are asked for before they are decoded.
-constexpr int64_t AHEAD_ROWS = 12;
+constexpr int64_t AHEAD_ROWS = 16;
 
-// `count` values of a weight's row, from a column on, as words of E, then zeros up to `words` words. The same columns of
-// a later row are asked for.
+// Row n of a block of `rows` is read from a column on, `count` values: asks for those that are read AHEAD_ROWS rows
+// later, of this block, or of the next columns.
+template <class Values>
+PYNLP_INLINE void ask_ahead(const Values& values, int64_t first, int64_t n, int64_t rows, int64_t column,
+                            int64_t count) {
+  const int64_t later = n + AHEAD_ROWS;
+  if (later < rows)
+    values.prefetch(first + later, column, count);
+  else
+    values.prefetch(first + later - rows, column + count, count);
+}
+
+// `count` values of a weight's row, from a column on, as words of E, then zeros up to `words` words.
 template <class E, class Values>
 PYNLP_INLINE void decode(const Values& values, int64_t row_number, int64_t column, int64_t count, int64_t words,
                          float* room, int32_t* to) {
-  values.prefetch(row_number + AHEAD_ROWS, column, count);
   float* row = E::PAIR == 1 ? reinterpret_cast<float*>(to) : room;
   values.read(row_number, column, count, row);
   for (int64_t k = count; k < words * E::PAIR; ++k) row[k] = 0;
   if constexpr (E::PAIR == 2) float_to_bf16(row, words * 2, reinterpret_cast<uint16_t*>(to));
 }
 
-// Turns products (block, PANEL) and writes `rows` rows of them, from columns `first` to first + count - 1, with the bias.
+// Turns products (block, PANEL) and writes `rows` rows of them, columns first .. first + count - 1, with the bias.
 // `room` takes (PANEL, block of whole vectors).
 template <int64_t BLOCK, int64_t PANEL, class Weight>
 void write_panel(const LinearForward<Weight>& in, const float* products, int64_t pitch, int64_t first, int64_t count,
@@ -56,7 +66,8 @@ class Linear {
         columns_(in.weight.columns),
         words_(larger(LANES, row_words<E>(columns_))),  // zeros, if there are no columns
         panels_((in.rows + PANEL - 1) / PANEL),
-        blocks_((outputs_ + BLOCK - 1) / BLOCK),
+        block_(outputs_ >= 16 * BLOCK * thread_count() ? BLOCK : BLOCK / 2),
+        blocks_((outputs_ + block_ - 1) / block_),
         values_(in.weight),
         x_(panels_ * PANEL * words_ * sizeof(int32_t)) {}
 
@@ -68,8 +79,8 @@ class Linear {
 
  private:
   static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of x that lie in the lanes
-  static constexpr int64_t BLOCK = 10 * TILE_ROWS;        // rows of the weight
-  static constexpr int64_t DEPTH = 128;                   // words of a row that are decoded at once
+  static constexpr int64_t BLOCK = 20 * TILE_ROWS;        // rows of the weight, at most
+  static constexpr int64_t DEPTH = smaller(256, 4096 / PANEL);  // words of a row that are decoded at once
   static constexpr int64_t PITCH = CHUNK + LINE;          // no power of two, whose rows would share the cache's sets
 
   struct Scratch {
@@ -97,13 +108,15 @@ class Linear {
 
   void multiply(int64_t task) const {
     const auto s = take_scratch<Scratch>(*this);
-    const int64_t first = task % blocks_ * BLOCK, count = smaller(BLOCK, outputs_ - first);
+    const int64_t first = task % blocks_ * block_, count = smaller(block_, outputs_ - first);
     const int64_t first_row = task / blocks_ * CHUNK, rows = smaller(CHUNK, in_.rows - first_row);
     for (int64_t word = 0; word < words_; word += DEPTH) {
       const int64_t words = smaller(DEPTH, words_ - word), start = word * E::PAIR;
       const int64_t values = smaller(words * E::PAIR, columns_ - start);
-      for (int64_t n = 0; n < count; ++n)
+      for (int64_t n = 0; n < count; ++n) {
+        ask_ahead(values_, first, n, count, start, values);
         decode<E>(values_, first + n, start, values, words, s.room, s.weight + n * DEPTH);
+      }
       for (int64_t m = 0; m < rows; m += PANEL) {
         const auto product = word == 0 ? matmul<E, Into::overwrite> : matmul<E, Into::add>;
         const int64_t lanes = round_up(smaller(PANEL, rows - m), LANES);
@@ -117,7 +130,8 @@ class Linear {
   }
 
   const LinearForward<Weight>& in_;
-  const int64_t outputs_, columns_, words_, panels_, blocks_;
+  const int64_t outputs_, columns_, words_, panels_;
+  const int64_t block_, blocks_;  // rows of the weight of a task: fewer where threads would wait for the last tasks
   const Values values_;
   const Buffer x_;  // panels of (words_, PANEL)
 };
@@ -189,10 +203,12 @@ class LinearGradient {
       const int64_t row = start + word * E::PAIR, half = BLOCK / 2;
       for (int64_t i = 0; i < E::PAIR; ++i) {
         int32_t* to = s.rows + i * half;
-        if (row + i < outputs_)
-          decode<E>(values_, row + i, first, count, columns / E::PAIR, s.room, to);
-        else
+        if (row + i >= outputs_) {
           memset(to, 0, 4 * columns / E::PAIR);
+          continue;
+        }
+        values_.prefetch(row + i + AHEAD_ROWS, first, count);
+        decode<E>(values_, row + i, first, count, columns / E::PAIR, s.room, to);
       }
       for (int64_t column = 0; column < columns; column += PANEL) {
         int32_t* to = s.weight + column * DEPTH + word * PANEL;

@@ -4,13 +4,13 @@
 #include "../common/parallel.h"
 #include "../simd/memory.h"
 #include "../simd/rows.h"
+#include "code_units.h"
 #include "integers.h"
 
 namespace pynlp {
 namespace {
 
-constexpr int64_t CODES_UNIT = 32;          // codes that are multiplied at once
-constexpr int64_t MOST_CODES = 1 << 15;     // products of so many codes of 8 bits are summed in 32 bits
+constexpr int64_t MOST_CODES = 1 << 15;  // products of so many codes of 8 bits are summed in 32 bits
 
 template <class Weight>
 class RoundedRows {

@@ -89,6 +89,23 @@ def test_sums_are_exact(rows, isa):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 1.0])
+@pytest.mark.parametrize("columns", [33, 1000, 2080])
+def test_pairs_of_large_codes(columns, share, isa):
+    """Without VNNI, products of two codes are summed in 16 bits: those of few pairs, or of many, would not fit."""
+    _, state = quantize_int8(torch.full((130, columns), 127.0))
+    pairs = (torch.rand(130, (columns + 1) // 2) < share).repeat_interleave(2, dim=1)[:, :columns]
+    large = torch.tensor([-128, -127, -100, 100, 127])[torch.randint(5, (130, columns))]
+    codes = torch.where(pairs, large, torch.randint(-64, 65, (130, columns)))
+    for rows in (9, 40):
+        x = torch.randint(-127, 128, (rows, columns))
+        x[::2] = 127 * x[::2].sign()
+        x[:, -1] = 127  # so that a row's scale is 1
+        y = int8_dynamic_linear(x.float(), codes.to(torch.int8), state)
+        assert torch.equal(y, (x @ codes.T).float())
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_largest_codes(bits, rows, isa):
