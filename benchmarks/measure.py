@@ -61,8 +61,9 @@ def best_times(functions: dict[str, Callable], seconds: float = 1.5) -> dict[str
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of the machine in the dtype's instructions; fp16 is computed in fp32."""
     if dtype == torch.int8:
-        return probes.peak_int8_dot(seconds=0.02)
-    return (dtype == BF16 and probes.peak_bf16_dot(seconds=0.02)) or probes.peak_fma(seconds=0.02)
+        return probes.peak_int8_tile(seconds=0.02) or probes.peak_int8_dot(seconds=0.02)
+    bf16 = dtype == BF16 and (probes.peak_bf16_tile(seconds=0.02) or probes.peak_bf16_dot(seconds=0.02))
+    return bf16 or probes.peak_fma(seconds=0.02)
 
 
 def largest_error(values: list[Tensor], oracle: list[Tensor]) -> list[float]:

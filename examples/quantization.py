@@ -320,6 +320,13 @@ def accuracy(said: Tensor, topics: list[int]) -> float:
     return (said == torch.tensor(topics)).float().mean().item()
 
 
+def training_bytes(model: TopicClassifier, trainer: Trainer) -> int:
+    """Bytes of a model, of the gradients of what trains, and of the optimizer's moments."""
+    gradients = sum(p.nbytes for p in trainer.parameters)
+    moments = sum(x.nbytes for state in trainer.optimizer.state.values() for x in state.values() if x.dim())
+    return comparison.bytes_of(model) + gradients + moments
+
+
 def report_training(folder: Path, study: Study, trainer: Trainer, seconds: float) -> None:
     """Writes the scores of the step that is kept, and prints them beside other ways to train in the same folder."""
     study.model.eval()
@@ -328,7 +335,7 @@ def report_training(folder: Path, study: Study, trainer: Trainer, seconds: float
     scores = {
         "tuning": study.options.tuning,
         "trained values": sum(p.numel() for p in trainer.parameters),
-        "MB in training": (comparison.bytes_of(study.model) + comparison.bytes_of(trainer.optimizer)) / 1e6,
+        "MB in training": training_bytes(study.model, trainer) / 1e6,
         "steps": trainer.progress.step,
         "held-out accuracy": trainer.progress.best,
         "test accuracy": accuracy(said, study.parts["test"][1]),
@@ -414,10 +421,8 @@ def measure(study: Study, made: dict[str, variants.Variant]) -> list[dict]:
     exact, result = comparison.hidden_states(made["fp32"].model, tokens), []
     for name, (model, report) in made.items():
         row = {"variant": name, "MB": comparison.bytes_of(model) / 1e6}
-        size = options.batch * options.length
-        row |= comparison.row_of(
-            measured[name], measured["fp32"], torch.tensor(topics), len(study.topics), min(size, batches[0][0].numel())
-        )
+        size = batches[0][0].numel()
+        row |= comparison.row_of(measured[name], measured["fp32"], torch.tensor(topics), len(study.topics), size)
         row["block errors"] = comparison.relative_errors(comparison.hidden_states(model, tokens), exact)
         row["weight errors"] = {} if report is None else {layer.name: layer.error for layer in report.layers}
         result.append(row)
@@ -427,14 +432,14 @@ def measure(study: Study, made: dict[str, variants.Variant]) -> list[dict]:
 def summary(facts: dict, rows: list[dict]) -> str:
     exact, options = rows[0], facts["options"]
     header = [
-        "variant", "accuracy %", "points to fp32", "F1 %", "agrees %", "MB", "ms a batch", "quartiles", "times fp32",
+        "variant", "accuracy %", "points to fp32", "F1 %", "agrees %", "MB", "ms a batch", "quartiles", "time / fp32",
         "tokens/s", "error, last block",
     ]  # fmt: skip
     cells = [
         [
             row["variant"], f"{100 * row['accuracy']:.2f}", f"{100 * (row['accuracy'] - exact['accuracy']):+.2f}",
             f"{100 * row['F1']:.2f}", f"{100 * row['agrees']:.1f}", f"{row['MB']:.1f}", f"{row['ms']:.1f}",
-            "{:.1f} - {:.1f}".format(*row["ms quartiles"]), f"{row['times fp32']:.2f}", f"{row['tokens/s']:.0f}",
+            "{:.1f} - {:.1f}".format(*row["ms quartiles"]), f"{row['time / fp32']:.2f}", f"{row['tokens/s']:.0f}",
             f"{row['block errors'][-1]:.4f}",
         ]
         for row in rows

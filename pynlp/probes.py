@@ -26,12 +26,12 @@ def peak_int8_dot(threads: int | None = None, *, seconds: float = 0.2) -> float:
 
 
 def peak_bf16_tile(threads: int | None = None, *, seconds: float = 0.2) -> float:
-    """bf16 FLOP/s of AMX's products of tiles (tdpbf16ps), which no kernel uses yet; 0.0 if the ISA lacks them."""
+    """bf16 FLOP/s of AMX's products of tiles (tdpbf16ps); 0.0 if the ISA lacks them."""
     return _measure("peak_bf16_tile", threads, seconds)
 
 
 def peak_int8_tile(threads: int | None = None, *, seconds: float = 0.2) -> float:
-    """int8 operations/s of AMX's products of tiles (tdpbusd), which no kernel uses yet; 0.0 if the ISA lacks them."""
+    """int8 operations/s of AMX's products of tiles (tdpbusd); 0.0 if the ISA lacks them."""
     return _measure("peak_int8_tile", threads, seconds)
 
 

@@ -137,6 +137,7 @@ pynlp::Integers<BITS> integers(const Tensor& codes, const Tensor& scales, const 
   in.scale_dtype = float_dtype_of(scales);
   STD_TORCH_CHECK(in.scale_dtype != pynlp::Dtype::bfloat16, "pynlp: scale: expected float32 or float16");
   in.scales = scales.const_data_ptr();
+  STD_TORCH_CHECK(!zeros || !minimums, "pynlp: zero_point, minimum: expected one of them");
   if (zeros) in.zeros = data_of<int8_t>(*zeros, ScalarType::Char, scales.numel(), "zero_point");
   if (minimums) in.minimums = data_of<void>(*minimums, scales.scalar_type(), scales.numel(), "minimum");
   return in;

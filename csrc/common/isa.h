@@ -6,6 +6,12 @@
 
 #include "dtype.h"
 
+#if defined(__x86_64__) && __GNUC__ >= 11
+#define PYNLP_COMPILES_AMX_AND_AVX_VNNI 1
+#else
+#define PYNLP_COMPILES_AMX_AND_AVX_VNNI 0
+#endif
+
 namespace pynlp {
 
 // Levels, each with all of those before it.

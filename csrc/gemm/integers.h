@@ -14,8 +14,8 @@ alignas(64) constexpr int16_t ONES[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
 struct Int8Quads {
   static constexpr int PAIR = 4;
   static constexpr int32_t OFFSET = 128;
-  // Without VNNI the sum of a word's first two products must fit in 16 bits, and that of the last two: two values of a
-  // row must not add up to more than MOST_OF_TWO or less than -MOST_OF_TWO. 255 * 128 fits.
+  // Without VNNI the instruction clips the sum of a word's first two products, and of its last two, at 16 bits. 255 times
+  // 128 fits: two neighbours of a row that have one sign may add up to 128, and those of two signs always fit.
   static constexpr bool NARROW = PYNLP_LANES >= 8 && !PYNLP_VNNI;
   static constexpr int32_t MOST_OF_TWO = 128;
 

@@ -10,6 +10,9 @@
 #pragma once
 
 #include "../simd/vector.h"
+#if PYNLP_AMX
+#include "amx.h"
+#endif
 
 namespace pynlp {
 namespace {
@@ -127,6 +130,18 @@ __attribute__((noinline)) void matmul(int64_t rows, int64_t columns, int64_t dep
                                       const float* lane_scale = nullptr) {
   const int32_t* words_a = static_cast<const int32_t*>(a);
   const int32_t* words_b = static_cast<const int32_t*>(b);
+#if PYNLP_AMX
+  if constexpr (E::PAIR > 1 && INTO != Into::scale_and_add) {
+    const int64_t whole = depth / SIDE * SIDE;
+    if (whole > 0 && a_depth == 1) {
+      matmul_in_tiles<E, INTO == Into::add>(rows, columns, whole, words_a, a_row, words_b, b_depth, c, c_row);
+      if (whole < depth)
+        matmul<E, Into::add>(rows, columns, depth - whole, words_a + whole, a_row, 1, words_b + whole * b_depth,
+                             b_depth, c, c_row);
+      return;
+    }
+  }
+#endif
   int64_t column = 0;
   for (; column + TILE_VECTORS * LANES <= columns; column += TILE_VECTORS * LANES) {
     const float* scale = INTO == Into::scale_and_add ? lane_scale + column : nullptr;

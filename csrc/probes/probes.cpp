@@ -26,7 +26,7 @@ double seconds_between(Clock::time_point from, Clock::time_point to) {
 
 // avx512_vnni before avx512_bf16: a CPU with both takes int8_dot from the first; bf16_dot, null there, from the second.
 constexpr Variant<ProbeLoops> VARIANTS[] = {
-#if PYNLP_COMPILES_AMX
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
     {&probes_amx_int8, &Features::amx_int8},
     {&probes_amx_bf16, &Features::amx_bf16},
 #endif
@@ -35,7 +35,7 @@ constexpr Variant<ProbeLoops> VARIANTS[] = {
     {&probes_avx512_bf16, &Features::avx512_bf16},
     {&probes_avx512, &Features::avx512},
 #endif
-#if PYNLP_COMPILES_AMX
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
     {&probes_avx_vnni, &Features::avx_vnni},
 #endif
 #if defined(__x86_64__)

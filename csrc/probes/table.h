@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
+
 namespace pynlp {
 
 struct ProbeLoops {
@@ -17,12 +19,6 @@ struct ProbeLoops {
   void (*copy)(const char* from, char* to, int64_t bytes);
 };
 
-#if defined(__x86_64__) && __GNUC__ >= 11
-#define PYNLP_COMPILES_AMX 1  // and AVX-VNNI
-#else
-#define PYNLP_COMPILES_AMX 0
-#endif
-
 extern const ProbeLoops probes_portable;
 #if defined(__x86_64__)
 extern const ProbeLoops probes_avx2;
@@ -30,7 +26,7 @@ extern const ProbeLoops probes_avx512;
 extern const ProbeLoops probes_avx512_vnni;
 extern const ProbeLoops probes_avx512_bf16;
 #endif
-#if PYNLP_COMPILES_AMX
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
 extern const ProbeLoops probes_avx_vnni;
 extern const ProbeLoops probes_amx_bf16;
 extern const ProbeLoops probes_amx_int8;

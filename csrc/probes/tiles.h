@@ -1,6 +1,7 @@
 // The probes' products of tiles: of 16 rows x 64 bytes by 16 columns x 64 bytes, into 16 x 16 sums of 32 bits.
 #pragma once
 
+#include "../gemm/amx.h"
 #include "table.h"
 
 namespace pynlp {
@@ -8,18 +9,8 @@ namespace {
 
 constexpr int PRODUCTS = 4;  // a round: each takes 16 cycles, and its sums are there after 52
 
-void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } tiles = {};
-  tiles.palette = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    tiles.row_bytes[tile] = 64;
-    tiles.rows[tile] = 16;
-  }
-  _tile_loadconfig(&tiles);
+void clear_tiles() {
+  configure_tiles(2 * SIDE);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -31,7 +22,7 @@ void configure_tiles() {
 }
 
 double bf16_tile_rounds(int64_t rounds) {
-  configure_tiles();
+  clear_tiles();
   for (int64_t round = 0; round < rounds; ++round) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -43,7 +34,7 @@ double bf16_tile_rounds(int64_t rounds) {
 }
 
 double int8_tile_rounds(int64_t rounds) {
-  configure_tiles();
+  clear_tiles();
   for (int64_t round = 0; round < rounds; ++round) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);

@@ -68,12 +68,12 @@ PYNLP_INLINE uint32_t exceed_in_pairs(Unit codes, int most) {
 #endif
 }
 
-// sum + products of codes without a sign, at most 128, and codes with one, at least -127.
+// sum + products of codes without a sign and codes with one. No sum of two products may leave 16 bits: the codes are at
+// most 128 and 127 in magnitude, or those without a sign are 1.
 PYNLP_INLINE Eight multiply_add(Eight sum, Unit plain, Unit with_sign) {
 #if PYNLP_VNNI
   return add_byte_products(sum, plain, with_sign);
 #elif PYNLP_LANES >= 8
-  // No pair of products exceeds 16 bits: 2 * 128 * 127.
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)plain, (__m256i)with_sign);
   return sum + (Eight)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else

@@ -122,12 +122,13 @@ class DynamicDots {
       work(unit_at<BITS>(codes + whole * BYTES, columns_ - whole * CODES_UNIT), whole, Constant<0>{});
   }
 
-  // The sums of products of a unit's codes, and of those of row m of x.
-  PYNLP_INLINE Eight multiplied(Unit codes, Unit plain, int64_t unit, int m, Eight sum = Eight{}) const {
+  // The sums of products of a unit's codes, whose magnitudes are given, too, and of those of row m of x. One factor of
+  // the instruction has no sign: w x = |w| (x with the sign of w).
+  PYNLP_INLINE Eight multiplied(Unit codes, Unit magnitudes, int64_t unit, int m, Eight sum = Eight{}) const {
     const Unit x = load_unit(x_.row(m) + unit * CODES_UNIT);
-    return multiply_add(sum, plain, BITS == 8 ? signs_moved(x, codes) : x);
+    return multiply_add(sum, magnitudes, BITS == 8 ? signs_moved(x, codes) : x);
   }
-  static PYNLP_INLINE Unit plain(Unit codes) { return BITS == 8 ? magnitude(codes) : codes; }
+  static PYNLP_INLINE Unit magnitudes_of(Unit codes) { return BITS == 8 ? magnitude(codes) : codes; }
 
   // A row has one scale: its sums are integers to the end, and rounded once.
   template <int ROWS>
@@ -136,9 +137,9 @@ class DynamicDots {
     for (int64_t first = 0; first < units(); first += MOST_UNITS) {
       Eight own[ROWS] = {};
       each_unit(n, first, smaller(units(), first + MOST_UNITS), [&](Unit codes, int64_t unit, auto) {
-        const Unit positive = plain(codes);
+        const Unit magnitudes = magnitudes_of(codes);
 #pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) own[m] = multiplied(codes, positive, unit, m, own[m]);
+        for (int m = 0; m < ROWS; ++m) own[m] = multiplied(codes, magnitudes, unit, m, own[m]);
       });
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) sums[m][0] += static_cast<float>(lane_sum(own[m])) * scales[0];
@@ -156,10 +157,10 @@ class DynamicDots {
       const int64_t end = smaller(units(), unit + group_units);
       EightFloats own[ROWS] = {};
       const auto add = [&](Unit codes, int64_t number, auto) {
-        const Unit positive = plain(codes);
+        const Unit magnitudes = magnitudes_of(codes);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) {
-          const EightFloats some = to_floats(multiplied(codes, positive, number, m));
+          const EightFloats some = to_floats(multiplied(codes, magnitudes, number, m));
           own[m] += SCALED ? some * x_scales[m * x_groups + number] : some;
         }
       };
@@ -193,11 +194,11 @@ class DynamicDots {
     const int64_t pitch = padded(units());
     EightFloats odd[ROWS] = {};
     each_unit(n, 0, units(), [&](Unit codes, int64_t unit, auto turn) {
-      const Unit positive = plain(codes);
+      const Unit magnitudes = magnitudes_of(codes);
       auto& into = decltype(turn)::value && ROWS <= 4 ? odd : sums;
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m)
-        into[m] += to_floats(multiplied(codes, positive, unit, m)) * products[m * pitch + unit];
+        into[m] += to_floats(multiplied(codes, magnitudes, unit, m)) * products[m * pitch + unit];
     });
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) sums[m] += odd[m];
@@ -211,10 +212,11 @@ class DynamicDots {
       const int64_t k = unit * CODES_UNIT;
       const float low = scales[k / group], high = scales[smaller((k + CODES_UNIT / 2) / group, groups_ - 1)];
       const EightFloats scale = {low, low, low, low, high, high, high, high};
-      const Unit positive = plain(codes);
+      const Unit magnitudes = magnitudes_of(codes);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m)
-        sums[m] += to_floats(multiplied(codes, positive, unit, m)) * (scale * (in_.x_group ? x_.scale(m, unit) : 1.0f));
+        sums[m] +=
+            to_floats(multiplied(codes, magnitudes, unit, m)) * (scale * (in_.x_group ? x_.scale(m, unit) : 1.0f));
     });
   }
 

@@ -1,6 +1,6 @@
 // Rows of x, rounded to 8 bits, by a weight of integers, at full width: a panel of the weight at a time. Rows of x are
-// in the lanes: y^T = W x^T, as in linear.h. Sums are exact: of a pair of codes for which the instruction would not
-// hold them, a part is multiplied apart.
+// in the lanes: y^T = W x^T, as in linear.h. Sums are exact: where the instruction would clip the products of a pair of
+// codes, the excess is multiplied apart (`Pair`), or, if there are many, all codes are halved.
 #pragma once
 
 #include "../gemm/integers.h"
@@ -20,8 +20,8 @@ class DynamicIntegerLinear {
         words_(row_words<E>(columns_)),
         panels_((in.rows + PANEL - 1) / PANEL),
         blocks_((outputs_ + BLOCK - 1) / BLOCK),
-        group_runs_((smaller(in.weight.group, columns_) + MOST_CODES - 1) / MOST_CODES),
-        runs_(in.weight.groups * group_runs_),
+        runs_of_group_((smaller(in.weight.group, columns_) + MOST_CODES - 1) / MOST_CODES),
+        runs_(in.weight.groups * runs_of_group_),
         sums_of_x_(in.weight.has_zeros() || in.weight.minimums),
         values_(in.weight),
         rounded_(in),
@@ -67,12 +67,13 @@ class DynamicIntegerLinear {
     }
   };
 
-  // A run: columns of one group, so few that sums of products of codes stay in 32 bits.
+  // A group is cut into runs of at most MOST_CODES codes, whose sums of products stay in 32 bits: run r is part
+  // r % runs_of_group_ of group r / runs_of_group_.
   int64_t run_start(int64_t run) const {
-    return smaller(columns_, run / group_runs_ * in_.weight.group + run % group_runs_ * MOST_CODES);
+    return smaller(columns_, run / runs_of_group_ * in_.weight.group + run % runs_of_group_ * MOST_CODES);
   }
   int64_t run_end(int64_t run) const {
-    return smaller(run_start(run) + MOST_CODES, smaller(columns_, (run / group_runs_ + 1) * in_.weight.group));
+    return smaller(run_start(run) + MOST_CODES, smaller(columns_, (run / runs_of_group_ + 1) * in_.weight.group));
   }
 
   int32_t* panel_of_x(int64_t panel) const { return static_cast<int32_t*>(x_.data) + panel * PANEL * words_; }
@@ -179,6 +180,7 @@ class DynamicIntegerLinear {
       for (int64_t n = 0; n < count; ++n) memset(s.products + n * PITCH, 0, rows * sizeof(float));
     for (int64_t run = 0; run < runs_; ++run) {
       const int64_t start = run_start(run), end = run_end(run);
+      if (start == end) continue;  // the last group is shorter by whole runs
       for (int64_t n = 0; n < count; ++n) s.code_sums[n] = Eight{};
       for (int64_t k = start; k < end; k += DEPTH * E::PAIR) {
         const int64_t values = smaller(DEPTH * E::PAIR, end - k), words = (values + E::PAIR - 1) / E::PAIR;
@@ -200,13 +202,17 @@ class DynamicIntegerLinear {
       }
       for (int64_t n = 0; n < count; ++n) scale(s, first, n, run, first_row, rows);
     }
+    const int64_t outliers = rounded_.outlier_count();
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t i = 0; i < outliers; ++i)
+        s.outliers[n * outliers + i] = values_.one(first + n, rounded_.outliers()[i]);
     for (int64_t m = 0; m < rows; m += PANEL) write(s, first, count, first_row + m, smaller(PANEL, rows - m), m);
   }
 
   // products = or += the values of sums of a run's codes, for row first + n of the weight.
   void scale(const Scratch& s, int64_t first, int64_t n, int64_t run, int64_t first_row, int64_t rows) const {
     const Integers<BITS>& weight = in_.weight;
-    const int64_t group = weight.group_of(first + n, run / group_runs_);
+    const int64_t group = weight.group_of(first + n, run / runs_of_group_);
     const Float scale = broadcast(scale_at(weight.scales, weight.scale_dtype, group));
     const Float minimum = broadcast(weight.minimums ? scale_at(weight.minimums, weight.scale_dtype, group) : 0.0f);
     const Int zero = broadcast(weight.zero(group)), offset = broadcast(E::OFFSET * lane_sum(s.code_sums[n]));
@@ -232,18 +238,14 @@ class DynamicIntegerLinear {
       float* products = s.products + n * PITCH + place;
       for (int64_t m = 0; m < PANEL; m += LANES) store(products + m, load(products + m) * load(scales + m));
     }
-    if (outliers) {
-      for (int64_t n = 0; n < count; ++n)
-        for (int64_t i = 0; i < outliers; ++i)
-          s.outliers[n * outliers + i] = values_.one(first + n, rounded_.outliers()[i]);
+    if (outliers)
       matmul<Fp32, Into::add>(count, PANEL, outliers, s.outliers, outliers, 1, outliers_of_x(row / PANEL), PANEL,
                               s.products + place, PITCH, nullptr);
-    }
     write_panel<BLOCK, PANEL>(in_, s.products + place, PITCH, first, count, row, rows, s.rows);
   }
 
   const DynamicLinear<Integers<BITS>>& in_;
-  const int64_t outputs_, columns_, words_, panels_, blocks_, group_runs_, runs_;
+  const int64_t outputs_, columns_, words_, panels_, blocks_, runs_of_group_, runs_;
   const bool sums_of_x_;  // whether the weight's zeros or minimums need them
   const IntegerValues<BITS> values_;
   const RoundedRows<Integers<BITS>> rounded_;
@@ -254,21 +256,32 @@ class DynamicIntegerLinear {
 
 // x rounded, and widened again: the product with floats then.
 template <int BITS>
-void linear_of_rounded(const DynamicLinear<Integers<BITS>>& problem) {
-  const RoundedRows<Integers<BITS>> rounded(problem);
-  const int64_t columns = problem.weight.columns;
-  const Buffer x(problem.rows * columns * sizeof(float));
-  for (int64_t m = 0; m < problem.rows; ++m) {
-    for (int64_t number = 0, k = 0; k < columns; ++number) {
-      const float scale = rounded.scale(m, number);
-      for (const int64_t end = smaller(columns, k + problem.x_group); k < end; ++k)
-        x.floats()[m * columns + k] = static_cast<float>(rounded.row(m)[k]) * scale;
+class RoundedThenWidened {
+ public:
+  explicit RoundedThenWidened(const DynamicLinear<Integers<BITS>>& in)
+      : in_(in), columns_(in.weight.columns), rounded_(in), x_(in.rows * columns_ * sizeof(float)) {}
+
+  void run() {
+    run_tasks<&RoundedThenWidened::widen>(in_.rows, in_.rows * columns_, this);
+    LinearForward<Integers<BITS>> near = in_;
+    near.x = {x_.data, columns_, Dtype::float32};
+    Linear<Fp32, IntegerValues<BITS>, Integers<BITS>>(near).run();
+  }
+
+ private:
+  void widen(int64_t row) const {
+    for (int64_t number = 0, k = 0; k < columns_; ++number) {
+      const float scale = rounded_.scale(row, number);
+      for (const int64_t end = smaller(columns_, k + in_.x_group); k < end; ++k)
+        x_.floats()[row * columns_ + k] = static_cast<float>(rounded_.row(row)[k]) * scale;
     }
   }
-  LinearForward<Integers<BITS>> near = problem;
-  near.x = {x.data, columns, Dtype::float32};
-  Linear<Fp32, IntegerValues<BITS>, Integers<BITS>>(near).run();
-}
+
+  const DynamicLinear<Integers<BITS>>& in_;
+  const int64_t columns_;
+  const RoundedRows<Integers<BITS>> rounded_;
+  const Buffer x_;  // (rows, columns)
+};
 
 }  // namespace
 }  // namespace pynlp

@@ -42,8 +42,8 @@ inline bool first_is_high(FourBitType type) { return type != FourBitType::mxfp4;
 
 // 2^(code - 127), NaN for 255.
 inline float e8m0_value(uint8_t code) {
-  if (code == 0) return 0x1p-127f;
-  return float_of_bits(code == 255 ? 0x7fc00000u : static_cast<uint32_t>(code) << 23);
+  const uint32_t bits = code == 0 ? 0x00400000u : static_cast<uint32_t>(code) << 23;
+  return float_of_bits(code == 255 ? 0x7fc00000u : bits);
 }
 
 // The values of a unit's codes, in order.
@@ -75,8 +75,7 @@ class Lookup {
 #if PYNLP_AVX512
 #pragma GCC unroll 2
     for (int v = 0; v < UNIT_VECTORS; ++v)
-      to[v] = (Float)_mm512_permutexvar_ps(_mm512_srlv_epi32(sixteen_nibbles(packed + 8 * v), (__m512i)shifts_),
-                                           table_);
+      to[v] = (Float)_mm512_permutexvar_ps(sixteen_nibbles(packed + 8 * v, shifts_), table_);
 #elif PYNLP_LANES == 8
     const __m256i codes = spread_nibbles(packed, moved_mask_, mask_);
     const __m256i a = _mm256_shuffle_epi8(planes_[0], codes), b = _mm256_shuffle_epi8(planes_[1], codes);
@@ -100,7 +99,7 @@ class Lookup {
  private:
 #if PYNLP_AVX512
   __m512 table_;
-  Int shifts_;
+  alignas(64) int32_t shifts_[LANES];
 #elif PYNLP_LANES == 8
   __m256i planes_[4], moved_mask_, mask_;
 #else
@@ -128,7 +127,11 @@ class Scales {
   // Those of `count` blocks: where they are, or in `room`.
   PYNLP_INLINE const float* of(int64_t first, int64_t count, float* room) const {
     if (in_.scales) return in_.scales + first;
-    for (int64_t i = 0; i < count; ++i) room[i] = of(first + i);
+    if (in_.type == FourBitType::mxfp4) {
+      for (int64_t i = 0; i < count; ++i) room[i] = e8m0_value(in_.scale_codes[first + i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) room[i] = of(first + i);
+    }
     return room;
   }
 

@@ -54,13 +54,19 @@ class IntegerDots {
       for (int i = 0; i < CHAINS * ROWS; ++i) own[i / ROWS][i % ROWS] = Float{};
       int64_t i = k;
       const typename ReaderOf<BITS>::type reader(zero[0]);
-      for (; i + UNIT <= end; i += UNIT) {
+      constexpr int UNITS = CHAINS > UNIT_VECTORS ? CHAINS / UNIT_VECTORS : 1;  // at once, a vector for each sum
+      for (; i + UNITS * UNIT <= end; i += UNITS * UNIT) {
         __builtin_prefetch(codes + i * BITS / 8 + FEW_AHEAD);
-        Float values[UNIT_VECTORS];
-        reader.read(codes + i * BITS / 8, values);
+#pragma GCC unroll 2
+        for (int u = 0; u < UNITS; ++u) {
+          const int64_t first = i + u * UNIT;
+          Float values[UNIT_VECTORS];
+          reader.read(codes + first * BITS / 8, values);
 #pragma GCC unroll 8
-        for (int v = 0; v < UNIT_VECTORS; ++v)
-          add<ROWS>(MINIMUM ? values[v] * scale + minimum : values[v], i + v * LANES, own[v % CHAINS]);
+          for (int v = 0; v < UNIT_VECTORS; ++v)
+            add<ROWS>(MINIMUM ? values[v] * scale + minimum : values[v], first + v * LANES,
+                      own[(u * UNIT_VECTORS + v) % CHAINS]);
+        }
       }
       for (; i < end; i += LANES) {
         uint8_t some[LANES] = {};

@@ -26,11 +26,7 @@ PYNLP_INLINE Int load_codes(const uint8_t* codes) {
   } else {
     // Eight codes lie in a word: each lane moves its own down to the last 4 bits.
 #if PYNLP_AVX512
-    const __m512i low = _mm512_broadcastd_epi32(_mm_loadu_si32(codes));
-    const __m512i both = _mm512_mask_broadcastd_epi32(low, 0xff00, _mm_loadu_si32(codes + 4));
-    const __m512i shifts =
-        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    return (Int)_mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi32(15));
+    return (Int)_mm512_and_si512(sixteen_nibbles(codes, NIBBLE_SHIFTS), _mm512_set1_epi32(15));
 #elif PYNLP_LANES == 8
     int32_t word;
     memcpy(&word, codes, sizeof word);

@@ -47,14 +47,25 @@ void dynamic(const DynamicLinear<Integers<BITS>>& problem) {
   if (problem.rows <= MOST_FEW)
     DynamicDots<BITS>(problem).run();
   else if (problem.x_group)
-    linear_of_rounded(problem);
+    RoundedThenWidened<BITS>(problem).run();
   else
     DynamicIntegerLinear<BITS>(problem).run();
 }
 
 #if PYNLP_VNNI
-// Products of codes alone differ from those of the target without VNNI.
-constexpr QuantizationKernels KERNELS = {.int8_dynamic_linear = dynamic<8>, .int4_dynamic_linear = dynamic<4>};
+// With VNNI only products of codes differ; `pick` takes all else from the next variant.
+constexpr QuantizationKernels INTEGER_PRODUCTS = {.int8_dynamic_linear = dynamic<8>, .int4_dynamic_linear = dynamic<4>};
+#if PYNLP_AMX
+// With tiles products of bf16 differ, too.
+constexpr QuantizationKernels BF16_PRODUCTS = {
+    .linear_4bit = forward<FourBitValues, FourBitDots, FourBit>,
+    .linear_4bit_backward = backward<FourBitValues, FourBit>,
+    .int8_linear = forward<IntegerValues<8>, IntegerDots<8>, Int8>,
+    .int4_linear = forward<IntegerValues<4>, IntegerDots<4>, Int4>,
+    .int8_linear_backward = backward<IntegerValues<8>, Int8>,
+    .int4_linear_backward = backward<IntegerValues<4>, Int4>,
+};
+#endif
 #else
 constexpr QuantizationKernels KERNELS = {
     [](const Quantize4bit& problem) { Quantize(problem).run(); },

@@ -10,10 +10,14 @@ constexpr int64_t UNIT = 32, UNIT_BYTES = UNIT / 2;
 constexpr int UNIT_VECTORS = UNIT / LANES;
 
 #if PYNLP_AVX512
-// Eight codes in each word, in the lower lanes the first eight: a lane moves its own down to the last 4 bits.
-PYNLP_INLINE __m512i sixteen_nibbles(const uint8_t* packed) {
-  const __m512i low = _mm512_broadcastd_epi32(_mm_loadu_si32(packed));
-  return _mm512_mask_broadcastd_epi32(low, 0xff00, _mm_loadu_si32(packed + 4));
+// A code in the last 4 bits of each lane: every word has eight of them, and each lane moves its own down.
+alignas(64) constexpr int32_t NIBBLE_SHIFTS[16] = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+
+PYNLP_INLINE __m512i sixteen_nibbles(const uint8_t* packed, const int32_t* shifts) {
+  int32_t words[2];
+  memcpy(words, packed, sizeof words);
+  const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+  return _mm512_srlv_epi32(both, _mm512_load_si512(shifts));
 }
 #elif PYNLP_LANES == 8
 // A code in each byte. Codes 8 n to 8 n + 3 come into the lower half of vector n, the next four into the upper one: the
@@ -65,10 +69,9 @@ class Nibbles {
   // The values of a unit's codes, in order.
   PYNLP_INLINE void read(const uint8_t* packed, Float (&to)[UNIT_VECTORS]) const {
 #if PYNLP_AVX512
-    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
 #pragma GCC unroll 2
     for (int v = 0; v < UNIT_VECTORS; ++v)
-      to[v] = (Float)_mm512_permutexvar_ps(_mm512_srlv_epi32(sixteen_nibbles(packed + 8 * v), shifts), (__m512)table_);
+      to[v] = (Float)_mm512_permutexvar_ps(sixteen_nibbles(packed + 8 * v, NIBBLE_SHIFTS), (__m512)table_);
 #elif PYNLP_LANES == 8
     const __m256i codes = spread_nibbles(packed, _mm256_set1_epi16(0x0f00), _mm256_set1_epi16(0x000f));
     const __m256i c = _mm256_shuffle_epi8(planes_[0], codes), d = _mm256_shuffle_epi8(planes_[1], codes);

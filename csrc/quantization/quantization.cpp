@@ -7,11 +7,19 @@ namespace pynlp {
 namespace {
 
 constexpr Variant<QuantizationKernels> VARIANTS[] = {
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
+    {&quantization_amx_int8, &Features::amx_int8},
+    {&quantization_amx_bf16, &Features::amx_bf16},
+#endif
 #if defined(__x86_64__)
     {&quantization_avx512_vnni, &Features::avx512_vnni},
     {&quantization_avx512_bf16, &Features::avx512_bf16},
     {&quantization_avx512, &Features::avx512},
+#endif
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
     {&quantization_avx_vnni, &Features::avx_vnni},
+#endif
+#if defined(__x86_64__)
     {&quantization_avx2, &Features::avx2},
 #endif
     {&quantization_portable},

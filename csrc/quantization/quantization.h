@@ -36,7 +36,7 @@ struct Integers {
   PYNLP_INLINE int64_t row_bytes() const { return BITS == 8 ? columns : (columns + 1) / 2; }
   PYNLP_INLINE int64_t group_of(int64_t row, int64_t number) const { return row * scale_stride + number; }
   PYNLP_INLINE int32_t zero(int64_t group) const { return zeros ? zeros[group] : BITS == 4 && !minimums ? 8 : 0; }
-  bool has_zeros() const { return zeros || (BITS == 4 && !minimums); }
+  PYNLP_INLINE bool has_zeros() const { return zeros || (BITS == 4 && !minimums); }
 };
 using Int8 = Integers<8>;
 using Int4 = Integers<4>;

@@ -1,6 +1,7 @@
 // The kernels of quantized weights, and the variants of them.
 #pragma once
 
+#include "../common/isa.h"
 #include "quantization.h"
 
 namespace pynlp {
@@ -24,10 +25,14 @@ struct QuantizationKernels {
 extern const QuantizationKernels quantization_portable;
 #if defined(__x86_64__)
 extern const QuantizationKernels quantization_avx2;
-extern const QuantizationKernels quantization_avx_vnni;
 extern const QuantizationKernels quantization_avx512;
 extern const QuantizationKernels quantization_avx512_bf16;
 extern const QuantizationKernels quantization_avx512_vnni;
+#endif
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
+extern const QuantizationKernels quantization_avx_vnni;
+extern const QuantizationKernels quantization_amx_bf16;
+extern const QuantizationKernels quantization_amx_int8;
 #endif
 
 }  // namespace pynlp

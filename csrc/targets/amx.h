@@ -4,3 +4,5 @@
 #pragma GCC target("avx512vnni,amx-tile,amx-int8,amx-bf16")
 #undef PYNLP_VNNI
 #define PYNLP_VNNI 1
+#undef PYNLP_AMX
+#define PYNLP_AMX 1

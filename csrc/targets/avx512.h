@@ -14,3 +14,4 @@
 #define PYNLP_AVX512 1
 #define PYNLP_BF16 0
 #define PYNLP_VNNI 0
+#define PYNLP_AMX 0

@@ -126,9 +126,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         dtype = torch.promote_types(x.dtype, self.lora_A.dtype)
         x = nn.functional.dropout(x, self.dropout, self.training).to(dtype)
-        inner = nn.functional.linear(x, self.lora_A.to(dtype))
-        update = nn.functional.linear(inner, self.lora_B.to(dtype))
-        return torch.add(y, update, alpha=self.scaling).to(y.dtype)
+        # Not torch.add's alpha, which torch 2.13's inductor drops where the other term is a product.
+        inner = nn.functional.linear(x, self.lora_A.to(dtype)) * self.scaling
+        return (y + nn.functional.linear(inner, self.lora_B.to(dtype))).to(y.dtype)
 
     def merge(self) -> float:
         """Put the adapter, as it is now, into the weight of a copy of the base, which forward then uses.

@@ -67,7 +67,10 @@ class QuantizedLinear(nn.Module):
         return torch.tensor(list(json.dumps(facts | more).encode()), dtype=torch.uint8)
 
     def _read_facts(self, written: Tensor) -> tuple[dict[str, Any], torch.dtype]:
-        facts = json.loads(bytes(written.tolist()))
+        try:
+            facts = json.loads(bytes(written.tolist()))
+        except ValueError:
+            raise ValueError("expected JSON in the quant_state beside it, got damaged bytes") from None
         if not isinstance(facts, dict) or not {"dtype", "shape"} <= facts.keys():
             raise ValueError("expected dtype and shape in the quant_state beside it")
         if tuple(facts["shape"]) != (self.out_features, self.in_features):
@@ -90,7 +93,7 @@ class QuantizedLinear(nn.Module):
             assigned = metadata.get("assign_to_params_buffers", False)
             device = weight.device if assigned else self.weight.device
             try:
-                if weight.is_floating_point():
+                if weight.is_floating_point() and not any(key.startswith("weight.quant_state.") for key in own):
                     if tuple(weight.shape) != (self.out_features, self.in_features):
                         raise ValueError(
                             f"expected shape {(self.out_features, self.in_features)}, got {tuple(weight.shape)}"
@@ -205,6 +208,7 @@ class Linear4bit(QuantizedLinear):
         found = [name for name in QUANT_TYPES if _facts_key(name) in parts]
         if not found:
             raise ValueError("expected a dense weight, or a quant_state beside it, which tells what its codes mean")
+        packed = packed.contiguous().view(torch.uint8).view(-1, 1)  # of bitsandbytes' quant_storage
         facts, dtype = self._read_facts(parts[_facts_key(found[0])])
         if facts.get("quant_type") != found[0]:
             raise ValueError(f"expected quant_type {found[0]!r}, got {facts.get('quant_type')!r}")

@@ -149,12 +149,12 @@ class Runs:
         return True
 
     def _replayed(self, block: nn.Module, forward: Callable) -> Callable:
-        place, name = self.order[block], self._lists[block]
+        place, blocks = self.order[block], self._lists[block]
 
         def run(*args, **kwargs):
             if place >= self.stage or not self._is_replaying:
                 return forward(*args, **kwargs)
-            key = name, self.batch
+            key = blocks, self.batch  # of a list's blocks only the latest result is kept
             if key not in self._saved or self._saved[key][0] < place:
                 self._saved[key] = place, forward(*args, **kwargs)
             return copy.deepcopy(self._saved[key][1])  # which the model may change

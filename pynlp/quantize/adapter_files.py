@@ -46,7 +46,7 @@ def save_adapters(model: nn.Module, path: str | Path, *, layout: str = "pynlp") 
 
     Raises:
         ValueError, TypeError: an argument is off, there are no adapters, or they differ where PEFT has one value.
-        OSError: it could not be written; an earlier file is as it was.
+        OSError: it could not be written; each earlier file is as it was, or whole and new.
 
     Example:
         >>> import torch
@@ -158,7 +158,10 @@ def _read(path: Path) -> dict[str, _Saved]:
     try:
         if path.name == PEFT_CONFIG:
             options_of = _peft_options(_json(path.read_text(encoding="utf-8")))
-            return _gather(_read_tensors(path.with_name(PEFT_FILE))[0], PEFT_PREFIX, ".weight", options_of)
+            tensors, _ = _read_tensors(path.with_name(PEFT_FILE))
+            # Of a layer that is tied, or may be, PEFT writes the base, too.
+            tensors = {key: x for key, x in tensors.items() if ".base_layer." not in key}
+            return _gather(tensors, PEFT_PREFIX, ".weight", options_of)
         tensors, metadata = _read_tensors(path)
         if FACTS not in metadata:
             raise ValueError("expected adapters that save_adapters wrote, got other tensors")
@@ -285,7 +288,7 @@ def _write(contents: dict[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for path in contents:
             partial[path].replace(path)
-    except OSError:
+    except BaseException:
         for path in partial.values():
             path.unlink(missing_ok=True)
         raise

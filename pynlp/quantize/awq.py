@@ -17,7 +17,7 @@ def awq_scale(
     magnitude: Tensor,  # (K,), mean |x|
     rounded: Callable[[Tensor], Tensor],  # a weight after quantization
 ) -> Tensor:
-    """Scales mean|x|^a `(K,)`, of the a from 0 to 1 with the least error of the layers' outputs.
+    """Scales mean|x|^a `(K,)`, of the a from 0 to below 1 with the least error of the layers' outputs.
 
     ||(W - rounded(W diag(s)) diag(1/s)) X||^2 is the error's inner product with itself by X X^T. Lin et al.,
     arXiv 2306.00978, equations 4 and 5.

@@ -44,7 +44,7 @@ def calibrate(
     Args:
         batches: What the model takes: tensors, or dicts of its arguments; gone through several times, so kept as a
             list. Tokens of padding count as others do: leave them out. For language models 128 rows of 2048 tokens, of
-            text as it will read, are usual. AWQ and SmoothQuant run the first one some times for each layer.
+            text as it will read, are usual. AWQ and SmoothQuant run the first batch several times for each layer.
         how: As `quantize_`'s.
         method: "gptq", "awq" or "smoothquant".
         skip: As `quantize_`'s.
@@ -231,7 +231,7 @@ class _Calibration:
     def _undo(self) -> None:
         for layer in self.new:
             self.plan.replace(layer, layer)
-        for x, before in self.before:
+        for x, before in reversed(self.before):
             x.detach().copy_(before)
 
 

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pynlp.integrations.transformers import PynlpConfig
+from pynlp.nn import Linear8bit
 from pynlp.nn.quantized_linear import QuantizedLinear
-from pynlp.quantize import QUANTIZATIONS, quantize_
+from pynlp.quantize import QUANTIZATIONS, add_adapters, quantize_, remove_adapters
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
 MODELS = {
@@ -163,6 +164,17 @@ def test_gradients_go_through(small):
     model(TOKENS, labels=TOKENS).loss.backward()
     assert model.model.embed_tokens.weight.grad.norm() > 0
     assert model.hf_quantizer.is_trainable and model.hf_quantizer.is_serializable()
+
+
+def test_what_could_not_be_loaded_is_not_saved(small, tmp_path):
+    model = hf.LlamaForCausalLM.from_pretrained(small[0])
+    add_adapters(model, rank=2)
+    with pytest.raises(ValueError, match="model: expected no adapters, which save_adapters writes"):
+        model.save_pretrained(tmp_path / "other")
+    remove_adapters(model)
+    model.model.layers[0].mlp.up_proj = Linear8bit(64, 32)
+    with pytest.raises(ValueError, match="expected Linear4bits, as .* says, got Linear8bit as model.layers.0.mlp.up"):
+        model.save_pretrained(tmp_path / "other")
 
 
 def test_errors_of_the_config():

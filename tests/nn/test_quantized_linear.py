@@ -53,6 +53,10 @@ def test_forward_is_that_of_the_dense_weight(cls, options):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     y.sum().backward()
     assert x.grad.isfinite().all()
+    if layer.bias is not None:
+        layer.bias.grad = None
+        layer(torch.randn(96)).sum().backward()
+        assert torch.equal(layer.bias.grad, torch.ones(40))
     assert {name for name, _ in layer.named_parameters()} == ({"bias"} if layer.bias is not None else set())
 
 
@@ -151,9 +155,10 @@ def test_bitsandbytes_loads_ours_and_we_load_theirs(quant_type, double_quant, bn
     theirs = theirs.to("cpu")  # which quantizes
     their_weight = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
 
-    ours = Linear4bit(128, 96)
-    ours.load_state_dict(theirs.state_dict())
-    assert torch.equal(ours.dequantize(), their_weight)
+    for stored in (torch.uint8, torch.bfloat16):  # their quant_storage
+        ours, state = Linear4bit(128, 96), theirs.state_dict()
+        ours.load_state_dict(state | {"weight": state["weight"].view(-1).view(stored)[:, None]})
+        assert torch.equal(ours.dequantize(), their_weight) and ours.weight.dtype == torch.uint8
 
     ours = Linear4bit.from_linear(dense, quant_type=quant_type, double_quant=double_quant)
     state = {name.removeprefix("weight."): x for name, x in ours.state_dict().items() if name.startswith("weight.")}
@@ -189,7 +194,10 @@ def without(*names):
         (lambda: damaged(dtype="complex65"), "weight: expected dtype to be one of"),
         (lambda: {**damaged(), "weight": torch.zeros(7, 1, dtype=torch.uint8)}, "packed: expected 1024 bytes"),
         (lambda: {**damaged(), "weight.quant_map": torch.zeros(16)}, "quant_map to be nf4's codes"),
-        (lambda: {**damaged(), "weight.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)}, "weight: "),
+        (
+            lambda: {**damaged(), "weight.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)},
+            "weight: expected JSON in the quant_state beside it",
+        ),
     ],
 )
 def test_a_foreign_or_damaged_checkpoint_changes_nothing(state, message):

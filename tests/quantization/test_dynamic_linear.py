@@ -106,6 +106,16 @@ def test_pairs_of_large_codes(columns, share, isa):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("rows", [2, 9])
+def test_groups_of_more_columns_than_32_bits_hold_products_of(rows, isa):
+    """Each is summed in parts, of which the last group has fewer."""
+    x, weight = torch.randn(rows, 65552), torch.randn(3, 65552)
+    for group in (32784, 65536):
+        codes, state, exact = quantized(8, "affine", group, weight)
+        check(int8_dynamic_linear(x, codes, state), rounded(x, 65552), exact, torch.zeros(3).double(), 3e-6)
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_largest_codes(bits, rows, isa):
@@ -171,8 +181,9 @@ def test_zeros_huge_subnormal_and_not_finite_rows(rows, isa):
     for value in (math.nan, math.inf, -math.inf):
         x[1] = 1
         x[1, 69] = value
-        y = int8_dynamic_linear(x, codes, state)
-        assert y[0].isfinite().all() and y[1].isnan().all()
+        for dtype in (torch.float32, torch.float64):
+            y = int8_dynamic_linear(x.to(dtype), codes, state)
+            assert y[0].isfinite().all() and y[1].isnan().all()
 
 
 def test_gradients_are_those_of_x_as_it_was():

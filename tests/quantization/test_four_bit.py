@@ -226,6 +226,7 @@ BAD = {
     "no tensor": (dict(x=[1.0]), TypeError, "x: expected a tensor, got list"),
     "no state": (dict(state=None), TypeError, "state: expected a QuantState4bit, .*got NoneType"),
     "packed's size": (dict(packed=GOOD[0][1:]), ValueError, r"packed: expected 256 bytes for .*\(8, 64\), got 255"),
+    "packed's shape": (dict(packed=GOOD[0].view(8, 32)), ValueError, r"packed: expected shape \(n, 1\), .*\(8, 32\)"),
     "packed's dtype": (dict(packed=GOOD[0].int()), TypeError, "packed: expected dtype uint8, got torch.int32"),
     "unknown type": (
         dict(state=GOOD[1]._replace(quant_type="nf5")), ValueError, "quant_type: expected 'nf4', .*got 'nf5'"
@@ -255,6 +256,11 @@ def test_bad_arguments(case):
         linear_4bit(**arguments)
 
 
+def test_scales_whose_sum_is_infinite():
+    packed, state = quantize_4bit(torch.full((8, 64), 1e38), double_quant=True)
+    assert torch.equal(dequantize_4bit(packed, state), torch.full((8, 64), 1e38))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -265,7 +271,11 @@ def test_bad_arguments(case):
         (dict(blocksize=64.0), TypeError, "blocksize: expected an int, got float"),
         (dict(double_quant="yes"), TypeError, "double_quant: expected True or False, got 'yes'"),
         (dict(quant_type="mxfp4", double_quant=True), ValueError, "double_quant: expected False with"),
-        (dict(x=torch.tensor([1.0, math.nan])), ValueError, "x: expected finite values, got NaN or an infinity"),
+        (
+            dict(x=torch.tensor([1.0, math.nan])),
+            ValueError,
+            "x: expected finite values in fp32, got NaN or an infinity",
+        ),
         (dict(x=torch.tensor([math.inf])), ValueError, "x: expected finite values"),
         (dict(x=torch.tensor([-math.inf, 1]), quant_type="mxfp4"), ValueError, "x: expected finite values"),
         (dict(x=torch.tensor([1])), TypeError, "x: expected dtype float32, .*got torch.int64"),

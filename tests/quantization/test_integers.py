@@ -246,7 +246,11 @@ def test_bad_arguments(case):
         (dict(granularity="group", group_size=24), ValueError, "group_size: expected a multiple of 16, got 24"),
         (dict(group_size=32), ValueError, "group_size: expected None with granularity='channel', got 32"),
         (dict(x=torch.randn(4)), ValueError, r"x: expected shape \(N, K\), got \(4,\)"),
-        (dict(x=torch.tensor([[1.0, math.nan]])), ValueError, "x: expected finite values, got NaN or an infinity"),
+        (
+            dict(x=torch.tensor([[1.0, math.nan]])),
+            ValueError,
+            "x: expected finite values in fp32, got NaN or an infinity",
+        ),
         (dict(x=torch.tensor([[-math.inf, 1]]), scheme="affine"), ValueError, "x: expected finite values"),
         (dict(x=torch.tensor([[1]])), TypeError, "x: expected dtype float32, .*got torch.int64"),
     ],

@@ -205,3 +205,10 @@ def test_the_real_peft(tmp_path):
         save_adapters(ours, folder / "ours", layout="peft")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "ours").eval()
         assert torch.equal(logits(again), logits(theirs))
+    # Of a head that has an adapter PEFT writes the base, too.
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["lm_head"])).eval()
+    theirs.save_pretrained(tmp_path / "head")
+    assert any(".base_layer." in name for name in load_file(tmp_path / "head" / "adapter_model.safetensors"))
+    ours = llama()
+    load_adapters(ours, tmp_path / "head")
+    assert isinstance(ours.lm_head, LoRALinear)

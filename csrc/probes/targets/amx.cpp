@@ -1,5 +1,5 @@
 #include "../table.h"
-#if PYNLP_COMPILES_AMX
+#if PYNLP_COMPILES_AMX_AND_AVX_VNNI
 #include "../../targets/amx.h"
 #include "../tiles.h"
 

@@ -3,5 +3,5 @@
 
 #include "../kernels.h"
 
-const pynlp::QuantizationKernels pynlp::quantization_avx512_vnni = pynlp::KERNELS;
+const pynlp::QuantizationKernels pynlp::quantization_avx512_vnni = pynlp::INTEGER_PRODUCTS;
 #endif

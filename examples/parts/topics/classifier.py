@@ -148,7 +148,7 @@ def make_classifier(base: nn.Module, topics: int, tuning: str, seed: int) -> Top
 
 @torch.no_grad()
 def without_adapters(model: TopicClassifier) -> TopicClassifier:
-    """The model in place, its adapters and what they are beside, quantized or not, as dense layers in fp32."""
+    """Replace each layer that has an adapter, dense or quantized, by a dense one in fp32 of their sum, in place."""
     from transformers.pytorch_utils import Conv1D
 
     for name, layer in list(model.named_modules()):

@@ -70,7 +70,7 @@ def row_of(measured: Measured, exact: Measured, truth: Tensor, topics: int, toke
         "agrees": (measured.said == exact.said).float().mean().item(),
         "ms": 1e3 * middle,
         "ms quartiles": [1e3 * low, 1e3 * high],
-        "times fp32": statistics.median(a / b for a, b in zip(measured.seconds, exact.seconds, strict=True)),
+        "time / fp32": statistics.median(a / b for a, b in zip(measured.seconds, exact.seconds, strict=True)),
         "tokens/s": tokens / middle,
     }
 

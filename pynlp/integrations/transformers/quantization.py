@@ -11,6 +11,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pynlp.nn.lora import LoRALinear
 from pynlp.nn.quantized_linear import QuantizedLinear
 from pynlp.quantize import Report, quantize_
 from pynlp.quantize.model import check_names, choose
@@ -122,6 +123,25 @@ class PynlpQuantizer(HfQuantizer):
                 f"checkpoint: expected the parts of {name}, a quantized layer, got others: {error}"
             ) from None
         return layer
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Nothing but the model's own state, as long as loading it gives the model again.
+
+        Raises:
+            ValueError: it has adapters, or layers that are quantized otherwise than its configuration says.
+        """
+        cls = type(self.quantization_config.layer(nn.Linear(32, 1, bias=False, device="meta")))
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoRALinear):
+                raise ValueError(
+                    f"model: expected no adapters, which save_adapters writes and remove_adapters takes out, got {name}"
+                )
+            if isinstance(layer, QuantizedLinear) and type(layer) is not cls:
+                raise ValueError(
+                    f"model: expected {cls.__name__}s, as its quantization_config says, got {type(layer).__name__} "
+                    f"as {name}"
+                )
+        return None, {}
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` can save the model."""

@@ -32,4 +32,4 @@ def prepare_linear(
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """The gradient of a bias (N,) of a result's (.., N)."""
-    return grad.flatten(0, -2).sum(0, dtype=compute_dtype(grad))
+    return grad.unsqueeze(0).flatten(0, -2).sum(0, dtype=compute_dtype(grad))

@@ -125,7 +125,7 @@ def quantize_4bit(
         (x.float() if x.dtype == torch.float64 else x).contiguous(), blocksize, kind
     )
     finite = (x if is_mx else absmax).isfinite().all()
-    check(finite, "x: expected finite values", lambda: "got NaN or an infinity")
+    check(finite, "x: expected finite values in fp32", lambda: "got NaN or an infinity")
     state = QuantState4bit(quant_type, blocksize, tuple(x.shape), x.dtype, absmax)
     if double_quant:
         codes, *nested = reference.nest(absmax)
@@ -199,6 +199,8 @@ def check_state(packed: Tensor, state: QuantState4bit) -> int:
     count = numel(state.shape)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected dtype uint8, got {packed.dtype}")
+    if packed.dim() > 1 and packed.numel() and max(packed.shape) != packed.numel():
+        raise ValueError(f"packed: expected shape (n, 1), as quantize_4bit gives, got {tuple(packed.shape)}")
     if packed.numel() != (count + 1) // 2:
         raise ValueError(
             f"packed: expected {(count + 1) // 2} bytes for state.shape {tuple(state.shape)}, got {packed.numel()}"

@@ -142,9 +142,9 @@ def quantize(
         (x.float() if x.dtype == torch.float64 else x).contiguous(),
         bits,
         scheme == "affine",
-        {"tensor": 0, "channel": whole_row, "group": group_size}[granularity],
+        {"tensor": 0, "channel": whole_row, "group": _within(columns, group_size)}[granularity],
     )
-    check(scale.isfinite().all(), "x: expected finite values", lambda: "got NaN or an infinity")
+    check(scale.isfinite().all(), "x: expected finite values in fp32", lambda: "got NaN or an infinity")
     return codes, group_size if granularity == "group" else whole_row, scale, zeros if scheme == "affine" else None
 
 
@@ -213,7 +213,12 @@ def check_weight(codes: Tensor, columns: int, state) -> Scaled:
     if state.zero_point is not None and state.minimum is not None:
         raise ValueError("state.minimum: expected None beside a zero_point")
     tensors = (None if x is None else x.contiguous() for x in (codes, state.scale, state.zero_point, state.minimum))
-    return Scaled(*tensors, columns, state.group_size)
+    return Scaled(*tensors, columns, _within(columns, state.group_size))
+
+
+def _within(columns: int, group_size: int) -> int:
+    """A group's size without what is beyond the row, which can be more than fits into memory."""
+    return min(group_size, max(1, columns + -columns % 16))
 
 
 def _check_group(name: str, group: int) -> int:

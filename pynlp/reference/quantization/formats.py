@@ -170,6 +170,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scales in 8 bits, as block_scales reads them: codes, nested_absmax, nested_offset and nested_code."""
     code = torch.tensor(DYNAMIC_CODE, device=absmax.device)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    offset = torch.where(offset.isfinite(), offset, absmax.double().mean().float())  # where the sum overflows
     blocks = -(-absmax.numel() // NESTED_BLOCK)
     values = torch.nn.functional.pad(absmax - offset, (0, blocks * NESTED_BLOCK - absmax.numel()))
     values = values.view(blocks, NESTED_BLOCK)

@@ -7,6 +7,8 @@ Codes of 8 bits are int8 (N, K). Those of 4 bits, 0 to 15, are uint8 (N, ceil(K 
 of a byte; with neither a zero nor a minimum, zeros are 8.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,8 +120,9 @@ def dynamic_integer_linear(
     """x weight^T + bias, (.., N), with x rounded to 8 bits: symmetric codes, a scale for each of its groups."""
     rows = compute(x).flatten(0, -2) if x.dim() > 1 else compute(x)[None]
     columns = x.shape[-1]
-    outliers = (rows.abs() >= outlier_threshold).any(0)
+    outliers = (rows.abs() >= outlier_threshold).any(0) & (outlier_threshold < math.inf)
     x_codes, x_scale, _ = quantize_integers(rows.masked_fill(outliers, 0.0), 8, False, x_group or max(1, columns))
+    x_scale = torch.where(x_scale.isfinite(), x_scale, torch.nan)
     near = dequantize_integers(x_codes, x_scale, None, None, columns, x_group or max(1, columns), rows.dtype)
     near = torch.where(outliers, rows, near)
     return (
