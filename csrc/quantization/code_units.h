@@ -1,8 +1,8 @@
-// Units of 32 codes of 8 bits, 32 bytes for every instruction set, and what is computed with them.
+// Units of 32 codes as bytes, for every instruction set, and what is computed with them.
 #pragma once
 
 #include "../simd/bytes.h"
-#include "../simd/vector.h"
+#include "../simd/nibbles.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // of functions that are inlined
@@ -10,8 +10,6 @@
 
 namespace pynlp {
 namespace {
-
-constexpr int64_t CODES_UNIT = 32;
 
 // A unit of codes, and sums of four products of codes each.
 typedef uint8_t Unit __attribute__((vector_size(32)));
@@ -39,17 +37,19 @@ PYNLP_INLINE Unit spread_unit(const uint8_t* codes) {
 #endif
 }
 
-// Codes from a byte on, `count` of them, at most 32, then zeros.
+// The 32 codes from a byte on, or `count` of them, then zeros.
 template <int BITS>
-PYNLP_INLINE Unit unit_at(const uint8_t* codes, int64_t count = CODES_UNIT) {
-  if (count < CODES_UNIT) {
-    uint8_t some[CODES_UNIT] = {};
-    memcpy(some, codes, (count * BITS + 7) / 8);
-    if (BITS == 4 && count % 2) some[count / 2] &= 15;
-    return unit_at<BITS>(some);
-  }
+PYNLP_INLINE Unit unit_at(const uint8_t* codes) {
   if constexpr (BITS == 8) return load_unit(codes);
   return spread_unit(codes);
+}
+template <int BITS>
+PYNLP_INLINE Unit unit_at(const uint8_t* codes, int64_t count) {
+  if (count >= UNIT) return unit_at<BITS>(codes);
+  uint8_t some[UNIT] = {};
+  memcpy(some, codes, (count * BITS + 7) / 8);
+  if (BITS == 4 && count % 2) some[count / 2] &= 15;
+  return unit_at<BITS>(some);
 }
 
 // Whether two codes with a sign that follow each other, the first in an even place, add up to more than `most` or less

@@ -67,7 +67,7 @@ class DynamicDots {
     float* products;           // (rows, units): scales of the weight times those of x
   };
 
-  int64_t units() const { return (columns_ + CODES_UNIT - 1) / CODES_UNIT; }
+  int64_t units() const { return (columns_ + UNIT - 1) / UNIT; }
 
   template <int ROWS>
   PYNLP_INLINE void dot(int64_t n, const Room& room, float* results) const {
@@ -76,11 +76,11 @@ class DynamicDots {
     EightFloats sums[ROWS] = {};
     if (groups_ <= 1 && !in_.x_group) {
       add_row<ROWS>(n, scales, sums);
-    } else if (weight.group % CODES_UNIT != 0 && weight.group < columns_) {
+    } else if (weight.group % UNIT != 0 && weight.group < columns_) {
       add_halves<ROWS>(n, scales, sums);
-    } else if (weight.group > CODES_UNIT && in_.x_group) {
+    } else if (weight.group > UNIT && in_.x_group) {
       add_groups<ROWS, true>(n, scales, sums);
-    } else if (weight.group > CODES_UNIT) {
+    } else if (weight.group > UNIT) {
       add_groups<ROWS, false>(n, scales, sums);
     } else {
       multiply_scales<ROWS>(scales, room.products);
@@ -108,8 +108,8 @@ class DynamicDots {
   template <class Work>
   PYNLP_INLINE void each_unit(int64_t n, int64_t first, int64_t last, const Work& work) const {
     const uint8_t* codes = in_.weight.codes + n * in_.weight.row_bytes();
-    const int64_t whole = smaller(last, columns_ / CODES_UNIT);
-    constexpr int64_t BYTES = CODES_UNIT * BITS / 8;
+    const int64_t whole = smaller(last, columns_ / UNIT);
+    constexpr int64_t BYTES = UNIT * BITS / 8;
     int64_t unit = first;
     for (; unit + 2 <= whole; unit += 2) {
       const uint8_t* from = codes + unit * BYTES;
@@ -119,13 +119,13 @@ class DynamicDots {
     }
     if (unit < whole) work(unit_at<BITS>(codes + unit * BYTES), unit, Constant<0>{});
     if (whole < last)
-      work(unit_at<BITS>(codes + whole * BYTES, columns_ - whole * CODES_UNIT), whole, Constant<0>{});
+      work(unit_at<BITS>(codes + whole * BYTES, columns_ - whole * UNIT), whole, Constant<0>{});
   }
 
   // The sums of products of a unit's codes, whose magnitudes are given, too, and of those of row m of x. One factor of
   // the instruction has no sign: w x = |w| (x with the sign of w).
   PYNLP_INLINE Eight multiplied(Unit codes, Unit magnitudes, int64_t unit, int m, Eight sum = Eight{}) const {
-    const Unit x = load_unit(x_.row(m) + unit * CODES_UNIT);
+    const Unit x = load_unit(x_.row(m) + unit * UNIT);
     return multiply_add(sum, magnitudes, BITS == 8 ? signs_moved(x, codes) : x);
   }
   static PYNLP_INLINE Unit magnitudes_of(Unit codes) { return BITS == 8 ? magnitude(codes) : codes; }
@@ -133,7 +133,7 @@ class DynamicDots {
   // A row has one scale: its sums are integers to the end, and rounded once.
   template <int ROWS>
   PYNLP_INLINE void add_row(int64_t n, const float* scales, EightFloats (&sums)[ROWS]) const {
-    constexpr int64_t MOST_UNITS = MOST_CODES / CODES_UNIT;
+    constexpr int64_t MOST_UNITS = MOST_CODES / UNIT;
     for (int64_t first = 0; first < units(); first += MOST_UNITS) {
       Eight own[ROWS] = {};
       each_unit(n, first, smaller(units(), first + MOST_UNITS), [&](Unit codes, int64_t unit, auto) {
@@ -149,7 +149,7 @@ class DynamicDots {
   // A group of the weight is several units, each of which has a scale in x, if SCALED.
   template <int ROWS, bool SCALED>
   PYNLP_INLINE void add_groups(int64_t n, const float* scales, EightFloats (&sums)[ROWS]) const {
-    const int64_t group_units = groups_ > 1 ? in_.weight.group / CODES_UNIT : units();
+    const int64_t group_units = groups_ > 1 ? in_.weight.group / UNIT : units();
     const uint8_t* codes = in_.weight.codes + n * in_.weight.row_bytes();
     const float* x_scales = x_.scales();
     const int64_t x_groups = x_.groups();
@@ -164,12 +164,12 @@ class DynamicDots {
           own[m] += SCALED ? some * x_scales[m * x_groups + number] : some;
         }
       };
-      if (group_units == 4 && (unit + 4) * CODES_UNIT <= columns_) {  // groups of 128, the usual ones
-        __builtin_prefetch(codes + unit * CODES_UNIT * BITS / 8 + FEW_AHEAD);
-        if (BITS == 8) __builtin_prefetch(codes + unit * CODES_UNIT + 64 + FEW_AHEAD);
+      if (group_units == 4 && (unit + 4) * UNIT <= columns_) {  // groups of 128, the usual ones
+        __builtin_prefetch(codes + unit * UNIT * BITS / 8 + FEW_AHEAD);
+        if (BITS == 8) __builtin_prefetch(codes + unit * UNIT + 64 + FEW_AHEAD);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-          add(unit_at<BITS>(codes + (unit + i) * CODES_UNIT * BITS / 8), unit + i, Constant<0>{});
+          add(unit_at<BITS>(codes + (unit + i) * UNIT * BITS / 8), unit + i, Constant<0>{});
       } else {
         each_unit(n, unit, end, add);
       }
@@ -209,8 +209,8 @@ class DynamicDots {
   PYNLP_INLINE void add_halves(int64_t n, const float* scales, EightFloats (&sums)[ROWS]) const {
     const int64_t group = in_.weight.group;
     each_unit(n, 0, units(), [&](Unit codes, int64_t unit, auto) {
-      const int64_t k = unit * CODES_UNIT;
-      const float low = scales[k / group], high = scales[smaller((k + CODES_UNIT / 2) / group, groups_ - 1)];
+      const int64_t k = unit * UNIT;
+      const float low = scales[k / group], high = scales[smaller((k + UNIT / 2) / group, groups_ - 1)];
       const EightFloats scale = {low, low, low, low, high, high, high, high};
       const Unit magnitudes = magnitudes_of(codes);
 #pragma GCC unroll 8

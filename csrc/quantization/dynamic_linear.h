@@ -121,8 +121,8 @@ class DynamicIntegerLinear {
       const uint8_t* codes = in_.weight.codes + (first + n) * in_.weight.row_bytes() + k * BITS / 8;
       char* to = reinterpret_cast<char*>(s.weight + n * DEPTH);
       Eight sum = s.code_sums[n];
-      for (int64_t i = 0; i < values; i += CODES_UNIT) {
-        const Unit unit = unit_at<BITS>(codes + i * BITS / 8, smaller(CODES_UNIT, values - i));
+      for (int64_t i = 0; i < values; i += UNIT) {
+        const Unit unit = unit_at<BITS>(codes + i * BITS / 8, smaller(UNIT, values - i));
         memcpy(to + i, &unit, sizeof unit);
         sum = multiply_add(sum, Unit{} + 1, unit);
         if constexpr (BITS == 8 && E::NARROW) {

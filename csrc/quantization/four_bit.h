@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../simd/convert.h"
-#include "nibbles.h"
+#include "../simd/nibbles.h"
 #include "quantization.h"
 
 namespace pynlp {

@@ -20,7 +20,7 @@ class RoundedRows {
         columns_(in.weight.columns),
         group_(in.x_group ? in.x_group : larger(1, columns_)),
         groups_((columns_ + group_ - 1) / group_),
-        pitch_(round_up(columns_, CODES_UNIT)),
+        pitch_(round_up(columns_, UNIT)),
         codes_(in.rows * pitch_),
         scales_(in.rows * groups_ * sizeof(float)),
         outliers_(columns_ * sizeof(int32_t)) {
@@ -66,7 +66,7 @@ class RoundedRows {
       for (int64_t k = columns_; k < pitch_; ++k) room[k] = 0;
       int8_t* codes = static_cast<int8_t*>(codes_.data) + m * pitch_;
       for (int64_t number = 0; number < groups_; ++number) {
-        const int64_t first = number * group_, count = smaller(pitch_ - first, round_up(group_, CODES_UNIT));
+        const int64_t first = number * group_, count = smaller(pitch_ - first, round_up(group_, UNIT));
         float low, high;
         const bool sane = limits(room + first, count, &low, &high);
         const float scale = symmetric_scale(sane, low, high, 127);

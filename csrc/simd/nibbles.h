@@ -1,7 +1,7 @@
 // Codes of 4 bits, two a byte, a unit of 32 at a time: how they are spread over vectors, and the integers of 4 bits.
 #pragma once
 
-#include "../simd/vector.h"
+#include "vector.h"
 
 namespace pynlp {
 namespace {
