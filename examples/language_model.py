@@ -46,13 +46,7 @@ OPTIONS = {
 
 def parse(arguments: list[str] | None) -> tuple[str, argparse.Namespace]:
     """The kind of run, and its options."""
-    usage, rest = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=usage,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = flags.parser_of(__doc__)
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--part", choices=("one", "two", "three"), help="of the study (default: the comparison)")
     kinds.add_argument(

@@ -104,13 +104,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser. Options that are not on the command line are not in its result."""
-    usage, rest = __doc__.split("\n\n", 1)
-    result = argparse.ArgumentParser(
-        description=usage,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    result = flags.parser_of(__doc__)
     add = result.add_argument
     add("command", nargs="?", choices=("train", "compare"), default=None, help="half of the study (default: both)")
     add("--output", type=Path, help=f"folder of all that is written (default: {OUTPUT})")
@@ -331,7 +325,6 @@ def report_training(folder: Path, study: Study, trainer: Trainer, seconds: float
     """Writes the scores of the step that is kept, and prints them beside other ways to train in the same folder."""
     study.model.eval()
     said, truth = predict(study, "test", bf16=False), torch.tensor(study.parts["test"][1])
-    counts = torch.zeros(2 * (len(study.topics),)).index_put_((truth, said), torch.tensor(1.0), accumulate=True)
     scores = {
         "tuning": study.options.tuning,
         "trained values": sum(p.numel() for p in trainer.parameters),
@@ -339,7 +332,7 @@ def report_training(folder: Path, study: Study, trainer: Trainer, seconds: float
         "steps": trainer.progress.step,
         "held-out accuracy": trainer.progress.best,
         "test accuracy": accuracy(said, study.parts["test"][1]),
-        "test F1": comparison.macro_f1(counts),
+        "test F1": comparison.macro_f1(comparison.confusion(truth, said, len(study.topics))),
     }
     write_text(folder / SCORES, json.dumps(scores, indent=1))
     there = [folder.parent / tuning / SCORES for tuning in TUNINGS]

@@ -1,4 +1,4 @@
-"""Values on the command line: what is no such number, or no folder to write to, is refused before anything is done."""
+"""The command line: what is no such number, or no folder to write to, is refused before anything is done."""
 
 import argparse
 import math
@@ -8,6 +8,17 @@ from pathlib import Path
 
 MOST_MINUTES = 1e6
 MOST_SEED = 2**32 - 1
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser, described by a script's docstring. Options that are not given are not in its result."""
+    usage, rest = doc.split("\n\n", 1)
+    return argparse.ArgumentParser(
+        description=usage,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -63,16 +63,20 @@ def row_of(measured: Measured, exact: Measured, truth: Tensor, topics: int, toke
     low, middle, high = statistics.quantiles(measured.seconds, n=4) if len(measured.seconds) > 1 else (
         3 * measured.seconds
     )  # fmt: skip
-    counts = torch.zeros(topics, topics).index_put_((truth, measured.said), torch.tensor(1.0), accumulate=True)
     return {
         "accuracy": (measured.said == truth).float().mean().item(),
-        "F1": macro_f1(counts),
+        "F1": macro_f1(confusion(truth, measured.said, topics)),
         "agrees": (measured.said == exact.said).float().mean().item(),
         "ms": 1e3 * middle,
         "ms quartiles": [1e3 * low, 1e3 * high],
         "time / fp32": statistics.median(a / b for a, b in zip(measured.seconds, exact.seconds, strict=True)),
         "tokens/s": tokens / middle,
     }
+
+
+def confusion(truth: Tensor, said: Tensor, topics: int) -> Tensor:
+    """How many texts of each topic are said to be of each, `(true, said)`."""
+    return torch.zeros(topics, topics).index_put_((truth, said), torch.tensor(1.0), accumulate=True)
 
 
 def macro_f1(counts: Tensor) -> float:
