@@ -16,6 +16,9 @@ from pynlp.ops.layers.activation import gelu, relu, swiglu
 from pynlp.ops.layers.linear import linear
 from pynlp.ops.layers.loss import linear_cross_entropy
 from pynlp.ops.layers.norm import layer_norm, rms_norm
+from pynlp.ops.moe.dispatch import moe_dispatch
+from pynlp.ops.moe.grouped import grouped_mm
+from pynlp.ops.moe.mlp import moe_mlp
 from pynlp.ops.quantization.formats import QuantState4bit, dequantize_4bit, quantize_4bit
 from pynlp.ops.quantization.int4 import QuantStateInt4, dequantize_int4, int4_linear, quantize_int4
 from pynlp.ops.quantization.int8 import (
@@ -40,6 +43,7 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "gelu",
+    "grouped_mm",
     "int4_linear",
     "int8_dynamic_linear",
     "int8_linear",
@@ -47,6 +51,8 @@ __all__ = [
     "linear",
     "linear_4bit",
     "linear_cross_entropy",
+    "moe_dispatch",
+    "moe_mlp",
     "quantize_4bit",
     "quantize_int4",
     "quantize_int8",

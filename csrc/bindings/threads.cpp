@@ -2,6 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -29,6 +33,19 @@ void run_tasks(int64_t tasks, int64_t operations, void (*work)(void*, int64_t), 
 }
 
 void yield_thread() { std::this_thread::yield(); }
+
+void* allocate(size_t bytes) {
+  constexpr size_t HUGE = size_t{1} << 21;
+  const size_t alignment = bytes >= 2 * HUGE ? HUGE : 64;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (!memory && bytes) throw std::bad_alloc();
+#if defined(__linux__)
+  if (alignment == HUGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: a refusal does not matter
+#endif
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
 
 void* thread_scratch(size_t bytes) {
   struct Free {

@@ -27,6 +27,10 @@ void run_tasks(int64_t tasks, int64_t operations, Kernel* kernel) {
 
 void yield_thread();  // lets another thread run
 
+// 64-byte aligned memory, in huge pages where it is large: fresh pages of 4 KiB cost as much as to fill them thrice.
+void* allocate(size_t bytes);
+void release(void* memory);
+
 // 64-byte aligned memory of the calling thread, valid until its next call; its content is undefined.
 void* thread_scratch(size_t bytes);
 

@@ -30,9 +30,9 @@ Scratch take_scratch(const Kernel& kernel) {
 
 // Memory that all tasks share.
 struct Buffer {
-  explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
+  explicit Buffer(int64_t bytes) : data(allocate(bytes)) {}
   Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  ~Buffer() { release(data); }
   float* floats() const { return static_cast<float*>(data); }
   void* data;
 };

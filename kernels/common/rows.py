@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
-    """A common divisor of 16 and the tensors' row strides, and the strides in multiples of it; 0 for None.
+    """A common divisor of 16 and the tensors' row strides, and the strides in multiples of it; 0 for None or nothing.
 
     Kernels take both, the divisor as a constant, so that the compiler knows what the strides are multiples of. Columns
     must be contiguous, and rows all at one stride.
@@ -16,7 +16,7 @@ def row_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     for x in tensors:
         if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"expected contiguous columns, got strides {x.stride()}")
-    strides = [0 if x is None else x.view(-1, x.shape[-1]).stride(0) for x in tensors]
+    strides = [0 if x is None or x.numel() == 0 else x.view(-1, x.shape[-1]).stride(0) for x in tensors]
     align = math.gcd(16, *strides)
     return align, [stride // align for stride in strides]
 

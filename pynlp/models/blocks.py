@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pynlp.models.config import ADDED_POSITIONS, NORMS, TransformerConfig
-from pynlp.nn import FeedForward, LayerCache, MultiHeadAttention
+from pynlp.nn import FeedForward, HashRouter, LayerCache, MoE, MultiHeadAttention
 from pynlp.nn.attention import RotaryTables
 from pynlp.ops.common.checks import check, check_range, extremes
 
@@ -47,6 +47,7 @@ class Block(nn.Module):
         *,
         causal: bool,
         cross_attention: bool,
+        sparse: bool,
         attention: Callable[..., Tensor],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -68,13 +69,8 @@ class Block(nn.Module):
         if cross_attention:
             self.cross_attention_norm = make_norm(config, **factory)
             self.cross_attention = MultiHeadAttention(config.embed_dim, config.heads, **heads)
-        ffn_dim = config.ffn_dim
-        if ffn_dim is None:
-            ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
         self.feed_forward_norm = make_norm(config, **factory)
-        self.feed_forward = FeedForward(
-            config.embed_dim, ffn_dim, activation=config.activation, dropout=config.dropout, bias=False, **factory
-        )
+        self.feed_forward = make_feed_forward(config, sparse, **factory)
 
     def forward(
         self,
@@ -82,6 +78,7 @@ class Block(nn.Module):
         residual: Tensor | None,
         memory: Memory | None,
         layout: dict[str, Tensor | LayerCache | None],
+        routing: dict[str, Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """The stream behind the block, in two parts that are yet to be added up.
 
@@ -90,6 +87,7 @@ class Block(nn.Module):
             residual: What to add it to; None in the first block, and always with post-norm.
             memory: What the cross-attention looks at; None without one.
             layout: The self-attention's arguments about tokens: key_lengths, cu_seqlens, or a cache.
+            routing: A mixture of experts' arguments about them: token_ids and a mask.
 
         Returns:
             h and residual for the next block or the last norm.
@@ -99,7 +97,10 @@ class Block(nn.Module):
             h, residual = self.with_norm(
                 lambda x: memory.attend(self.cross_attention, x), self.cross_attention_norm, h, residual
             )
-        return self.with_norm(self.feed_forward, self.feed_forward_norm, h, residual)
+        layer = self.feed_forward
+        if isinstance(layer, MoE):
+            return self.with_norm(lambda x: layer(x, **routing), self.feed_forward_norm, h, residual)
+        return self.with_norm(layer, self.feed_forward_norm, h, residual)
 
     def with_norm(
         self, layer: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, residual: Tensor | None
@@ -159,9 +160,12 @@ class Stack(nn.Module):
             self.positions = nn.Embedding(config.max_positions, config.embed_dim, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, causal=causal, cross_attention=cross_attention, attention=attention, **factory)
-            for _ in range(layers)
-        )
+            Block(
+                config, causal=causal, cross_attention=cross_attention, sparse=is_sparse(config, i),
+                attention=attention, **factory,
+            )
+            for i in range(layers)
+        )  # fmt: skip
         for block in self.blocks:  # one set of rotary tables for all layers
             block.attention.rotary = self.blocks[0].attention.rotary
         self.norm = make_norm(config, **factory) if config.pre_norm else None
@@ -171,8 +175,13 @@ class Stack(nn.Module):
 
         Source: Radford et al., 2019, section 2.3.
         """
-        writers = sum(name.endswith(("out_proj", "down_proj")) for name, _ in self.named_modules())
+        writers = sum(
+            name.endswith(("out_proj", "down_proj")) or isinstance(module, MoE) for name, module in self.named_modules()
+        )
         for name, module in self.named_modules():
+            if isinstance(module, MoE):
+                nn.init.normal_(module.gate_up_proj, std=0.02)
+                nn.init.normal_(module.down_proj, std=0.02 / writers**0.5)
             if isinstance(module, nn.Linear | nn.Embedding):
                 writes_residual = name.endswith(("out_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=0.02 / writers**0.5 if writes_residual else 0.02)
@@ -181,6 +190,7 @@ class Stack(nn.Module):
         self,
         x: Tensor,
         *,
+        token_ids: Tensor | None = None,
         key_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         memories: Sequence[Memory] | None = None,
@@ -190,6 +200,7 @@ class Stack(nn.Module):
 
         Args:
             x: Their embeddings `(B, S, E)`, or packed without padding `(total, E)`.
+            token_ids: `(B, S)` or `(total,)`, by which hash routers choose experts.
             key_lengths: int32 `(B,)`, the tokens of each row without its padding.
             cu_seqlens: int32 `(B + 1,)`, where each sequence of a packed x starts and the last one ends.
             memories: The memory of each block's cross-attention.
@@ -205,14 +216,17 @@ class Stack(nn.Module):
             x = torch.add(positions, x, alpha=self.scale)
         elif self.scale != 1.0:
             x = self.scale * x
+        routing = dict(token_ids=token_ids, mask=None)
+        if self.config.ffn == "moe" and key_lengths is not None:  # padding goes to no expert
+            routing["mask"] = torch.arange(x.shape[1], device=x.device) < key_lengths[:, None]
         h, residual = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             memory = None if memories is None else memories[i]
             layout = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=None if cache is None else cache[i])
             if self.checkpointing and torch.is_grad_enabled():
-                h, residual = checkpoint(block, h, residual, memory, layout, use_reentrant=False)
+                h, residual = checkpoint(block, h, residual, memory, layout, routing, use_reentrant=False)
             else:
-                h, residual = block(h, residual, memory, layout)
+                h, residual = block(h, residual, memory, layout, routing)
         return h if self.norm is None else self.norm(h, residual)[0]
 
     def position_ids(self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[LayerCache] | None) -> Tensor:
@@ -241,6 +255,26 @@ class Stack(nn.Module):
 
 def make_norm(config: TransformerConfig, **factory) -> nn.Module:
     return NORMS[config.norm](config.embed_dim, dropout=config.dropout, **factory)
+
+
+def is_sparse(config: TransformerConfig, number: int) -> bool:
+    """Whether the block of this number has a mixture of experts."""
+    return config.ffn == "moe" and number % config.moe_every == config.moe_every - 1
+
+
+def make_feed_forward(config: TransformerConfig, sparse: bool, **factory) -> nn.Module:
+    ffn_dim = config.ffn_dim
+    if ffn_dim is None:
+        ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
+    sizes = config.embed_dim, ffn_dim
+    if not sparse:
+        return FeedForward(*sizes, activation=config.activation, dropout=config.dropout, bias=False, **factory)
+    options = dict(activation=config.activation, shared_ffn_dim=config.shared_ffn_dim, **factory)
+    if config.router == "hash":
+        router = HashRouter(config.num_experts, config.vocab_size, top_k=config.top_k, device=factory["device"])
+        return MoE(*sizes, config.num_experts, router=router, **options)
+    names = ("top_k", "router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate", "capacity_factor")
+    return MoE(*sizes, config.num_experts, **{name: getattr(config, name) for name in names}, **options)
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:

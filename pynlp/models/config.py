@@ -8,6 +8,8 @@ from pynlp.ops.common.checks import check_share
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 ACTIVATIONS = ("swiglu", "gelu", "relu")  # those of FeedForward, the default first
 ADDED_POSITIONS = ("sinusoidal", "learned")  # to the embeddings
+FFNS = ("dense", "moe")
+ROUTERS = ("top_k", "hash")
 POSITIONS = ("rope", "relative", "alibi", *ADDED_POSITIONS, "none")  # the others are MultiHeadAttention's
 
 
@@ -30,6 +32,12 @@ class TransformerConfig:
         pre_norm: Whether a norm stands before each layer and behind the last block (Xiong et al., arXiv 2002.04745), or
             one behind each layer and its residual add.
         activation: "swiglu" (Shazeer, arXiv 2002.05202), "gelu" or "relu".
+        ffn: "dense", or "moe": mixtures of experts of width `ffn_dim`, see `pynlp.nn.MoE`.
+        moe_every: With "moe", so many blocks have one of these, in the last of them; 1 for all blocks.
+        num_experts, top_k, shared_ffn_dim: Those of the mixtures.
+        router: "top_k", by a gate, or "hash", by a balanced table of token ids, without parameters.
+        router_aux_loss_coef, router_z_loss_coef, bias_update_rate, capacity_factor: Those of the gates; their losses
+            are `pynlp.nn.router_loss(model)`.
         dropout: Share of embeddings, attention weights, activations and what layers add to the residual that is set
             to 0 in training.
         tied_embeddings: Whether the output projection is the embedding, in an encoder-decoder also the source's.
@@ -62,12 +70,23 @@ class TransformerConfig:
     pre_norm: bool = True
     encoder_layers: int | None = None
     scale_embeddings: bool = False
+    ffn: str = "dense"
+    moe_every: int = 1
+    num_experts: int = 8
+    top_k: int = 2
+    shared_ffn_dim: int = 0
+    router: str = "top_k"
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    bias_update_rate: float = 0.0
+    capacity_factor: float | None = None
 
     def __post_init__(self):
-        for name, names in (("positions", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
+        choices = dict(positions=POSITIONS, norm=NORMS, activation=ACTIVATIONS, ffn=FFNS, router=ROUTERS)
+        for name, names in choices.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "layers", "max_positions"):
+        for name in ("vocab_size", "layers", "max_positions", "moe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("encoder_layers", "ffn_dim", "window"):

@@ -99,7 +99,7 @@ class EncoderDecoder(nn.Module):
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """The encoder's features `(B, S, E)`; those of padding mean nothing."""
         embedding = self.embedding_of(source, source_lengths)
-        return self.encoder(embedding(source), key_lengths=source_lengths)
+        return self.encoder(embedding(source), token_ids=source, key_lengths=source_lengths)
 
     def encode_packed(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's features of the sources' tokens alone: padding costs no time.
@@ -111,7 +111,8 @@ class EncoderDecoder(nn.Module):
         real = torch.arange(source.shape[1], device=source.device) < source_lengths[:, None]
         places = real.flatten().nonzero().squeeze(1)
         cu_seqlens = F.pad(source_lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return self.encoder(embedding(source.flatten()[places]), cu_seqlens=cu_seqlens), places
+        tokens = source.flatten()[places]
+        return self.encoder(embedding(tokens), token_ids=tokens, cu_seqlens=cu_seqlens), places
 
     def embedding_of(self, source: Tensor, source_lengths: Tensor | None) -> nn.Embedding:
         """The embedding of sources, after a check of these."""
@@ -128,7 +129,7 @@ class EncoderDecoder(nn.Module):
             cache: Views of a cache, as in `Decoder.features`, made with `decoder.cache_shape`.
         """
         check_tokens("target", target)
-        return self.decoder(self.embedding(target), memories=memories, cache=cache)
+        return self.decoder(self.embedding(target), token_ids=target, memories=memories, cache=cache)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits `(.., V)` of features `(.., E)`."""

@@ -57,7 +57,7 @@ class Encoder(Stack):
         """
         check_tokens("tokens", tokens)
         check_lengths("lengths", lengths, tokens)
-        return super().forward(self.embedding(tokens), key_lengths=lengths)
+        return super().forward(self.embedding(tokens), token_ids=tokens, key_lengths=lengths)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -119,7 +119,7 @@ class Decoder(Stack):
             `(B, S, E)`.
         """
         check_tokens("tokens", tokens)
-        return super().forward(self.embedding(tokens), cache=cache)
+        return super().forward(self.embedding(tokens), token_ids=tokens, cache=cache)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits `(.., V)` of features `(.., E)`."""

@@ -11,15 +11,20 @@ Example:
 from pynlp.nn.attention import MultiHeadAttention
 from pynlp.nn.cache import KVCache, LayerCache, OutOfPages, PagedKVCache
 from pynlp.nn.feed_forward import FeedForward
+from pynlp.nn.hash_router import HashRouter
 from pynlp.nn.integer_linear import Linear8bit, Linear8bitDynamic, LinearInt4
 from pynlp.nn.latent_attention import LatentAttention
 from pynlp.nn.linear import Linear
 from pynlp.nn.lora import LoRALinear
+from pynlp.nn.moe import MoE, router_loss, shard_experts_, update_router_biases
 from pynlp.nn.norm import LayerNorm, RMSNorm
 from pynlp.nn.quantized_linear import Linear4bit
+from pynlp.nn.routers import ExpertChoiceRouter, RouterOutput, TopKRouter
 
 __all__ = [
+    "ExpertChoiceRouter",
     "FeedForward",
+    "HashRouter",
     "KVCache",
     "LatentAttention",
     "LayerCache",
@@ -30,8 +35,14 @@ __all__ = [
     "Linear8bitDynamic",
     "LinearInt4",
     "LoRALinear",
+    "MoE",
     "MultiHeadAttention",
     "OutOfPages",
     "PagedKVCache",
     "RMSNorm",
+    "RouterOutput",
+    "TopKRouter",
+    "router_loss",
+    "shard_experts_",
+    "update_router_biases",
 ]

@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
 
 from pynlp.training.batches import IGNORED, Batches, pad, teacher_forcing
 from pynlp.training.checkpoints import average_weights, best, latest, load_weights
+from pynlp.training.expert_load import ExpertLoad
 from pynlp.training.processes import process_group
 from pynlp.training.schedules import WarmupCosine, WarmupInverseSquareRoot
 from pynlp.training.trainer import Interrupted, Trainer, TrainingConfig
@@ -41,6 +42,7 @@ from pynlp.training.trainer import Interrupted, Trainer, TrainingConfig
 __all__ = [
     "IGNORED",
     "Batches",
+    "ExpertLoad",
     "Interrupted",
     "Trainer",
     "TrainingConfig",

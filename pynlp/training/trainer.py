@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from pynlp.nn.moe import update_router_biases
 from pynlp.training import checkpoints
 from pynlp.training.batches import Batches
 from pynlp.training.config import Progress, TrainingConfig, check_same, describe
@@ -224,6 +225,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"loss: expected a finite gradient, got {norm} in step {self.progress.step + 1}")
         self.optimizer.step()
+        update_router_biases(self.model)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.progress.step += 1

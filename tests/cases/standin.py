@@ -28,12 +28,14 @@ from pynlp.functional import (
     attention_decode,
     attention_varlen,
     gelu,
+    grouped_mm,
     int4_linear,
     int8_dynamic_linear,
     int8_linear,
     layer_norm,
     linear_4bit,
     linear_cross_entropy,
+    moe_mlp,
     rms_norm,
     rotary_tables,
     swiglu,
@@ -272,6 +274,35 @@ def draw_integers(draw: Draw) -> Callable:
     return draw.both_ways(lambda: int8_linear(x, codes, state, bias, activations=activations))
 
 
+def draw_moe(draw: Draw) -> Callable:
+    tokens, experts, hidden, inner = draw.size(200), draw.random.choice((1, 4, 40)), draw.size(64), draw.size(64)
+    x = draw.tensor(tokens, hidden, grad=True)
+    by_lines, biased = draw.random.random() < 0.5, draw.random.random() < 0.5
+
+    def projection(outputs: int, inputs: int) -> Tensor:
+        if by_lines:
+            return draw.tensor(experts, outputs, inputs, grad=True)
+        return draw.tensor(experts, inputs, outputs, grad=True).mT
+
+    if draw.random.random() < 0.3:
+        weight, bias = projection(inner, hidden).mT, draw.tensor(experts, inner, dtype=torch.float32)
+        offsets = torch.arange(experts, dtype=torch.int32) * tokens // experts
+        draw.inputs.append(offsets)
+        return draw.both_ways(lambda: grouped_mm(x, weight, offsets, bias if biased else None))
+    activation, top_k = draw.random.choice(("swiglu", "gelu", "swiglu_oai")), draw.random.choice((1, 3))
+    outputs = inner if activation == "gelu" else 2 * inner
+    index = torch.randint(-1, experts, (tokens, top_k))
+    weights = draw.tensor(tokens, top_k, dtype=torch.float32, grad=True)
+    biases = [draw.tensor(experts, size, dtype=torch.float32) if biased else None for size in (outputs, hidden)]
+    gate_up, down = projection(outputs, hidden), projection(hidden, inner)
+    draw.inputs.append(index)
+    interleaved = draw.random.random() < 0.5
+    return draw.both_ways(lambda: moe_mlp(
+        x, index, weights, gate_up, down, activation=activation, gate_up_bias=biases[0], down_bias=biases[1],
+        interleaved=interleaved,
+    ))  # fmt: skip
+
+
 DRAWS = {
     "gelu": draw_gelu,
     "swiglu": draw_swiglu,
@@ -281,6 +312,7 @@ DRAWS = {
     "decode": draw_decode,
     "linear_4bit": draw_linear_4bit,
     "integers": draw_integers,
+    "moe": draw_moe,
 }
 
 

@@ -6,7 +6,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from fuzz import attention, decode, quantization, refusals
+from fuzz import attention, decode, moe, quantization, refusals
 from tqdm import tqdm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -69,6 +69,11 @@ def test_four_bit(call):
 @drawn(quantization.integer_calls(), few=150)
 def test_integers(call):
     quantization.check_integers(call)
+
+
+@drawn(moe.calls(), few=150)
+def test_moe(call):
+    moe.check_moe(call)
 
 
 @drawn(refusals.bad_calls(), few=800)

@@ -62,6 +62,7 @@ def calls(n: int) -> dict[str, Call]:
     caches = randn(2, 24, 2, 8), randn(2, 24, 2, 8) + 1
     x, weight, bias = randn(n, 3, 8), randn(8), randn(8) + 1
     target = (torch.arange(3 * n) % 5).view(n, 3)
+    index = torch.arange(2 * n).view(n, 2) * 3 % 6 - 1  # two experts of four, or none
     codes, scales = (torch.arange(32) * 37 % 256).byte().view(32, 1), torch.tensor([120, 121], dtype=torch.uint8)
     return {
         "alibi_slopes": Call(lambda: F.alibi_slopes(n), ()),
@@ -150,13 +151,38 @@ def calls(n: int) -> dict[str, Call]:
             ),
             (x, bias, codes, scales), gradients=2,
         ),
+        "moe_dispatch": Call(lambda index: F.moe_dispatch(index, 4), (index,)),
+        "grouped_mm": Call(
+            lambda x, weight, bias, offsets: F.grouped_mm(x, weight, offsets, bias),
+            (randn(n, 8), randn(3, 8, 5), randn(3, 5), torch.tensor([2, 4, n - 1])), gradients=3, samples=3,
+        ),
+        "moe_mlp": Call(
+            lambda x, weights, gate_up, down, bias, index: F.moe_mlp(
+                x, index, weights.sigmoid(), gate_up, down, gate_up_bias=bias
+            ),
+            (randn(n, 8), randn(n, 2), randn(4, 12, 8), randn(4, 8, 6), randn(4, 12), index), gradients=5, samples=5,
+        ),
     }  # fmt: skip
+
+
+class Routed(nn.Module):
+    """How much a router's choices weigh, and the experts' loads, of (2, length, 8)."""
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self.router((x[..., 0].abs() * 10).long() if isinstance(self.router, pynlp.nn.HashRouter) else x)
+        return torch.cat((routing.top_k_weights.sum(-1).flatten(), routing.load))
 
 
 def modules(**factory) -> dict[str, Callable[[], nn.Module]]:
     """A maker of each public module; all take (2, length, 8)."""
     return {
+        "ExpertChoiceRouter": lambda: Routed(pynlp.nn.ExpertChoiceRouter(8, 4, **factory)),
         "FeedForward": lambda: pynlp.nn.FeedForward(8, 16, activation="swiglu", **factory),
+        "HashRouter": lambda: Routed(pynlp.nn.HashRouter(4, 1000, **factory)),
         "LatentAttention": lambda: pynlp.nn.LatentAttention(
             8, 2, kv_rank=4, nope_dim=4, rope_dim=4, max_positions=32, **factory
         ),
@@ -167,22 +193,26 @@ def modules(**factory) -> dict[str, Callable[[], nn.Module]]:
         "LinearInt4": lambda: pynlp.nn.LinearInt4(8, 4, group_size=16, activations="int8", **factory),
         "LoRALinear": lambda: pynlp.nn.LoRALinear(pynlp.nn.Linear(8, 4, **factory), rank=2),
         "Linear4bit": lambda: pynlp.nn.Linear4bit(8, 4, double_quant=True, **factory),
+        "MoE": lambda: pynlp.nn.MoE(8, 16, 4, router_aux_loss_coef=0.1, shared_ffn_dim=8, **factory),
         "MultiHeadAttention": lambda: pynlp.nn.MultiHeadAttention(
             8, 2, causal=True, positions="rope", max_positions=32, **factory
         ),
         "RMSNorm": lambda: pynlp.nn.RMSNorm(8, **factory),
+        "TopKRouter": lambda: Routed(pynlp.nn.TopKRouter(8, 4, bias_update_rate=0.1, **factory)),
     }
 
 
 NAMES = sorted(calls(SIZE))
 DIFFERENTIABLE = [name for name, call in calls(SIZE).items() if call.gradients]
 WITH_TENSORS = [name for name, call in calls(SIZE).items() if call.tensors]
+WITH_FLOATS = [name for name, call in calls(SIZE).items() if any(x.is_floating_point() for x in call.tensors)]
 MODULES = sorted(modules())
 
 
 def test_every_public_function_and_module_is_here():
     assert set(NAMES) == {name for name in F.__all__ if not inspect.isclass(getattr(F, name))}
-    layers = {name for name in pynlp.nn.__all__ if issubclass(getattr(pynlp.nn, name), nn.Module)}
+    public = {name: getattr(pynlp.nn, name) for name in pynlp.nn.__all__}
+    layers = {name for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, nn.Module)}
     assert set(MODULES) == layers
 
 
@@ -382,7 +412,7 @@ def test_vmap(name):
                 torch.testing.assert_close(grad[i], gradients(call.run, alone)[place], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", WITH_TENSORS)
+@pytest.mark.parametrize("name", WITH_FLOATS)
 def test_forward_mode_gives_the_derivative_or_an_error(name):
     call = calls(SIZE)[name]
     place = [x.is_floating_point() for x in call.tensors].index(True)
@@ -416,8 +446,8 @@ def test_no_second_derivative_is_lost(name):
         return grad.square().sum() + sum(x.sum() for x in tensors[: call.gradients])
 
     tensors = with_gradients(call)
-    if name in ("linear", "relu"):  # these are PyTorch's, which has them
-        exact = call._replace(tensors=tuple(x.double() for x in call.tensors))
+    if name in ("linear", "relu", "grouped_mm"):  # PyTorch's, which has them, and products of products
+        exact = call._replace(tensors=tuple(x.double() if x.is_floating_point() else x for x in call.tensors))
         assert torch.autograd.gradgradcheck(call.run, tuple(with_gradients(exact)), fast_mode=True)
     else:
         with pytest.raises(NotImplementedError, match="no second derivative"):

@@ -22,12 +22,14 @@ from pynlp.functional import (
     attention_weights,
     dequantize_4bit,
     gelu,
+    grouped_mm,
     int4_linear,
     int8_dynamic_linear,
     int8_linear,
     layer_norm,
     linear_4bit,
     linear_cross_entropy,
+    moe_mlp,
     quantize_4bit,
     quantize_int4,
     quantize_int8,
@@ -101,6 +103,17 @@ def four_bit_integers(x):
     return int4_linear(x, *quantize_int4(weight, group_size=64))
 
 
+def experts(x, scores, gate_up, down):
+    """Two experts of eight for each token, and a token of nine without any."""
+    index = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % 9
+    return moe_mlp(x, index, scores.sigmoid(), gate_up, down)
+
+
+def groups(x, gate_up, bias):
+    offsets = torch.tensor([0, 30, 31, 200, 200, 201, 280, 290], device=x.device)
+    return grouped_mm(x, gate_up.mT, offsets, bias)
+
+
 QKV = dict(q=(2, 297, 8, 64), k=(2, 297, 2, 64), v=(2, 297, 2, 64))
 ROWS = dict(x=(3, 297, 520), weight=(520,), bias=(520,), residual=(3, 297, 520))
 # Name: the call, the shapes of its tensors; those of `WIDE` stay fp32.
@@ -124,6 +137,8 @@ CALLS = {
     "quantize_int4": (four_bit_integers, dict(x=ROWS["x"])),
     "linear_4bit": (four_bit, dict(x=ROWS["x"])),
     "quantize_4bit": (four_bit_decoded, dict(x=ROWS["x"])),
+    "moe_mlp": (experts, dict(x=(297, 136), scores=(297, 2), gate_up=(8, 400, 136), down=(8, 136, 200))),
+    "grouped_mm": (groups, dict(x=(297, 136), gate_up=(8, 400, 136), bias=(8, 400))),
     "linear_cross_entropy": (cross_entropy, dict(x=(3, 297, 64), weight=(5000, 64), bias=(5000,))),
 }  # fmt: skip
 WIDE = ("weight", "bias", "sinks")

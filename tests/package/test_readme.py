@@ -27,7 +27,7 @@ OP_OF = {
     "swiglu": "activation_forward", "int8_linear": "integer_linear", "int4_linear": "integer_linear",
     "int8_dynamic_linear": "dynamic_integer_linear", "quantize_int8": "quantize_integers",
     "quantize_int4": "quantize_integers", "dequantize_int8": "dequantize_integers",
-    "dequantize_int4": "dequantize_integers",
+    "dequantize_int4": "dequantize_integers", "moe_mlp": "moe_mlp_forward",
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Models of Hugging Face transformers on `pynlp.functional.attention`.
+"""Models of Hugging Face transformers on `pynlp.functional.attention` and, with experts, on `moe_mlp`.
 
 `register()` once, then any model that goes through transformers' AttentionInterface takes
 `attn_implementation="pynlp"`, at loading or by `model.set_attn_implementation("pynlp")`. `patch(model)` is for those
-that add a dense bias to their scores or have attention of their own: T5, BLOOM, MPT; GPT-Neo, GPT-J, Falcon.
+that add a dense bias to their scores or have attention of their own: T5, BLOOM, MPT; GPT-Neo, GPT-J, Falcon. Models
+with experts take `experts_implementation="pynlp"` likewise, or `model.set_experts_implementation("pynlp")`.
 
 Example:
     >>> import torch

@@ -2,6 +2,7 @@
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomPreTrainedModel
 from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES, FalconPreTrainedModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES, GPTNeoPreTrainedModel
@@ -10,6 +11,7 @@ from transformers.models.mpt.modeling_mpt import MptBlock, MptPreTrainedModel
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 
 from pynlp.integrations.transformers.attention import attention_forward
+from pynlp.integrations.transformers.experts import experts_forward
 from pynlp.integrations.transformers.fused import (
     FUSED,
     FusedFalconAttention,
@@ -26,12 +28,15 @@ PRETRAINED = (
 
 
 def register() -> None:
-    """Make `attn_implementation="pynlp"` known to transformers; a second call does nothing.
+    """Make `attn_implementation="pynlp"` and `experts_implementation="pynlp"` known to transformers.
+
+    A second call does nothing.
 
     What the kernel cannot serve (a mask of one's own, a mask function other than transformers' causal, sliding-window,
     bidirectional and packed ones, gaps in the padding, `output_attentions=True`, a paged cache, head dimensions above
     256; padding under `torch.compile(fullgraph=True)`, which leaves no way to look at it) runs on transformers' own
-    attention, with one warning that names the reason.
+    attention, with one warning that names the reason. So are experts with a gate other than SiLU's and GPT-OSS's, or
+    with norms behind them.
 
     Example:
         >>> from pynlp.integrations.transformers import register
@@ -44,6 +49,7 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, structured_mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     # The tables in which these three look for their attention when they are made.
     GPT_NEO_ATTENTION_CLASSES[NAME] = FusedGPTNeoAttention
     GPTJ_ATTENTION_CLASSES[NAME] = FusedGPTJAttention

@@ -1,0 +1,111 @@
+// Experts' layers, forward: two products of each expert's rows, what stands between them done where the first one's sums
+// lie, and the weighted sum of a token's rows.
+#pragma once
+
+#include "activations.h"
+#include "combine.h"
+#include "grouped.h"
+#include "grouped_dots.h"
+
+namespace pynlp {
+namespace {
+
+// Applies the activation to products and writes it as panels for the next product; `pre_activation` may have no data.
+template <class E>
+class ActivationSink {
+ public:
+  ActivationSink(const MoeMlp& in, const RowsOut& pre_activation, int32_t* panels, int64_t words)
+      : in_(in), rows_(pre_activation, in.gate_up.outputs(), nullptr), keeps_(pre_activation.data), panels_(panels),
+        words_(words) {}
+
+  static constexpr int64_t ROOM = RowsSink::ROOM;
+
+  void write(const Products& products, float* room) const {
+    products.add(in_.gate_up_bias, in_.gate_up.outputs());
+    if (keeps_) rows_.write_rows(products, room);
+    with_activation<E::PAIR == 2>(in_.activation, [&](auto activation) { activate<decltype(activation)>(products); });
+  }
+
+ private:
+  template <class A>
+  PYNLP_INLINE void activate(const Products& products) const {
+    const Chunk& chunk = products.chunk;
+    const int64_t units = products.count / A::WAYS, first = products.first / A::WAYS;
+    for (int64_t m = 0; m < chunk.rows; m += PANEL) {
+      const int64_t lanes = round_up(smaller(PANEL, chunk.rows - m), LANES);
+      int32_t* panel = panels_ + ((chunk.panel + m / PANEL) * words_ + first / E::PAIR) * PANEL;
+      for (int64_t i = 0; i < units; i += E::PAIR, panel += PANEL) {
+        for (int64_t lane = 0; lane < lanes; lane += LANES) {
+          const float* at = products.values + i * A::WAYS * PITCH + m + lane;
+          const Float value = A::value(load(at), load(at + (A::WAYS - 1) * PITCH));
+          Float second = Float{};
+          if (E::PAIR == 2 && i + 1 < units)
+            second = A::value(load(at + A::WAYS * PITCH), load(at + (2 * A::WAYS - 1) * PITCH));
+          store(panel + lane, pair_of<E>(value, second));
+        }
+      }
+    }
+  }
+
+  const MoeMlp& in_;
+  const RowsSink rows_;
+  const bool keeps_;
+  int32_t* panels_;
+  const int64_t words_;
+};
+
+template <class E, class Values>
+void mlp_forward(const MoeMlpForward& in) {
+  const int64_t hidden = in.down.outputs().count(), inner = in.down.inputs().count(), words = row_words<E>(inner);
+  const Values gate_up(in.gate_up), down(in.down);
+  const Buffer results(in.groups.rows() * hidden * sizeof(float));
+  part_by_part(in.groups, 4 * words, [&](const Groups& part) {
+    const Chunks chunks(part);
+    const Buffer activated(chunks.panels * PANEL * words * sizeof(int32_t));
+    int32_t* panels = static_cast<int32_t*>(activated.data);
+    {
+      const RowPanels<E, Layout::words> x(chunks, {{in.x, in.gate_up.inputs().count()}, in.permutation, in.top_k});
+      const ActivationSink<E> sink(in, in.pre_activation, panels, words);
+      Grouped<E, Values, ActivationSink<E>>(chunks, in.gate_up, gate_up, x.words(), x.size, sink).run();
+    }
+    const RowsSink sink({results.data, Dtype::float32}, in.down.outputs(), in.down_bias);
+    Grouped<E, Values, RowsSink>(chunks, in.down, down, panels, words, sink).run();
+  });
+  Combine(in, results.floats(), hidden, in.top_k_weights, in.out).run();
+}
+
+// The same of so few rows that to read the weights is all it costs.
+inline void mlp_of_few_rows(const MoeMlpForward& in) {
+  const int64_t rows = in.groups.rows(), hidden = in.down.outputs().count(), inner = in.down.inputs().count();
+  const Order& order = in.gate_up.outputs();
+  const int64_t columns = in.gate_up.inputs().count(), pitch = padded(columns), inner_pitch = padded(inner);
+  const Buffer x(rows * pitch * sizeof(float)), sums(rows * order.count() * sizeof(float));
+  const Buffer activated(rows * inner_pitch * sizeof(float)), results(rows * hidden * sizeof(float));
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = x.floats() + i * pitch;
+    read_row(in.x.dtype, in.x.row(in.permutation[i] / in.top_k), columns, row);
+    for (int64_t k = columns; k < pitch; ++k) row[k] = 0;
+  }
+  GroupedDots(in.groups, in.gate_up, x.floats(), pitch, in.gate_up_bias, sums.floats()).run();
+  if (in.pre_activation.data)
+    write_row(in.pre_activation.dtype, sums.floats(), rows * order.count(), in.pre_activation.data, 0);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = sums.floats() + i * order.count();
+    float* to = activated.floats() + i * inner_pitch;
+    with_activation<false>(in.activation, [&](auto activation) {
+      for (int64_t k = 0; k < inner_pitch; k += LANES) {
+        alignas(64) float gates[LANES] = {}, others[LANES] = {};
+        for (int64_t lane = 0; lane < smaller(LANES, inner - k); ++lane) {
+          gates[lane] = from[order.at((k + lane) * order.ways)];
+          others[lane] = from[order.at((k + lane) * order.ways + order.ways - 1)];
+        }
+        store(to + k, decltype(activation)::value(load(gates), load(others)));
+      }
+    });
+  }
+  GroupedDots(in.groups, in.down, activated.floats(), inner_pitch, in.down_bias, results.floats()).run();
+  Combine(in, results.floats(), hidden, in.top_k_weights, in.out).run();
+}
+
+}  // namespace
+}  // namespace pynlp

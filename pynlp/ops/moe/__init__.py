@@ -1,0 +1,1 @@
+"""Mixtures of experts: schemas, checks, fakes, autograd and the public functions."""
