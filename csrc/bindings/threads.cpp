@@ -35,12 +35,12 @@ void run_tasks(int64_t tasks, int64_t operations, void (*work)(void*, int64_t), 
 void yield_thread() { std::this_thread::yield(); }
 
 void* allocate(size_t bytes) {
-  constexpr size_t HUGE = size_t{1} << 21;
-  const size_t alignment = bytes >= 2 * HUGE ? HUGE : 64;
+  constexpr size_t HUGE_PAGE = size_t{1} << 21;
+  const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
   void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (!memory && bytes) throw std::bad_alloc();
 #if defined(__linux__)
-  if (alignment == HUGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: a refusal does not matter
+  if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: a refusal does not matter
 #endif
   return memory;
 }

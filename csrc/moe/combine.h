@@ -11,7 +11,7 @@ namespace {
 class Combine {
  public:
   // out[token] = sum over k of weights[slot] * results[place of slot], weights being 1 where there are none.
-  Combine(const MoeMlp& in, const float* results, int64_t columns, const float* weights, const RowsOut& out)
+  Combine(const Routing& in, const float* results, int64_t columns, const float* weights, const RowsOut& out)
       : in_(in), results_(results), columns_(columns), weights_(weights), out_(out) {}
 
   void run() const {
@@ -41,7 +41,7 @@ class Combine {
     }
   }
 
-  const MoeMlp& in_;
+  const Routing& in_;
   const float* results_;
   const int64_t columns_;
   const float* weights_;

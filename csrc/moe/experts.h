@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../gemm/pack.h"
+#include "../quantization/four_bit.h"
+#include "../quantization/integers.h"
 #include "moe.h"
 
 namespace pynlp {
@@ -35,6 +37,40 @@ class DenseValues {
   const Experts& in_;
 };
 
+// The same of quantized matrices, by `Values`, which reads the rows of all of them.
+template <class Values, class Weight>
+class QuantizedValues {
+ public:
+  explicit QuantizedValues(const QuantizedExperts<Weight>& in) : lines_(in.lines.count()), values_(in.weight) {}
+
+  PYNLP_INLINE void read(int64_t expert, int64_t line, int64_t column, int64_t count, float* to) const {
+    values_.read(expert * lines_ + line, column, count, to);
+  }
+  PYNLP_INLINE const uint16_t* bf16(int64_t, int64_t, int64_t) const { return nullptr; }
+  PYNLP_INLINE void prefetch(int64_t expert, int64_t line, int64_t column, int64_t count) const {
+    values_.prefetch(expert * lines_ + line, column, count);
+  }
+
+ private:
+  const int64_t lines_;
+  const Values values_;
+};
+
+template <class Weights>
+struct ValuesFor {
+  using type = DenseValues;
+};
+template <>
+struct ValuesFor<FourBitExperts> {
+  using type = QuantizedValues<FourBitValues, FourBit>;
+};
+template <>
+struct ValuesFor<Int8Experts> {
+  using type = QuantizedValues<IntegerValues<8>, Int8>;
+};
+template <class Weights>
+using ValuesOf = typename ValuesFor<Weights>::type;
+
 // Writes values first .. first + count - 1 of a line, which begins at element `start`. In memory gates may come before
 // what they gate; then `first` is even, and count at most MOST.
 template <int64_t MOST>
@@ -56,7 +92,7 @@ PYNLP_INLINE void write_in_order(const Order& order, Dtype dtype, const float* v
 template <class E, class Values, int64_t BLOCK, int64_t DEPTH>
 class WeightBlocks {
  public:
-  WeightBlocks(const Experts& weight, const Values& values) : in_(weight), values_(values) {}
+  WeightBlocks(const Matrices& weight, const Values& values) : in_(weight), values_(values) {}
 
   int64_t row() const { return in_.outputs_are_lines ? DEPTH : 1; }
   int64_t depth() const { return in_.outputs_are_lines ? 1 : BLOCK; }
@@ -135,7 +171,7 @@ class WeightBlocks {
     float_to_bf16(row, count, to);
   }
 
-  const Experts& in_;
+  const Matrices& in_;
   const Values& values_;
 };
 

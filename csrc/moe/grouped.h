@@ -34,7 +34,7 @@ template <class E, class Values, class Sink>
 class Grouped {
  public:
   // panels: word `k` of a panel of rows is panels[(panel * words + k) * PANEL].
-  Grouped(const Chunks& chunks, const Experts& weight, const Values& values, const int32_t* panels, int64_t words,
+  Grouped(const Chunks& chunks, const Matrices& weight, const Values& values, const int32_t* panels, int64_t words,
           const Sink& sink)
       : chunks_(chunks),
         outputs_(weight.outputs().count()),

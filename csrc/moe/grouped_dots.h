@@ -2,17 +2,26 @@
 #pragma once
 
 #include "../quantization/few_rows.h"
+#include "../quantization/four_bit_dots.h"
+#include "../quantization/integer_dots.h"
 #include "experts.h"
 
 namespace pynlp {
 namespace {
 
 // Whether there are so few rows that this is the faster way.
-inline bool are_few(const Groups& groups, const Experts& weight) {
+inline bool are_few(const Groups& groups) {
   int64_t most = 0;
   for (int64_t expert = 0; expert < groups.experts; ++expert) most = larger(most, groups.count(expert));
-  const bool is_read = PYNLP_F16C || weight.dtype != Dtype::float16;
-  return most <= MOST_FEW && is_read && weight.outputs_are_lines;
+  return most <= MOST_FEW;
+}
+
+inline bool has_dots(const Experts& weight) {
+  return weight.outputs_are_lines && (PYNLP_F16C || weight.dtype != Dtype::float16);
+}
+template <class Weight>
+bool has_dots(const QuantizedExperts<Weight>& weight) {
+  return weight.outputs_are_lines;
 }
 
 class GroupedDots {
@@ -103,6 +112,78 @@ class GroupedDots {
   const Buffer active_;  // the experts that have rows
   int64_t count_ = 0;
 };
+
+// The same of quantized matrices, by `Dots`, which multiplies rows by lines of one weight.
+template <class Dots, class Weight>
+class QuantizedDots {
+ public:
+  QuantizedDots(const Groups& groups, const QuantizedExperts<Weight>& weight, const float* x, int64_t pitch,
+                const float* bias, float* y)
+      : lines_(weight.lines.count()),
+        blocks_((lines_ + FEW_TASK - 1) / FEW_TASK),
+        operations_(groups.rows() * lines_ * weight.columns.count()),
+        problems_(groups.experts * sizeof(Problem)),
+        dots_(groups.experts * sizeof(Dots)) {
+    for (int64_t expert = 0; expert < groups.experts; ++expert) {
+      const int64_t rows = groups.count(expert), first = groups.first(expert), line = expert * lines_;
+      if (rows == 0) continue;
+      // Results and the bias count from the line of the first expert.
+      Problem* problem = new (problem_at(count_)) Problem{};
+      problem->expert = expert;
+      problem->forward = {rows, {x + first * pitch, pitch, Dtype::float32}, weight.weight,
+                          bias ? bias + line : nullptr, {y + first * lines_, Dtype::float32}};
+      new (dots_at(count_)) Dots(problem->forward);
+      ++count_;
+    }
+  }
+  ~QuantizedDots() {
+    for (int64_t i = 0; i < count_; ++i) dots_at(i)->~Dots();
+  }
+
+  void run() { run_tasks<&QuantizedDots::multiply>(count_ * blocks_, operations_, this); }
+
+ private:
+  struct Problem {
+    LinearForward<Weight> forward;
+    int64_t expert;
+  };
+
+  Problem* problem_at(int64_t i) const { return static_cast<Problem*>(problems_.data) + i; }
+  Dots* dots_at(int64_t i) const { return static_cast<Dots*>(dots_.data) + i; }
+
+  void multiply(int64_t task) const {
+    const Problem& problem = *problem_at(task / blocks_);
+    const int64_t line = task % blocks_ * FEW_TASK, count = smaller(FEW_TASK, lines_ - line);
+    alignas(64) float results[MOST_FEW * FEW_TASK];
+    dots_at(task / blocks_)->multiply_lines(problem.expert * lines_ + line, count, results);
+    const LinearForward<Weight>& in = problem.forward;
+    for (int64_t m = 0; m < in.rows; ++m) {
+      float* row = results + m * FEW_TASK;
+      if (in.bias)
+        for (int64_t n = 0; n < count; ++n) row[n] += in.bias[line + n];
+      copy_row(static_cast<float*>(in.y.data) + m * lines_ + line, row, count * sizeof(float));
+    }
+  }
+
+  const int64_t lines_, blocks_, operations_;
+  const Buffer problems_, dots_;  // of the experts that have rows
+  int64_t count_ = 0;
+};
+
+template <class Weights>
+struct DotsFor {
+  using type = GroupedDots;
+};
+template <>
+struct DotsFor<FourBitExperts> {
+  using type = QuantizedDots<FourBitDots, FourBit>;
+};
+template <>
+struct DotsFor<Int8Experts> {
+  using type = QuantizedDots<IntegerDots<8>, Int8>;
+};
+template <class Weights>
+using DotsOf = typename DotsFor<Weights>::type;
 
 }  // namespace
 }  // namespace pynlp

@@ -44,8 +44,8 @@ class Chunks {
   const Buffer chunks_;
 };
 
-// work(part of the groups) for parts one after the other, each of whole experts: so many that rows of `bytes` fill the
-// memory that a part takes, which is then the same for all.
+// Calls work for runs of whole experts, one after the other. A run has as many experts as keep its rows, of `bytes` each,
+// within PART_BYTES a thread, and at least one.
 template <class Work>
 PYNLP_INLINE void part_by_part(const Groups& groups, int64_t bytes, const Work& work) {
   const int64_t most = larger(CHUNK, PART_BYTES * thread_count() / larger(1, bytes));
@@ -55,7 +55,8 @@ PYNLP_INLINE void part_by_part(const Groups& groups, int64_t bytes, const Work& 
   }
 }
 
-// A reader of rows for gemm/pack.h: row i is that of a token, of which `top_k` slots have it, or row i as it is.
+// A reader of rows for gemm/pack.h. Row i is the row of the token that slot permutation[i] belongs to; without a
+// permutation it is row i.
 struct GatheredRows : FloatRows {
   const int32_t* permutation;  // or null
   int64_t top_k;

@@ -58,22 +58,32 @@ void run_grouped_mm_weight_backward(const GroupedWeightGradient& in) {
   });
 }
 
-void run_moe_mlp_forward(const MoeMlpForward& in) {
+template <class Weights>
+void run_moe_mlp_forward(const MoeMlpForward<Weights>& in) {
   if (in.pre_activation.data)
     clear(in.pre_activation, in.groups.rows(), in.tokens * in.top_k, in.gate_up.outputs().count());
-  if (are_few(in.groups, in.gate_up) && are_few(in.groups, in.down)) {
+  if (are_few(in.groups) && has_dots(in.gate_up) && has_dots(in.down)) {
     mlp_of_few_rows(in);
     return;
   }
-  with_words(in.x.dtype, [&](auto words) { mlp_forward<decltype(words), DenseValues>(in); });
+  with_words(in.x.dtype, [&](auto words) { mlp_forward<decltype(words)>(in); });
 }
 
-void run_moe_mlp_backward(const MoeMlpBackward& in) {
-  with_words(in.x.dtype, [&](auto words) { mlp_backward<decltype(words), DenseValues>(in); });
+template <class Weights>
+void run_moe_mlp_backward(const MoeMlpBackward<Weights>& in) {
+  with_words(in.x.dtype, [&](auto words) { mlp_backward<decltype(words)>(in); });
 }
 
-constexpr MoeKernels KERNELS = {run_grouped_mm, run_grouped_mm_weight_backward, run_moe_mlp_forward,
-                                run_moe_mlp_backward};
+constexpr MoeKernels KERNELS = {
+    run_grouped_mm,
+    run_grouped_mm_weight_backward,
+    run_moe_mlp_forward<Experts>,
+    run_moe_mlp_backward<Experts>,
+    run_moe_mlp_forward<FourBitExperts>,
+    run_moe_mlp_backward<FourBitExperts>,
+    run_moe_mlp_forward<Int8Experts>,
+    run_moe_mlp_backward<Int8Experts>,
+};
 
 }  // namespace
 }  // namespace pynlp

@@ -13,10 +13,10 @@ namespace pynlp {
 namespace {
 
 // What becomes of g, block by block.
-template <class E>
+template <class E, class Weights>
 class ActivationGradientSink {
  public:
-  ActivationGradientSink(const MoeMlpBackward& in, const Chunks& chunks)
+  ActivationGradientSink(const MoeMlpBackward<Weights>& in, const Chunks& chunks)
       : order_(in.gate_up.outputs()),
         words(larger(LANES, row_words<E>(order_.count()))),
         values(round_up(order_.count(), LANES)),
@@ -150,19 +150,20 @@ class ActivationGradientSink {
   const int64_t words, values, inner;  // of a row: words and values of grad h, values of the activation
 
  private:
-  const MoeMlpBackward& in_;
+  const MoeMlpBackward<Weights>& in_;
   const int64_t lanes_, blocks_;
   const Buffer grad_words_, grad_values_, activated_;
   const Buffer shares_;  // (blocks, lanes)
 };
 
 // What is left: gradients of the slots' weights and of the second bias.
+template <class Weights>
 class SmallGradients {
  public:
-  SmallGradients(const MoeMlpBackward& in, const Chunks& chunks) : in_(in), chunks_(chunks) {}
+  SmallGradients(const MoeMlpBackward<Weights>& in, const Chunks& chunks) : in_(in), chunks_(chunks) {}
 
   template <class E>
-  void of_weights(const ActivationGradientSink<E>& sink) {
+  void of_weights(const ActivationGradientSink<E, Weights>& sink) {
     const int64_t hidden = in_.down.outputs().count();
     const Buffer room(hidden * sizeof(float));
     for (int64_t c = 0; c < chunks_.count; ++c) {
@@ -201,31 +202,34 @@ class SmallGradients {
     }
   }
 
-  const MoeMlpBackward& in_;
+  const MoeMlpBackward<Weights>& in_;
   const Chunks& chunks_;
 };
 
 // The same matrices from outputs to inputs.
-inline Experts turned(const Experts& weight) {
-  Experts result = weight;
+template <class Weights>
+Weights turned(const Weights& weight) {
+  Weights result = weight;
   result.outputs_are_lines = !weight.outputs_are_lines;
   return result;
 }
 
-template <class E, class Values>
-void mlp_backward(const MoeMlpBackward& in) {
+template <class E, class Weights>
+void mlp_backward(const MoeMlpBackward<Weights>& in) {
+  using Values = ValuesOf<Weights>;
+  using Sink = ActivationGradientSink<E, Weights>;
   const int64_t hidden = in.down.outputs().count(), columns = in.gate_up.inputs().count();
-  const Experts gate_up = turned(in.gate_up), down = turned(in.down);
+  const Weights gate_up = turned(in.gate_up), down = turned(in.down);
   const Values gate_up_values(gate_up), down_values(down);
   const GatheredRows x{{in.x, columns}, in.permutation, in.top_k}, grad{{in.grad, hidden}, in.permutation, in.top_k};
   const Buffer results(in.grad_x.data ? in.groups.rows() * columns * sizeof(float) : 0);
   memset(in.grad_top_k_weights, 0, in.tokens * in.top_k * sizeof(float));
-  part_by_part(in.groups, 4 * in.gate_up.outputs().count(), [&](const Groups& part) {
+  part_by_part(in.groups, 4 * larger(in.gate_up.outputs().count(), hidden), [&](const Groups& part) {
     const Chunks chunks(part);
-    ActivationGradientSink<E> sink(in, chunks);
+    Sink sink(in, chunks);
     {
       const RowPanels<E, Layout::words> panels(chunks, grad);
-      Grouped<E, Values, ActivationGradientSink<E>>(chunks, down, down_values, panels.words(), panels.size, sink).run();
+      Grouped<E, Values, Sink>(chunks, down, down_values, panels.words(), panels.size, sink).run();
     }
     SmallGradients small(in, chunks);
     small.of_weights(sink);

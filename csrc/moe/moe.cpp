@@ -42,7 +42,19 @@ void grouped_mm(const GroupedForward& problem) { pick(VARIANTS, &MoeKernels::gro
 void grouped_mm_weight_backward(const GroupedWeightGradient& problem) {
   pick(VARIANTS, &MoeKernels::grouped_mm_weight_backward)(problem);
 }
-void moe_mlp_forward(const MoeMlpForward& problem) { pick(VARIANTS, &MoeKernels::moe_mlp_forward)(problem); }
-void moe_mlp_backward(const MoeMlpBackward& problem) { pick(VARIANTS, &MoeKernels::moe_mlp_backward)(problem); }
+void moe_mlp_forward(const MoeMlpForward<Experts>& problem) { pick(VARIANTS, &MoeKernels::moe_mlp_forward)(problem); }
+void moe_mlp_forward(const MoeMlpForward<FourBitExperts>& problem) {
+  pick(VARIANTS, &MoeKernels::moe_mlp_4bit_forward)(problem);
+}
+void moe_mlp_forward(const MoeMlpForward<Int8Experts>& problem) {
+  pick(VARIANTS, &MoeKernels::moe_mlp_int8_forward)(problem);
+}
+void moe_mlp_backward(const MoeMlpBackward<Experts>& problem) { pick(VARIANTS, &MoeKernels::moe_mlp_backward)(problem); }
+void moe_mlp_backward(const MoeMlpBackward<FourBitExperts>& problem) {
+  pick(VARIANTS, &MoeKernels::moe_mlp_4bit_backward)(problem);
+}
+void moe_mlp_backward(const MoeMlpBackward<Int8Experts>& problem) {
+  pick(VARIANTS, &MoeKernels::moe_mlp_int8_backward)(problem);
+}
 
 }  // namespace pynlp

@@ -4,7 +4,7 @@
 // expert come last and take part in nothing.
 #pragma once
 
-#include "../common/rows.h"
+#include "../quantization/quantization.h"
 
 namespace pynlp {
 
@@ -38,8 +38,8 @@ struct Groups {
   PYNLP_INLINE int64_t rows() const { return end() - first(begin); }
 };
 
-// How the lines or columns of an expert's matrix are counted. Of `ways` 2, gates and what they gate take turns; in memory
-// they do, too, if they are interleaved, else all gates come first.
+// Numbers the lines or columns of an expert's matrix. With `ways` 2 kernels count a gate, what it gates, the next gate, and
+// so on; at(i) is where number i lies in memory: likewise if they are interleaved, else with all gates first.
 struct Order {
   int64_t units;
   int ways = 1;
@@ -50,24 +50,31 @@ struct Order {
   PYNLP_INLINE int64_t at(int64_t i) const { return as_in_memory() ? i : i / 2 + (i % 2) * units; }
 };
 
-// A matrix for each expert: lines of contiguous values.
-struct Experts {
-  const void* data;
-  Dtype dtype;
-  int64_t expert_stride, line_stride;
+// A matrix for each expert: lines of values that follow each other.
+struct Matrices {
   Order lines, columns;
-  bool outputs_are_lines;  // of x weight', or the columns
+  bool outputs_are_lines;  // whether lines are the outputs of x weight', else columns are
 
   const Order& outputs() const { return outputs_are_lines ? lines : columns; }
   const Order& inputs() const { return outputs_are_lines ? columns : lines; }
 };
 
+struct Experts : Matrices {
+  const void* data;
+  Dtype dtype;
+  int64_t expert_stride, line_stride;
+};
+
+// Quantized ones: the lines of all experts are the rows of one weight.
+template <class Weight>
+struct QuantizedExperts : Matrices {
+  Weight weight;
+};
+
 // The same of a result, contiguous.
-struct ExpertsOut {
+struct ExpertsOut : Matrices {
   void* data;
   Dtype dtype;
-  Order lines, columns;
-  bool outputs_are_lines;
 };
 
 // y = x weight' + bias, of each expert's rows; the rows behind them are 0.
@@ -90,36 +97,50 @@ struct GroupedWeightGradient {
 
 enum class MoeActivation { gelu, relu, swiglu, swiglu_oai };
 
-// What both passes of the experts' layers have: out = sum over k of weight * (down(activation(gate_up(x)))).
-struct MoeMlp {
+// Which experts tokens go to, and how much each counts.
+struct Routing {
   int64_t tokens, top_k;
   Groups groups;
   const int32_t *permutation, *places;
   const float* top_k_weights;  // (slots,)
+};
+
+// What both passes of the experts' layers have: out = sum over k of weight * (down(activation(gate_up(x)))).
+template <class Weights>
+struct MoeMlp : Routing {
   MoeActivation activation;
   RowsIn x;
-  Experts gate_up, down;
+  Weights gate_up, down;
   const float *gate_up_bias, *down_bias;  // (experts, outputs), or null
 };
 
-struct MoeMlpForward : MoeMlp {
+template <class Weights>
+struct MoeMlpForward : MoeMlp<Weights> {
   RowsOut out;             // (tokens, hidden)
   RowsOut pre_activation;  // (slots, outputs of gate_up), or no data
 };
 
-struct MoeMlpBackward : MoeMlp {
+template <class Weights>
+struct MoeMlpBackward : MoeMlp<Weights> {
   RowsIn grad;            // (tokens, hidden)
   RowsIn pre_activation;  // rows, as forward wrote them
-  RowsOut grad_x;         // each of these has no data where it is not wanted
+  RowsOut grad_x;         // each of these has no data where it is not wanted; those of quantized weights never have
   float* grad_top_k_weights;
   ExpertsOut grad_gate_up, grad_down;
   float *grad_gate_up_bias, *grad_down_bias;
 };
 
+using FourBitExperts = QuantizedExperts<FourBit>;
+using Int8Experts = QuantizedExperts<Int8>;
+
 void moe_dispatch(const Dispatch& problem);
 void grouped_mm(const GroupedForward& problem);
 void grouped_mm_weight_backward(const GroupedWeightGradient& problem);
-void moe_mlp_forward(const MoeMlpForward& problem);
-void moe_mlp_backward(const MoeMlpBackward& problem);
+void moe_mlp_forward(const MoeMlpForward<Experts>& problem);
+void moe_mlp_forward(const MoeMlpForward<FourBitExperts>& problem);
+void moe_mlp_forward(const MoeMlpForward<Int8Experts>& problem);
+void moe_mlp_backward(const MoeMlpBackward<Experts>& problem);
+void moe_mlp_backward(const MoeMlpBackward<FourBitExperts>& problem);
+void moe_mlp_backward(const MoeMlpBackward<Int8Experts>& problem);
 
 }  // namespace pynlp

@@ -21,12 +21,8 @@ class FourBitDots {
 
   void run() { run_few<&FourBitDots::multiply>(in_, this); }
 
- private:
-  static constexpr int64_t CACHED = 4096;  // values of x
-
-  void multiply(int64_t task) const {
-    const int64_t first = task * FEW_TASK, count = smaller(FEW_TASK, in_.weight.rows - first);
-    alignas(64) float results[MOST_FEW * FEW_TASK];
+  // results[m * FEW_TASK + n], row m of x times row first + n of the weight.
+  void multiply_lines(int64_t first, int64_t count, float* results) const {
     with_constant(in_.rows, [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       if (columns_ % UNIT == 0)
@@ -34,6 +30,15 @@ class FourBitDots {
       else
         dots_of_odd_rows<ROWS>(first, count, results);
     });
+  }
+
+ private:
+  static constexpr int64_t CACHED = 4096;  // values of x
+
+  void multiply(int64_t task) const {
+    const int64_t first = task * FEW_TASK, count = smaller(FEW_TASK, in_.weight.rows - first);
+    alignas(64) float results[MOST_FEW * FEW_TASK];
+    multiply_lines(first, count, results);
     write_few(in_, first, count, results);
   }
 

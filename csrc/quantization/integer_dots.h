@@ -14,10 +14,8 @@ class IntegerDots {
 
   void run() { run_few<&IntegerDots::multiply>(in_, this); }
 
- private:
-  void multiply(int64_t task) const {
-    const int64_t first = task * FEW_TASK, count = smaller(FEW_TASK, in_.weight.rows - first);
-    alignas(64) float results[MOST_FEW * FEW_TASK];
+  // results[m * FEW_TASK + n], row m of x times row first + n of the weight.
+  void multiply_lines(int64_t first, int64_t count, float* results) const {
     with_constant(in_.rows, [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       for (int64_t n = 0; n < count; ++n) {
@@ -27,6 +25,13 @@ class IntegerDots {
           dot<ROWS, false>(first + n, results + n);
       }
     });
+  }
+
+ private:
+  void multiply(int64_t task) const {
+    const int64_t first = task * FEW_TASK, count = smaller(FEW_TASK, in_.weight.rows - first);
+    alignas(64) float results[MOST_FEW * FEW_TASK];
+    multiply_lines(first, count, results);
     write_few(in_, first, count, results);
   }
 

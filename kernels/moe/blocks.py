@@ -54,13 +54,15 @@ class Rows(NamedTuple):
 
 @triton.jit
 def block_of_rows(p_offsets, i_block, rows, experts, F: tl.constexpr):
-    """The expert of a block, its first row, and where the expert's rows end: not behind the first if there is no block.
+    """The expert of a block, its first row, and the end of that expert's rows.
+
+    Of a block that does not exist the end is at most the first row. Ends that do not fit are cut at `rows`.
 
     With TAIL the rows behind the last group are those of expert number `experts`.
     """
     o_e = tl.arange(0, F.GROUPS)
-    b_end = tl.load(p_offsets + o_e, mask=o_e < experts, other=0)
-    b_start = tl.load(p_offsets + o_e - 1, mask=(o_e > 0) & (o_e <= experts), other=0)
+    b_end = tl.minimum(tl.load(p_offsets + o_e, mask=o_e < experts, other=0), rows)
+    b_start = tl.maximum(tl.load(p_offsets + o_e - 1, mask=(o_e > 0) & (o_e <= experts), other=0), 0)
     if F.TAIL:
         b_end = tl.where(o_e == experts, rows, b_end)
     b_blocks = tl.where(b_end > b_start, (b_end - b_start + F.BLOCK_M - 1) // F.BLOCK_M, 0)

@@ -56,7 +56,7 @@ FP32 = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), _NVIDIA_FP32), "gfx942": _
 
 
 def configs(kind: str, chip: str, rows: int, item_size: int) -> list[Config]:
-    """The tiles of a kind of product, for so many rows of a group: none has many more.
+    """The tiles to try where groups have `rows` rows on average: much taller ones are left out.
 
     kind: product; gated, whose tiles of outputs are two; gradient, whose tiles are of matrices.
     """

@@ -94,11 +94,13 @@ def start_grouped(
     weight: Tensor,
     rows: int,
     width: int,
+    name: str | None = None,
     **constants,
 ) -> None:
     """Chooses a config and starts a kernel by `start((rows of x, matrices), config, features, ..)`.
 
     width: Outputs, or units of outputs, that tiles cover.
+    name: By which the choice is kept, where a kind has several kernels.
     """
     experts, outputs, inputs = weight.shape
     own, by_lines, align_w = matrices(weight)
@@ -132,7 +134,7 @@ def start_grouped(
         inputs & -inputs & 0xFF,
         width & -width & 0xFF,
     )
-    begin(choose(f"moe {kind}", x.device, candidates, key, (rows, outputs, inputs), begin, neighbours))
+    begin(choose(f"moe {name or kind}", x.device, candidates, key, (rows, outputs, inputs), begin, neighbours))
 
 
 def weight_gradient(
@@ -143,6 +145,7 @@ def weight_gradient(
     if out.numel() == 0:
         return out
     align, strides = row_strides(lines, columns)
+    rows = lines.shape[0] if permutation is None else permutation.shape[0]
     is_long = any(x.numel() and x.shape[0] * x.stride(0) >= 2**31 for x in (lines, columns))
     sides = [Rows(x, stride, permutation) for x, stride in zip((lines, columns), strides, strict=True)]
 
@@ -154,7 +157,7 @@ def weight_gradient(
         )  # fmt: skip
         grid = (len(offsets) * cdiv(out.shape[1], config.block_m) * cdiv(out.shape[2], config.block_n),)
         return launch(
-            weight_gradient_kernel, grid, *sides, out, offsets, *out.shape[1:], features,
+            weight_gradient_kernel, grid, *sides, out, offsets, rows, *out.shape[1:], features,
             compile_only=compile_only, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
@@ -172,9 +175,10 @@ def bias_gradient(
     if out.numel() == 0:
         return
     align, (stride,) = row_strides(grad)
-    rows, columns = SUMMED[0], min(SUMMED[1], tile_width(out.shape[1]))
+    block, columns = SUMMED[0], min(SUMMED[1], tile_width(out.shape[1]))
+    rows = grad.shape[0] if permutation is None else permutation.shape[0]
     launch(
         bias_gradient_kernel, (len(offsets), cdiv(out.shape[1], columns)),
-        Rows(grad, stride, permutation), weights, out, offsets, out.shape[1],
-        WEIGHTED=weights is not None, TOP_K=top_k, ALIGN=align, BLOCK_M=rows, BLOCK_N=columns, num_warps=4,
+        Rows(grad, stride, permutation), weights, out, offsets, rows, out.shape[1],
+        WEIGHTED=weights is not None, TOP_K=top_k, ALIGN=align, BLOCK_M=block, BLOCK_N=columns, num_warps=4,
     )  # fmt: skip

@@ -102,7 +102,7 @@ def _side(
 
 @triton.jit
 def weight_gradient_kernel(
-    a: Rows, b: Rows, p_out, p_offsets, lines, columns, F: tl.constexpr,
+    a: Rows, b: Rows, p_out, p_offsets, rows, lines, columns, F: tl.constexpr,
 ):  # fmt: skip
     """out_e (lines, columns) = sum over rows of e of a b^T; a program does a tile (BLOCK_M, BLOCK_N) of one matrix."""
     tiles_m, tiles_n = tl.cdiv(lines, F.BLOCK_M), tl.cdiv(columns, F.BLOCK_N)
@@ -110,9 +110,9 @@ def weight_gradient_kernel(
     i_tile = tl.program_id(0) % (tiles_m * tiles_n)
     i_m = i_tile // tiles_n * F.BLOCK_M
     i_n = i_tile % tiles_n * F.BLOCK_N
-    i_end = tl.load(p_offsets + i_expert)
-    i_first = tl.load(p_offsets + i_expert - 1, mask=i_expert > 0, other=0)
-    i_last = i_first + (i_end - i_first) // F.BLOCK_K * F.BLOCK_K
+    i_end = tl.minimum(tl.load(p_offsets + i_expert), rows)
+    i_first = tl.maximum(tl.load(p_offsets + i_expert - 1, mask=i_expert > 0, other=0), 0)
+    i_last = i_first + tl.maximum(i_end - i_first, 0) // F.BLOCK_K * F.BLOCK_K
     p_a = _first_of(a, i_first, i_m, F.LINES_GATHERED, F)
     p_b = _first_of(b, i_first, i_n, F.COLUMNS_GATHERED, F)
     b_sum = tl.full([F.BLOCK_M, F.BLOCK_N], 0.0, tl.float32)
@@ -134,14 +134,14 @@ def weight_gradient_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-    grad: Rows, p_weights, p_out, p_offsets, columns,
+    grad: Rows, p_weights, p_out, p_offsets, rows, columns,
     WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out_e = sum over rows of e of grad, or of each slot's weight times its token's grad."""
     i_expert = tl.program_id(0)
     b_column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i_end = tl.load(p_offsets + i_expert)
-    i_first = tl.load(p_offsets + i_expert - 1, mask=i_expert > 0, other=0)
+    i_end = tl.minimum(tl.load(p_offsets + i_expert), rows)
+    i_first = tl.maximum(tl.load(p_offsets + i_expert - 1, mask=i_expert > 0, other=0), 0)
     b_sum = tl.full([BLOCK_N], 0.0, tl.float32)
     for i_row in tl.range(i_first, i_end, BLOCK_M):
         b_row = i_row + tl.arange(0, BLOCK_M)

@@ -159,7 +159,7 @@ def _start_activation_backward(
         return compiled
 
     start_grouped(
-        "gated", start, grad, permutation, top_k, down_proj.mT, slots, inner, ACTIVATION=activation,
+        "gated", start, grad, permutation, top_k, down_proj.mT, slots, inner, "backward", ACTIVATION=activation,
         INTERLEAVED=interleaved and grad_before.shape[1] == 2 * inner,
     )  # fmt: skip
     block = 128

@@ -47,7 +47,7 @@ class Block(nn.Module):
         *,
         causal: bool,
         cross_attention: bool,
-        sparse: bool,
+        number: int,
         attention: Callable[..., Tensor],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -70,7 +70,7 @@ class Block(nn.Module):
             self.cross_attention_norm = make_norm(config, **factory)
             self.cross_attention = MultiHeadAttention(config.embed_dim, config.heads, **heads)
         self.feed_forward_norm = make_norm(config, **factory)
-        self.feed_forward = make_feed_forward(config, sparse, **factory)
+        self.feed_forward = make_feed_forward(config, number, **factory)
 
     def forward(
         self,
@@ -161,7 +161,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(
-                config, causal=causal, cross_attention=cross_attention, sparse=is_sparse(config, i),
+                config, causal=causal, cross_attention=cross_attention, number=i,
                 attention=attention, **factory,
             )
             for i in range(layers)
@@ -262,16 +262,18 @@ def is_sparse(config: TransformerConfig, number: int) -> bool:
     return config.ffn == "moe" and number % config.moe_every == config.moe_every - 1
 
 
-def make_feed_forward(config: TransformerConfig, sparse: bool, **factory) -> nn.Module:
+def make_feed_forward(config: TransformerConfig, number: int, **factory) -> nn.Module:
+    """The feed-forward layer of the block of this number."""
     ffn_dim = config.ffn_dim
     if ffn_dim is None:
         ffn_dim = 8 * config.embed_dim // 3 if config.activation == "swiglu" else 4 * config.embed_dim
     sizes = config.embed_dim, ffn_dim
-    if not sparse:
+    if not is_sparse(config, number):
         return FeedForward(*sizes, activation=config.activation, dropout=config.dropout, bias=False, **factory)
     options = dict(activation=config.activation, shared_ffn_dim=config.shared_ffn_dim, **factory)
     if config.router == "hash":
-        router = HashRouter(config.num_experts, config.vocab_size, top_k=config.top_k, device=factory["device"])
+        sizes_of_table = config.num_experts, config.vocab_size
+        router = HashRouter(*sizes_of_table, top_k=config.top_k, seed=number, device=factory["device"])
         return MoE(*sizes, config.num_experts, router=router, **options)
     names = ("top_k", "router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate", "capacity_factor")
     return MoE(*sizes, config.num_experts, **{name: getattr(config, name) for name in names}, **options)

@@ -37,7 +37,7 @@ class TransformerConfig:
         num_experts, top_k, shared_ffn_dim: Those of the mixtures.
         router: "top_k", by a gate, or "hash", by a balanced table of token ids, without parameters.
         router_aux_loss_coef, router_z_loss_coef, bias_update_rate, capacity_factor: Those of the gates; their losses
-            are `pynlp.nn.router_loss(model)`.
+            are `pynlp.nn.router_loss(model)`. The padding of an encoder goes to no expert, that of a decoder does.
         dropout: Share of embeddings, attention weights, activations and what layers add to the residual that is set
             to 0 in training.
         tied_embeddings: Whether the output projection is the embedding, in an encoder-decoder also the source's.
@@ -92,6 +92,14 @@ class TransformerConfig:
         for name in ("encoder_layers", "ffn_dim", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1 or None, got {getattr(self, name)}")
+        if self.router == "hash":
+            for name in ("router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate", "capacity_factor"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}: expected none with router='hash', which has no gate, got {getattr(self, name)}"
+                    )
+        if self.ffn == "moe" and self.moe_every > self.layers:
+            raise ValueError(f"moe_every: expected at most the {self.layers} layers, got {self.moe_every}")
         check_share("dropout", self.dropout)
         if self.positions == "sinusoidal" and self.embed_dim % 2:
             raise ValueError(f"embed_dim: expected an even number with positions='sinusoidal', got {self.embed_dim}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pynlp.nn.expert_parallel import experts_of_all_processes, own_experts_of
 from pynlp.nn.feed_forward import FeedForward
@@ -24,7 +25,7 @@ class MoE(nn.Module):
         embed_dim: Width of the input and the output, E.
         ffn_dim: Inner width of an expert, F.
         num_experts: Number of experts.
-        top_k: Experts of a token.
+        top_k: Experts of a token, by default 2.
         activation: Of the experts: "swiglu", "gelu", "relu" or "swiglu_oai", that of GPT-OSS.
         bias: Whether the experts have biases.
         shared_ffn_dim: Inner width of an expert that all tokens go to; 0 for none.
@@ -62,7 +63,7 @@ class MoE(nn.Module):
         ffn_dim: int,
         num_experts: int,
         *,
-        top_k: int = 2,
+        top_k: int | None = None,
         activation: str = "swiglu",
         bias: bool = False,
         shared_ffn_dim: int = 0,
@@ -80,8 +81,9 @@ class MoE(nn.Module):
         if shared_ffn_dim < 0:
             raise ValueError(f"shared_ffn_dim: expected 0 (none) or more, got {shared_ffn_dim}")
         factory = {"device": device, "dtype": dtype}
+        routing |= {} if top_k is None else {"top_k": top_k}
         if router is None:
-            router = TopKRouter(embed_dim, num_experts, top_k=top_k, **routing, **factory)
+            router = TopKRouter(embed_dim, num_experts, **routing, **factory)
         elif routing:
             raise ValueError(f"{next(iter(routing))}: expected no arguments of the default router with a router")
         if getattr(router, "num_experts", num_experts) != num_experts:
@@ -188,6 +190,9 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def router_loss(model: nn.Module) -> Tensor:
     """The sum of what the routers of a model add to its loss, of its last forward pass; 0 without any.
 
+    Where the loss is a sum over items, as `pynlp.training.Trainer`'s is, add this times their number. Under reentrant
+    checkpoints, whose forward pass is without gradients, it has none.
+
     Example:
         >>> import torch
         >>> from pynlp.nn import MoE, router_loss
@@ -206,7 +211,9 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     Process r of n keeps the experts r * num_experts / n up to those of the next one. All processes must have the same
     model before, and call forward and backward alike, each with tokens of its own, as few as none. The gradients of
     experts are then sums over the tokens of all processes; those of all other parameters are this process's alone, and
-    to be summed over processes as in data parallelism.
+    to be summed over processes, too. DistributedDataParallel, around this very model, leaves experts alone. It takes
+    the mean of the others, so divide experts' gradients by the number of processes. Make optimizers afterwards: the
+    parameters are new ones.
 
     Args:
         model: Its `MoE` layers are changed in place.
@@ -219,12 +226,19 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
         ValueError: the number of experts of a layer is no multiple of the processes, or they are shared already.
 
     Source: Lepikhin et al., arXiv 2006.16668 (GShard).
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from pynlp.nn import MoE, shard_experts_
+        >>> layer = MoE(8, 16, num_experts=4)
+        >>> if dist.is_initialized():  # under torchrun
+        ...     layer = shard_experts_(layer)
     """
     group = dist.group.WORLD if group is None else group
     layers = moe_layers(model)
     for name, layer in layers.items():
         if layer.group is not None:
-            raise ValueError(f"model: expected layers whose experts are all here, got {name or 'one'}, which is shared")
+            raise ValueError(f"model: expected layers with all experts here, got {name or 'one'}, which is shared")
         if layer.num_experts % dist.get_world_size(group):
             raise ValueError(
                 f"model: expected experts in multiples of {dist.get_world_size(group)} processes, got "
@@ -238,11 +252,28 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
                 own = parameter.detach()[first:last].clone()
                 setattr(layer, key, nn.Parameter(own, requires_grad=parameter.requires_grad))
         layer.group = group
+    own = [
+        f"{name}.{key}".lstrip(".")
+        for name, layer in layers.items()
+        for key, _ in layer.named_parameters(recurse=False)
+    ]
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*ignored, *own])
     return model
 
 
 def update_router_biases(model: nn.Module) -> None:
-    """`TopKRouter.update_bias` of all routers of a model; for once behind each optimizer step."""
+    """`TopKRouter.update_bias` of all routers of a model; for once behind each optimizer step.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import MoE, update_router_biases
+        >>> layer = MoE(8, 16, num_experts=4, bias_update_rate=0.001)
+        >>> _ = layer(torch.randn(100, 8))
+        >>> update_router_biases(layer)
+        >>> bool((layer.router.expert_bias != 0).any())
+        True
+    """
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.update_bias()

@@ -1,6 +1,7 @@
 """Routers: which experts a token goes to, by a gate, by a hash of its id, or by the experts' own choice."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.ops.common.checks import at_once, check_not_negative, check_share, is_autocast_on
+from pynlp.ops.common.checks import at_once, check_not_negative, check_share, is_autocast_on, untransformed
 from pynlp.ops.moe.dispatch import dispatched
 from pynlp.reference.common.dtypes import compute
 
@@ -17,7 +18,7 @@ SCORING_FUNCS = ("softmax", "sigmoid")
 
 
 class RouterOutput(NamedTuple):
-    """The experts of tokens `(..)`.
+    """The experts of tokens `(..)`, as all routers give them.
 
     Attributes:
         logits: `(.., num_experts)` in fp32; None where there is no gate.
@@ -26,6 +27,13 @@ class RouterOutput(NamedTuple):
         losses: What training adds to its loss, by name; each has its factor.
         load: `(num_experts,)`, int64: how many tokens each expert gets.
         dropped: One value, int64: choices that had no place left in their expert.
+
+    Example:
+        >>> import torch
+        >>> from pynlp.nn import HashRouter
+        >>> output = HashRouter(4, vocab_size=100, method="modulo")(torch.tensor([5, 6, 9]))
+        >>> output.load.tolist(), output.logits
+        ([0, 2, 1, 0], None)
     """
 
     logits: Tensor | None
@@ -54,11 +62,11 @@ class TopKRouter(nn.Module):
         n_group, topk_group: Experts are in so many groups, and only the best `topk_group` of these may be chosen. A
             group is as good as its two highest scores together, with "softmax" as its highest.
         jitter: In training x is multiplied by random numbers of 1 - jitter to 1 + jitter.
-        capacity_factor: An expert takes at most this times tokens * top_k / num_experts tokens: all first choices
-            before the second ones, and earlier tokens before later ones. The rest is dropped, counted, and has no
-            expert. None drops nothing.
+        capacity_factor: In training an expert takes at most this times tokens * top_k / num_experts tokens: all first
+            choices before the second ones, and earlier tokens before later ones. The rest is dropped, counted, and has
+            no expert. None drops nothing.
         router_aux_loss_coef: Factor of the balance loss, num_experts * sum over experts of (share of the choices) *
-            (mean score): 1 where all experts have as much, at least.
+            (mean score): 1 where all experts have as much, as a rule more where not. transformers' is top_k times that.
         router_z_loss_coef: Factor of the mean squared log-sum-exp of the logits.
         bias_update_rate: How far `update_bias` moves the bias that balances experts without a loss: it decides with the
             scores who is chosen, and weighs nothing.
@@ -140,11 +148,19 @@ class TopKRouter(nn.Module):
             bias = torch.zeros(num_experts, device=device)
             load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("expert_bias", bias)
-        self.register_buffer("load_since_update", load, persistent=False)
+        self.load_since_update = load  # no buffer: DistributedDataParallel would replace it by that of another process
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+
+    def _apply(self, function: Callable, recurse: bool = True) -> "TopKRouter":
+        """Move to a device or a dtype; the bias stays in fp32, whose last digits are its steps."""
+        super()._apply(function, recurse)
+        if self.expert_bias is not None:
+            self.expert_bias = self.expert_bias.float()
+            self.load_since_update = function(self.load_since_update)
+        return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> RouterOutput:
         """The experts of tokens.
@@ -153,6 +169,7 @@ class TopKRouter(nn.Module):
             x: `(.., E)`.
             mask: Bool `(..)`: tokens that are False go to no expert and count nowhere. All count by default.
         """
+        x = without_masked(x, mask)
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = gate_logits(x, self.weight)
@@ -169,10 +186,11 @@ class TopKRouter(nn.Module):
         if self.training and self.load_since_update is not None:
             self.load_since_update += chosen
         dropped = chosen.new_zeros(())
-        if self.capacity_factor is not None:
+        load, drops = chosen, self.training and self.capacity_factor is not None
+        if drops:
             index, dropped = self._within_capacity(index)
+            load = counts_of(index, self.num_experts)
         weights = weights.where(index >= 0, 0)
-        load = chosen if self.capacity_factor is None else counts_of(index, self.num_experts)
         return RouterOutput(logits, weights, index, losses, load, dropped)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -207,24 +225,27 @@ class TopKRouter(nn.Module):
     def _within_capacity(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The experts without those that are full, and how many choices these lose."""
         flat = index.unsqueeze(0).flatten(0, -2)  # (tokens, top_k)
-        capacity = math.ceil(self.capacity_factor * flat.numel() / self.num_experts)
+        choices = (flat >= 0).sum()
+        capacity = (self.capacity_factor * choices.double() / self.num_experts - 1e-9).ceil()
         counts, offsets, _, places = dispatched(flat.T.contiguous(), self.num_experts)
         rank = places.T - (offsets - counts)[flat.clamp_min(0)]
         full = (flat >= 0) & (rank >= capacity)
         return flat.masked_fill(full, -1).view(index.shape), full.sum()
 
     @torch.no_grad()
-    def update_bias(self) -> None:
+    def update_bias(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Make experts that got more than the mean since the last update less likely, and others more.
 
-        For once an optimizer step, however many forward passes it takes; passes in evaluation do not count. Where a
-        process group of torch.distributed is there, loads of all processes are summed.
+        For once an optimizer step, however many forward passes it takes; passes in evaluation do not count.
+
+        Args:
+            group: Processes whose loads are summed, all of which must call this; by default all there are.
         """
         if self.load_since_update is None:
             return
         load = self.load_since_update
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
+            torch.distributed.all_reduce(load, group=group)
         load = load.double()
         self.expert_bias += self.bias_update_rate * torch.sign(load.mean() - load)
         self.load_since_update.zero_()
@@ -237,7 +258,7 @@ class ExpertChoiceRouter(nn.Module):
     """A gate by which each expert chooses its tokens, those with the highest scores: all experts get as many.
 
     A token may get several experts or none. Whether it is chosen depends on all tokens of a batch, later ones too: not
-    for causal models.
+    for causal models. On a GPU and compiled, experts take as much memory as if each token had all of them.
 
     Args:
         embed_dim: Width of a token, E.
@@ -281,18 +302,23 @@ class ExpertChoiceRouter(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> RouterOutput:
-        """The experts of tokens, see `TopKRouter.forward`; all have as many places for them, -1 where one is empty."""
-        logits = gate_logits(x, self.weight)
+        """The experts of tokens, see `TopKRouter.forward`.
+
+        All tokens have as many places for experts as the token that most experts chose has, or on a GPU and compiled as
+        there are experts; unused ones are -1.
+        """
+        logits = gate_logits(without_masked(x, mask), self.weight)
         scores = logits.softmax(-1).unsqueeze(0).flatten(0, -2)  # (tokens, experts)
         counts = scores.new_ones(len(scores), dtype=torch.bool) if mask is None else mask.reshape(-1)
-        tokens = len(scores)
-        most = min(tokens, math.ceil(self.capacity_factor * tokens / self.num_experts))
+        are_known = at_once(scores) and untransformed(scores) is scores
+        tokens = int(counts.sum()) if mask is not None and are_known else len(scores)
+        most = min(tokens, math.ceil(self.capacity_factor * tokens / self.num_experts - 1e-9))
         eligible = scores.detach().masked_fill(~counts[:, None], -1.0)
         chosen = first_of_largest(eligible.T, most)  # (experts, most)
         is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(0, chosen.T, True) & counts[:, None]
         index = torch.where(is_chosen, torch.arange(self.num_experts, device=x.device), -1)
-        if at_once(index):  # as many choices as there are, where they are known without waiting
-            width = max(1, int(is_chosen.sum(1).max())) if tokens else 1
+        if are_known:  # without waiting
+            width = max(1, int(is_chosen.sum(1).max())) if len(scores) else 1
             index = index.sort(1, descending=True).values[:, :width]
         weights = scores.gather(1, index.clamp_min(0)).where(index >= 0, 0)
         shape = (*x.shape[:-1], index.shape[1])
@@ -317,9 +343,18 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if is_autocast_on(kind) else nullcontext():
         logits = F.linear(compute(x), weight.to(compute(x).dtype))
-    if at_once(logits) and logits.isnan().any():
+    if at_once(logits) and untransformed(logits).isnan().any():
         raise ValueError("x: expected values whose logits are numbers, got NaN")
     return logits
+
+
+def without_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (.., E), 0 where the mask is False: what stands there must not come into any sum."""
+    if mask is None:
+        return x
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask: expected bool {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
+    return x.where(mask[..., None], 0)
 
 
 def first_of_largest(scores: Tensor, count: int) -> Tensor:

@@ -15,7 +15,9 @@ COLUMNS = ("step", "layer", "tokens", "entropy", "max_over_mean", "dropped", "ex
 
 
 class ExpertLoad:
-    """Counts the tokens of each expert of a model's mixtures, pass by pass, and keeps what `record` sums up.
+    """Counts of each expert's tokens, summed over the passes between two calls of `record`.
+
+    All passes count, those in evaluation and those that checkpointing repeats, too.
 
     Args:
         model: Its `pynlp.nn.MoE` layers are watched from now on, until `close`.

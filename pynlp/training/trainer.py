@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from pynlp.nn.moe import update_router_biases
+from pynlp.nn.moe import moe_layers, update_router_biases
 from pynlp.training import checkpoints
 from pynlp.training.batches import Batches
 from pynlp.training.config import Progress, TrainingConfig, check_same, describe
@@ -109,12 +109,20 @@ class Trainer:
             )
         if config.patience is not None and validation is None and score is None:
             raise ValueError("patience: expected validation batches or a score to count by, got neither")
+        if self.world > 1 and any(layer.group is not None for layer in moe_layers(model).values()):
+            raise ValueError(
+                "model: expected all experts in each process, got layers that share them: see shard_experts_"
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model: expected parameters that require gradients, got none")
         self.device = self.parameters[0].device
-        matrices = {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": config.weight_decay}
-        others = {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0}
+        biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}  # those of experts are (E, n)
+        decays = [p.dim() >= 2 and id(p) not in biases for p in self.parameters]
+        matrices = [p for p, decayed in zip(self.parameters, decays, strict=True) if decayed]
+        others = [p for p, decayed in zip(self.parameters, decays, strict=True) if not decayed]
+        matrices = {"params": matrices, "weight_decay": config.weight_decay}
+        others = {"params": others, "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, others], config.learning_rate, config.betas, fused=True)
         self.parallel = model if self.world == 1 else DistributedDataParallel(model)  # which copies rank 0's weights
         self.ema = None

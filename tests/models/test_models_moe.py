@@ -113,6 +113,8 @@ def test_errors():
         "ffn: expected one of 'dense', 'moe', got 'sparse'": dict(ffn="sparse"),
         "router: expected one of 'top_k', 'hash', got 'random'": dict(router="random"),
         "moe_every: expected at least 1, got 0": dict(moe_every=0),
+        "moe_every: expected at most the 4 layers, got 5": dict(ffn="moe", moe_every=5),
+        "capacity_factor: expected none with router='hash'": dict(router="hash", capacity_factor=1.0),
     }.items():
         with pytest.raises(ValueError, match=match):
             TransformerConfig(vocab_size=10, **options)

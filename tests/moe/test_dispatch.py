@@ -34,6 +34,11 @@ def test_no_experts_and_strides():
     assert all(map(torch.equal, moe_dispatch(index.T, 4), moe_dispatch(index.T.contiguous(), 4)))
 
 
+def test_the_names_of_the_result_stay():
+    for _ in range(4):  # later calls are by a plan
+        assert moe_dispatch(torch.tensor([[1, 0]]), 2).counts.tolist() == [1, 1]
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.pynlp.moe_dispatch, (torch.randint(-1, 5, (6, 2)), 4))
 

@@ -123,6 +123,14 @@ def test_only_what_is_needed():
     assert y.dtype == torch.bfloat16
 
 
+def test_one_input_and_what_compiled_code_is_given():
+    x, weight = torch.randn(5, 1), torch.randn(2, 4, 8)[:, :, :1].mT
+    assert torch.equal(grouped_mm(x, weight, torch.tensor([2, 5]))[2:], x[2:] @ weight[1])
+    compiled = torch.compile(grouped_mm, backend="eager")
+    with pytest.raises(RuntimeError, match="offsets: expected numbers from 0 to 5 that never fall, got 500000"):
+        compiled(x, weight, torch.tensor([2, 500000]))
+
+
 def test_errors():
     x, weight, bias, offsets = case((9, 3, 4, 5), torch.float32, False)
     for bad, shown in (([1, 0, 9], r"\[1, 0, 9\]"), ([1, 2, 10], r"\[1, 2, 10\]"), ([-1, 2, 3], r"\[-1, 2, 3\]")):

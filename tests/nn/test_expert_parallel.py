@@ -81,7 +81,7 @@ def run_in_two_processes():
             elif name != "x":
                 dist.all_reduce(g)
                 torch.testing.assert_close(g, whole[name], rtol=1e-4, atol=1e-5, msg=name)
-    with pytest.raises(ValueError, match="expected layers whose experts are all here, got one, which is shared"):
+    with pytest.raises(ValueError, match="expected layers with all experts here, got one, which is shared"):
         shard_experts_(shared)
     with pytest.raises(ValueError, match="expected experts in multiples of 2 processes, got 3 in it"):
         shard_experts_(MoE(4, 8, 3))

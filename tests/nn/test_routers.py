@@ -122,6 +122,21 @@ def test_a_mask():
     assert torch.equal(output.top_k_index[mask], alone.top_k_index) and torch.equal(output.load, alone.load)
     for name in ("balance", "z"):
         torch.testing.assert_close(output.losses[name], alone.losses[name])
+    poisoned = x.masked_fill(~mask[..., None], math.nan).requires_grad_()
+    again = router(poisoned, mask)
+    (again.top_k_weights.sum() + sum(again.losses.values())).backward()
+    assert router.weight.grad.isfinite().all() and (poisoned.grad[~mask] == 0).all()
+    limited = TopKRouter(WIDTH, EXPERTS, capacity_factor=0.5)
+    few, masked = limited(x[mask]), limited(x, mask)
+    assert few.dropped == masked.dropped > 0 and torch.equal(masked.top_k_index[mask], few.top_k_index)
+    assert limited.eval()(x).dropped == 0
+
+
+def test_vmap():
+    for router in (TopKRouter(WIDTH, EXPERTS), ExpertChoiceRouter(WIDTH, EXPERTS)):
+        layer = MoE(WIDTH, 8, EXPERTS, router=router)
+        x = torch.randn(3, 10, WIDTH)
+        torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(one) for one in x]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -212,7 +227,7 @@ def test_the_bias_decides_and_does_not_weigh():
     scores = output.logits.softmax(-1).gather(-1, output.top_k_index)
     torch.testing.assert_close(output.top_k_weights, scores / scores.sum(-1, keepdim=True))
     assert torch.equal(output.logits, before.logits) and not router.expert_bias.requires_grad
-    assert "expert_bias" in router.state_dict() and router.bfloat16().expert_bias is not None
+    assert "expert_bias" in router.state_dict() and router.bfloat16().expert_bias.dtype == torch.float32
 
 
 def test_the_bias_is_updated_once_a_step():
@@ -309,6 +324,10 @@ def test_errors():
         r"router: expected one of 4 experts, got 8": lambda: MoE(4, 8, 4, router=HashRouter(8, 10)),
         r"jitter: expected no arguments of the default router with a router": lambda: MoE(
             4, 8, 4, router=gate(), jitter=0.1
+        ),
+        r"top_k: expected no arguments of the default router": lambda: MoE(4, 8, 4, router=gate(), top_k=2),
+        r"mask: expected bool \(2,\), got torch.bool \(2, 1\)": lambda: gate()(
+            torch.ones(2, 4), torch.ones(2, 1, dtype=torch.bool)
         ),
         r"ffn_dim: expected at least 1, got 0": lambda: MoE(4, 0, 4),
         r"activation: expected one of .*, got 'silu'": lambda: MoE(4, 8, 4, activation="silu"),

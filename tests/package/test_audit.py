@@ -71,7 +71,7 @@ def test_a_marker_that_the_sources_lack_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["moe-like"], "family: expected some of attention, decode, integers, layers, quantization, got moe-like"),
+        (["other"], "family: expected some of attention, decode, integers, layers, moe, quantization, got other"),
         (["layers", "--only", "no such case"], "--only: expected a part of a case's name, got 'no such case'"),
     ],
 )

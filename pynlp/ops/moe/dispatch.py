@@ -45,7 +45,6 @@ class Dispatch(NamedTuple):
     permutation: Tensor
 
 
-@planned
 def moe_dispatch(top_k_index: Tensor, num_experts: int) -> Dispatch:
     """The order of tokens by their experts: a stable counting sort, on a GPU without waiting for it.
 
@@ -71,8 +70,13 @@ def moe_dispatch(top_k_index: Tensor, num_experts: int) -> Dispatch:
         >>> counts.tolist(), offsets.tolist(), permutation.tolist()
         ([3, 1, 2], [3, 4, 6], [1, 2, 5, 3, 0, 4])
     """
+    return Dispatch(*_moe_dispatch(top_k_index, num_experts))
+
+
+@planned
+def _moe_dispatch(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     check_index("top_k_index", top_k_index, num_experts)
-    return Dispatch(*dispatched(derive(Tensor.contiguous, top_k_index), num_experts)[:3])
+    return dispatched(derive(Tensor.contiguous, top_k_index), num_experts)[:3]
 
 
 def check_index(name: str, index: Tensor, num_experts: int) -> None:

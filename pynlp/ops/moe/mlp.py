@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import as_fp32, autocast, check_dtype, check_is_tensor, check_tensor, rows_at_one_stride
+from pynlp.ops.common.checks import autocast, check_dtype, check_is_tensor, check_tensor, rows_at_one_stride
 from pynlp.ops.common.library import LIBRARY, define, refuse_double_backward, register_autograd
 from pynlp.ops.common.plans import derive, planned
-from pynlp.ops.moe.dispatch import check_index, dispatched
+from pynlp.ops.moe.checks import check_activation, check_bias, check_routing, needs_gradients, routed
 from pynlp.ops.moe.grouped import matrices_in_place
+from pynlp.ops.moe.quantized import Quantized, quantized_mlp
 from pynlp.reference.common.dtypes import compute_dtype
 from pynlp.reference.moe import mlp as reference
-from pynlp.reference.moe.mlp import ACTIVATIONS, GATED, is_by_lines
+from pynlp.reference.moe.mlp import GATED, is_by_lines
 
 EXPERTS = "Tensor gate_up_proj, Tensor? gate_up_bias, Tensor down_proj, Tensor? down_bias"
 ROUTING = "Tensor permutation, Tensor places, Tensor offsets"
@@ -97,8 +98,8 @@ def moe_mlp(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Quantized,
+    down_proj: Tensor | Quantized,
     *,
     activation: str = "swiglu",
     gate_up_bias: Tensor | None = None,
@@ -115,7 +116,8 @@ def moe_mlp(
         top_k_weights: `(.., top_k)`: their weights.
         gate_up_proj: `(E, 2 I, H)` of gated activations, gates first; `(E, I, H)` of the others. In x's dtype; H or the
             dimension before it contiguous.
-        down_proj: `(E, H, I)`, likewise.
+        down_proj: `(E, H, I)`, likewise. Or both quantized, and then constants: codes and their state, as
+            `quantize_4bit` gives them of these shapes, and `quantize_int8` of `(E * outputs, inputs)`.
         activation: "swiglu", `silu(gate) * up`; "swiglu_oai", that of GPT-OSS, with clamps; "gelu", exact; "relu".
         gate_up_bias: `(E, 2 I)` or `(E, I)`.
         down_bias: `(E, H)`.
@@ -144,47 +146,31 @@ def moe_mlp(
     check_dtype("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (.., H), got a tensor without dimensions")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    hidden, experts, inner = _checked_shapes(x, gate_up_proj, down_proj, activation)
-    check_index("top_k_index", top_k_index, experts)
-    if top_k_index.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"top_k_index: expected shape {(*x.shape[:-1], 'top_k')}, got {tuple(top_k_index.shape)}".replace("'", "")
+    if isinstance(gate_up_proj, tuple) or isinstance(down_proj, tuple):
+        return quantized_mlp(
+            x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, gate_up_bias, down_bias, interleaved
         )
-    if top_k_index.device != x.device:
-        raise ValueError(f"top_k_index: expected x's device {x.device}, got {top_k_index.device}")
-    check_tensor("top_k_weights", top_k_weights, x, [tuple(top_k_index.shape)], of="x")
+    kind = check_activation(activation)
+    hidden, experts = _checked_shapes(x, gate_up_proj, down_proj, activation)
+    check_routing(x, top_k_index, top_k_weights, experts)
     shape = x.shape
     x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if projection.dtype != x.dtype:
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {projection.dtype}")
-    gate_up_bias = _checked_bias("gate_up_bias", gate_up_bias, (experts, gate_up_proj.shape[1]), x)
-    down_bias = _checked_bias("down_bias", down_bias, (experts, hidden), x)
-    top_k_weights = as_fp32(top_k_weights, x)
-    tensors = x, top_k_weights, gate_up_proj, gate_up_bias, down_proj, down_bias
-    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    _, offsets, permutation, places = dispatched(derive(Tensor.contiguous, _by_token(top_k_index)), experts)
+    gate_up_bias = check_bias("gate_up_bias", gate_up_bias, (experts, gate_up_proj.shape[1]), x)
+    down_bias = check_bias("down_bias", down_bias, (experts, hidden), x)
+    keeps = needs_gradients(x, top_k_weights, gate_up_proj, gate_up_bias, down_proj, down_bias)
+    tokens = routed(x, top_k_index, top_k_weights, experts)
     out, _ = _moe_mlp_forward(
-        rows_at_one_stride(_by_token(x)), _by_token(top_k_weights), matrices_in_place(gate_up_proj), gate_up_bias,
-        matrices_in_place(down_proj), down_bias, permutation, places, offsets, ACTIVATIONS.index(activation),
-        interleaved, keeps,
+        tokens.x, tokens.top_k_weights, matrices_in_place(gate_up_proj), gate_up_bias, matrices_in_place(down_proj),
+        down_bias, *tokens[2:], kind, interleaved, keeps,
     )  # fmt: skip
     return out if len(shape) == 2 else derive(Tensor.view, out, shape)
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """(.., columns) as (tokens, columns)."""
-    return x if x.dim() == 2 else derive(_flattened, x)
-
-
-def _flattened(x: Tensor) -> Tensor:
-    return x.unsqueeze(0).flatten(0, -2)
-
-
-def _checked_shapes(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> tuple[int, int, int]:
-    """The sizes H, E and I."""
+def _checked_shapes(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> tuple[int, int]:
+    """The sizes H and E."""
     hidden = x.shape[-1]
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         check_is_tensor(name, projection)
@@ -194,11 +180,4 @@ def _checked_shapes(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activati
     check_tensor("down_proj", down_proj, x, [(experts, hidden, inner)], of="x")
     outputs = 2 * inner if activation in GATED else inner
     check_tensor("gate_up_proj", gate_up_proj, x, [(experts, outputs, hidden)], of="x")
-    return hidden, experts, inner
-
-
-def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], x: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    check_tensor(name, bias, x, [shape], of="x")
-    return as_fp32(bias, x)
+    return hidden, experts
