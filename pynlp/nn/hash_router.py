@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pynlp.nn.routers import RouterOutput, check_experts, counts_of
-from pynlp.ops.common.checks import check_range
+from pynlp.ops.common.checks import check_is_tensor, check_range
 
 METHODS = ("modulo", "balanced", "random")
 
@@ -57,8 +57,14 @@ class HashRouter(nn.Module):
             raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
-        if frequencies is not None and frequencies.shape != (vocab_size,):
-            raise ValueError(f"frequencies: expected shape ({vocab_size},), got {tuple(frequencies.shape)}")
+        if frequencies is not None:
+            check_is_tensor("frequencies", frequencies)
+            if method != "balanced":
+                raise ValueError(f"frequencies: expected none with method={method!r}, which balances nothing")
+            if frequencies.shape != (vocab_size,):
+                raise ValueError(f"frequencies: expected shape ({vocab_size},), got {tuple(frequencies.shape)}")
+            if not (frequencies.isfinite().all() and (frequencies >= 0).all() and frequencies.sum() > 0):
+                raise ValueError("frequencies: expected numbers from 0 on, not all 0, got others")
         self.num_experts, self.vocab_size, self.top_k, self.method = num_experts, vocab_size, top_k, method
         generator = torch.Generator().manual_seed(seed)
         if method == "modulo":
@@ -66,9 +72,8 @@ class HashRouter(nn.Module):
         elif method == "random":
             table = torch.rand(vocab_size, num_experts, generator=generator).topk(top_k).indices
         else:
-            order = torch.randperm(vocab_size, generator=generator)
             often = torch.ones(vocab_size) if frequencies is None else frequencies.cpu()
-            table = _balanced(order, often, num_experts, top_k)
+            table = _balanced(often, num_experts, top_k, generator)
         self.register_buffer("table", table.to(device))
 
     def forward(self, token_ids: Tensor, mask: Tensor | None = None) -> RouterOutput:
@@ -80,7 +85,10 @@ class HashRouter(nn.Module):
         """
         if token_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"token_ids: expected dtype int32 or int64, got {token_ids.dtype}: a hash is of ids")
-        check_range("token_ids", token_ids, 0, self.vocab_size - 1)
+        if mask is not None:
+            token_ids = token_ids.where(mask, 0)
+        if token_ids.device.type != "meta":
+            check_range("token_ids", token_ids, 0, self.vocab_size - 1)
         index = self.table[token_ids]
         if mask is not None:
             index = index.where(mask[..., None], -1)
@@ -94,16 +102,24 @@ class HashRouter(nn.Module):
         )
 
 
-def _balanced(order: Tensor, frequencies: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """A table by which the most frequent ids come first, and each takes the experts that have least so far."""
-    order = order[frequencies[order].argsort(descending=True, stable=True)]
-    loads = [(0.0, expert) for expert in range(num_experts)]  # a heap
-    table = torch.empty(len(order), top_k, dtype=torch.int64)
-    rows, often = [None] * len(order), frequencies.tolist()
-    for token in order.tolist():
-        least = [heapq.heappop(loads) for _ in range(top_k)]
-        rows[token] = [expert for _, expert in least]
-        for load, expert in least:
-            heapq.heappush(loads, (load + often[token], expert))
-    table[:] = torch.tensor(rows)
-    return table
+def _balanced(often: Tensor, num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """A table whose hashes each take the ids about from the most frequent on, each to the expert that has least so far.
+
+    Each hash has an order of its own, so that experts do not come in pairs.
+    """
+    rows: list[list[int]] = [[] for _ in often]
+    weights = often.tolist()
+    for _ in range(top_k):
+        noise = torch.rand(len(often), generator=generator) - 0.5
+        order = (often.double().clamp_min(1e-30).log() + noise).argsort(descending=True).tolist()
+        loads = [(0.0, expert) for expert in torch.randperm(num_experts, generator=generator).tolist()]
+        heapq.heapify(loads)
+        for token in order:
+            taken = []
+            while loads[0][1] in rows[token]:
+                taken.append(heapq.heappop(loads))
+            load, expert = heapq.heappop(loads)
+            rows[token].append(expert)
+            for entry in (*taken, (load + weights[token], expert)):
+                heapq.heappush(loads, entry)
+    return torch.tensor(rows)

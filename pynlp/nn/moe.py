@@ -12,6 +12,7 @@ from pynlp.nn.expert_parallel import experts_of_all_processes, own_experts_of
 from pynlp.nn.feed_forward import FeedForward
 from pynlp.nn.hash_router import HashRouter
 from pynlp.nn.routers import RouterOutput, TopKRouter
+from pynlp.ops.common.checks import untransformed
 from pynlp.ops.moe.mlp import moe_mlp
 from pynlp.reference.moe.mlp import ACTIVATIONS, GATED
 
@@ -86,6 +87,8 @@ class MoE(nn.Module):
             router = TopKRouter(embed_dim, num_experts, **routing, **factory)
         elif routing:
             raise ValueError(f"{next(iter(routing))}: expected no arguments of the default router with a router")
+        elif not isinstance(router, nn.Module):
+            raise TypeError(f"router: expected a module, as TopKRouter, got {type(router).__name__}")
         if getattr(router, "num_experts", num_experts) != num_experts:
             raise ValueError(f"router: expected one of {num_experts} experts, got {router.num_experts}")
         self.num_experts, self.activation = num_experts, activation
@@ -116,7 +119,8 @@ class MoE(nn.Module):
     def from_feed_forward(cls, layer: FeedForward, num_experts: int, **options: Any) -> "MoE":
         """Experts that all begin as copies of a dense layer, whose result the mixture then has.
 
-        That holds where a token's weights sum to 1, as they do by default with 2 experts a token or more.
+        That holds where a token's weights sum to 1, as they do by default with 2 experts a token or more, and without a
+        shared expert.
 
         Args:
             layer: Its activation, biases, device and dtype become the experts'; its dropout is left out.
@@ -168,8 +172,13 @@ class MoE(nn.Module):
                 raise ValueError(f"token_ids: expected shape {tuple(x.shape[:-1])}, got {tuple(token_ids.shape)}")
             routing = self.router(token_ids, mask)
         else:
+            if token_ids is not None and token_ids.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"token_ids: expected dtype int32 or int64, got {token_ids.dtype}: a mask is mask=")
             routing = self.router(x, mask)
         self.losses, self.load, self.dropped = routing.losses, routing.load, routing.dropped
+        if not torch.compiler.is_compiling() and untransformed(self.load) is not self.load:
+            # Inside of torch.func's transforms; what is kept would outlive them.
+            self.losses, self.load, self.dropped = {}, untransformed(self.load), untransformed(self.dropped)
         return routing
 
     def __getstate__(self) -> dict:

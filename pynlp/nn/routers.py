@@ -10,7 +10,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.ops.common.checks import at_once, check_not_negative, check_share, is_autocast_on, untransformed
+from pynlp.ops.common.checks import as_int, at_once, check_not_negative, check_share, is_autocast_on, untransformed
 from pynlp.ops.moe.dispatch import dispatched
 from pynlp.reference.common.dtypes import compute
 
@@ -63,8 +63,8 @@ class TopKRouter(nn.Module):
             group is as good as its two highest scores together, with "softmax" as its highest.
         jitter: In training x is multiplied by random numbers of 1 - jitter to 1 + jitter.
         capacity_factor: In training an expert takes at most this times tokens * top_k / num_experts tokens: all first
-            choices before the second ones, and earlier tokens before later ones. The rest is dropped, counted, and has
-            no expert. None drops nothing.
+            choices before the second ones, and earlier tokens before later ones. It is rounded up. The rest is dropped,
+            counted, and has no expert. None drops nothing.
         router_aux_loss_coef: Factor of the balance loss, num_experts * sum over experts of (share of the choices) *
             (mean score): 1 where all experts have as much, as a rule more where not. transformers' is top_k times that.
         router_z_loss_coef: Factor of the mean squared log-sum-exp of the logits.
@@ -184,7 +184,8 @@ class TopKRouter(nn.Module):
         chosen = counts_of(index, self.num_experts)
         losses = self._losses(logits, scores, chosen, mask)
         if self.training and self.load_since_update is not None:
-            self.load_since_update += chosen
+            own = untransformed(chosen).reshape(-1, self.num_experts).sum(0)
+            self.load_since_update = self.load_since_update + own  # torch.func refuses to change what is there
         dropped = chosen.new_zeros(())
         load, drops = chosen, self.training and self.capacity_factor is not None
         if drops:
@@ -330,7 +331,8 @@ class ExpertChoiceRouter(nn.Module):
 
 
 def check_experts(num_experts: int, top_k: int) -> None:
-    if num_experts < 1:
+    as_int("top_k", top_k)
+    if as_int("num_experts", num_experts) < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k: expected 1 to num_experts = {num_experts}, got {top_k}")

@@ -159,7 +159,11 @@ def test_errors():
         with pytest.raises(error, match=match):
             moe_mlp(x, index, weights, first, second, **options)
 
-    refused(TypeError, "gate_up_proj: expected codes and their state", first=dense)
+    refused(
+        TypeError,
+        "gate_up_proj: expected a tuple of codes and their state, as the other projection, got Tensor",
+        first=dense,
+    )
     refused(TypeError, "expected states of one kind, 4 bits or int8, got QuantState4bit and QuantStateInt8",
             second=int8[1])  # fmt: skip
     refused(ValueError, r"gate_up_proj: expected a state of shape \(4, 32, 32\), got \(4, 64, 32\)", activation="relu")

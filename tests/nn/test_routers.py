@@ -1,5 +1,6 @@
 """Routers: who is chosen and how much that weighs, ties and infinities, groups, capacity, losses, and the bias."""
 
+import copy
 import math
 from unittest import mock
 
@@ -132,10 +133,13 @@ def test_a_mask():
     assert limited.eval()(x).dropped == 0
 
 
-def test_vmap():
-    for router in (TopKRouter(WIDTH, EXPERTS), ExpertChoiceRouter(WIDTH, EXPERTS)):
+def test_transforms_and_meta_tensors():
+    for router in (TopKRouter(WIDTH, EXPERTS, bias_update_rate=0.1), ExpertChoiceRouter(WIDTH, EXPERTS)):
         layer = MoE(WIDTH, 8, EXPERTS, router=router)
         x = torch.randn(3, 10, WIDTH)
+        torch.func.grad(lambda x, layer=layer: layer(x).sum())(x)
+        copy.deepcopy(layer)
+        assert int(layer.load.sum()) >= 60
         torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(one) for one in x]), rtol=1e-4, atol=1e-5)
 
 
@@ -263,7 +267,11 @@ def test_hashes(method, top_k):
     assert all(len(set(row)) == top_k for row in router.table.tolist())
     torch.testing.assert_close(output.top_k_weights.sum(-1), torch.ones(4, 30))
     load = torch.bincount(router.table.flatten(), minlength=EXPERTS)
-    assert load.min() > 0 and (method == "random" or load.max() - load.min() <= top_k)
+    assert load.min() > 0 and (method == "random" or load.max() - load.min() <= 2 * top_k)
+    masked = router(torch.where(ids > 500, ids, -100), ids > 500)
+    assert torch.equal(masked.top_k_index[ids > 500], output.top_k_index[ids > 500])
+    if top_k > 1 and method != "modulo":  # experts meet in all ways
+        assert len({frozenset(row) for row in router.table.tolist()}) > 0.9 * math.comb(EXPERTS, top_k)
 
 
 def test_a_balanced_hash_knows_how_often_ids_occur():
@@ -315,6 +323,10 @@ def test_errors():
         ),
         r"method: expected one of 'modulo'.*got 'sha'": lambda: HashRouter(4, 10, method="sha"),
         r"frequencies: expected shape \(10,\), got \(9,\)": lambda: HashRouter(4, 10, frequencies=torch.ones(9)),
+        r"frequencies: expected numbers from 0 on": lambda: HashRouter(2, 2, frequencies=torch.tensor([1.0, -1.0])),
+        r"frequencies: expected none with method='modulo'": lambda: HashRouter(
+            2, 2, method="modulo", frequencies=torch.ones(2)
+        ),
         r"x: expected shape \(.., 4\), got \(2, 5\)": lambda: gate()(torch.ones(2, 5)),
         r"token_ids: expected values of 0 to 9, got 3 to 10": lambda: HashRouter(4, 10)(torch.tensor([3, 10])),
         r"token_ids: expected the ids of x's tokens": lambda: MoE(4, 8, 4, router=HashRouter(4, 10))(torch.ones(2, 4)),
@@ -334,6 +346,13 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=match):
             make()
+    assert MoE(4, 8, 4, device="meta")(torch.ones(3, 4, device="meta")).shape == (3, 4)
+    with pytest.raises(TypeError, match="token_ids: expected dtype int32 or int64, got torch.bool: a mask is mask="):
+        MoE(4, 8, 4)(torch.ones(2, 4), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="router: expected a module, as TopKRouter, got str"):
+        MoE(4, 8, 4, router="hash")
+    with pytest.raises(TypeError, match="top_k: expected an int, got float"):
+        gate(top_k=2.0)
     with pytest.raises(
         TypeError, match="token_ids: expected dtype int32 or int64, got torch.float32: a hash is of ids"
     ):

@@ -10,7 +10,7 @@ from pynlp.ops.moe.mlp import moe_mlp
 from pynlp.reference.moe.mlp import OAI_FACTOR, OAI_LIMIT
 
 UNGATED = {nn.ReLU: "relu", nn.GELU: "gelu", GELUActivation: "gelu"}
-GATES = ("SiLU", "SiLUActivation")  # classes of the gates' activation
+GATES = ("SiLU", "SiLUActivation", "silu")  # the gates' activation: classes, or a function
 
 
 class Unserved(Exception):
@@ -67,6 +67,7 @@ def _gate(experts: nn.Module) -> str:
         return "swiglu_oai"
     if type(experts)._apply_gate is not _default_apply_gate:
         raise Unserved("they have a gate of their own")
-    if type(experts.act_fn).__name__ not in GATES:
-        raise Unserved(f"their activation is {type(experts.act_fn).__name__}")
+    name = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
+    if name not in GATES:
+        raise Unserved(f"their activation is {name}")
     return "swiglu"

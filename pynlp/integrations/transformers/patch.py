@@ -36,7 +36,7 @@ def register() -> None:
     bidirectional and packed ones, gaps in the padding, `output_attentions=True`, a paged cache, head dimensions above
     256; padding under `torch.compile(fullgraph=True)`, which leaves no way to look at it) runs on transformers' own
     attention, with one warning that names the reason. So are experts with a gate other than SiLU's and GPT-OSS's, or
-    with norms behind them.
+    with norms behind them; models that do not ask for an implementation of experts (Llama 4, JetMoe) run on their own.
 
     Example:
         >>> from pynlp.integrations.transformers import register

@@ -97,7 +97,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None =
 
     Args:
         x: `(M, K)`; fp32, bf16, fp16 (fp64 on the reference), in autocast its dtype.
-        weight: `(E, K, N)` in x's dtype; K or N contiguous: of a weight `(E, N, K)`, as linear layers have it, `.mT`.
+        weight: `(E, K, N)` in x's dtype, copied unless K or N is contiguous: of a weight `(E, N, K)`, as linear layers
+            have it, `.mT`.
         offsets: `(E,)`, int32 or int64: where the rows of each group end, as `moe_dispatch` gives them.
         bias: `(E, N)`.
 

@@ -114,10 +114,10 @@ def moe_mlp(
         x: `(.., H)`; fp32, bf16, fp16 (fp64 on the reference), in autocast its dtype.
         top_k_index: `(.., top_k)`, int32 or int64: each token's experts, -1 or E for none.
         top_k_weights: `(.., top_k)`: their weights.
-        gate_up_proj: `(E, 2 I, H)` of gated activations, gates first; `(E, I, H)` of the others. In x's dtype; H or the
-            dimension before it contiguous.
-        down_proj: `(E, H, I)`, likewise. Or both quantized, and then constants: codes and their state, as
-            `quantize_4bit` gives them of these shapes, and `quantize_int8` of `(E * outputs, inputs)`.
+        gate_up_proj: `(E, 2 I, H)` of gated activations, gates first; `(E, I, H)` of the others. In x's dtype; copied
+            unless one of the last two dimensions is contiguous.
+        down_proj: `(E, H, I)`, likewise. Both may be quantized, as tuples of codes and their state, and are constants
+            then: of these shapes by `quantize_4bit`, of `(E * outputs, inputs)` by `quantize_int8`.
         activation: "swiglu", `silu(gate) * up`; "swiglu_oai", that of GPT-OSS, with clamps; "gelu", exact; "relu".
         gate_up_bias: `(E, 2 I)` or `(E, I)`.
         down_bias: `(E, H)`.

@@ -120,7 +120,10 @@ def quantized_mlp(
     hidden = x.shape[-1]
     for name, projection in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if not (isinstance(projection, tuple) and len(projection) == 2):
-            raise TypeError(f"{name}: expected codes and their state, as the other projection, got a tensor")
+            raise TypeError(
+                f"{name}: expected a tuple of codes and their state, as the other projection, got "
+                f"{type(projection).__name__}"
+            )
         check_is_tensor(name, projection[0])
         if projection[0].device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {projection[0].device}")
