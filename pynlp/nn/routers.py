@@ -185,7 +185,8 @@ class TopKRouter(nn.Module):
         losses = self._losses(logits, scores, chosen, mask)
         if self.training and self.load_since_update is not None:
             own = untransformed(chosen).reshape(-1, self.num_experts).sum(0)
-            self.load_since_update = self.load_since_update + own  # torch.func refuses to change what is there
+            # torch.func refuses to change what is there, and wraps what it makes.
+            self.load_since_update = untransformed(self.load_since_update + own)
         dropped = chosen.new_zeros(())
         load, drops = chosen, self.training and self.capacity_factor is not None
         if drops:
