@@ -159,7 +159,8 @@ class TopKRouter(nn.Module):
         super()._apply(function, recurse)
         if self.expert_bias is not None:
             self.expert_bias = self.expert_bias.float()
-            self.load_since_update = function(self.load_since_update)
+            moved = function(self.load_since_update)
+            self.load_since_update = torch.zeros_like(moved) if self.load_since_update.is_meta else moved
         return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> RouterOutput:
@@ -185,6 +186,8 @@ class TopKRouter(nn.Module):
         losses = self._losses(logits, scores, chosen, mask)
         if self.training and self.load_since_update is not None:
             own = untransformed(chosen).reshape(-1, self.num_experts).sum(0)
+            if self.load_since_update.is_meta:  # the weight was loaded since
+                self.load_since_update = torch.zeros_like(own)
             # torch.func refuses to change what is there, and wraps what it makes.
             self.load_since_update = untransformed(self.load_since_update + own)
         dropped = chosen.new_zeros(())
