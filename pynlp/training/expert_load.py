@@ -44,7 +44,7 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = moe_layers(model)
+        self.layers = {name or type(model).__name__: layer for name, layer in moe_layers(model).items()}
         if not self.layers:
             raise ValueError(f"model: expected mixtures of experts in it, got none in {type(model).__name__}")
         self.steps: list[int] = []
@@ -86,7 +86,10 @@ class ExpertLoad:
         return result
 
     def write_csv(self, path: Path | str) -> None:
-        """Write a line for each step, layer and expert, to a temporary file first."""
+        """Write a line for each step, layer and expert, to a temporary file first.
+
+        Its columns are those of `rows`, which are of the whole layer, and the expert and its share of the tokens.
+        """
         path = Path(path)
         temporary = path.with_name(f"{path.stem}.part{path.suffix}")
         loads = (load for counts in self.counts for load in counts.values())
@@ -119,7 +122,9 @@ class ExpertLoad:
         os.replace(temporary, path)
 
     def shares(self, last: int = 10) -> dict[str, Tensor]:
-        """Each layer's experts' shares of all choices of the last records."""
+        """Each layer's experts' shares of all choices of the last records, one or more."""
+        if last < 1:
+            raise ValueError(f"last: expected at least 1, got {last}")
         result = {}
         for name in self.layers:
             loads = [counts[name] for counts in self.counts[-last:] if name in counts]

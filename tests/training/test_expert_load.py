@@ -68,6 +68,16 @@ def test_files(tmp_path):
     assert torch.allclose(load.shares(last=2)["0"], (load.counts[2]["0"] + load.counts[3]["0"]) / 200)
 
 
+def test_a_layer_alone_has_the_name_of_its_class():
+    layer = MoE(8, 16, 4)
+    load = ExpertLoad(layer)
+    layer(torch.randn(50, 8))
+    load.record(0)
+    assert [row["layer"] for row in load.rows()] == ["MoE"]
+    with pytest.raises(ValueError, match="last: expected at least 1, got 0"):
+        load.shares(0)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="model: expected mixtures of experts in it, got none in Decoder"):
         ExpertLoad(Decoder(TransformerConfig(vocab_size=10, embed_dim=16, layers=1, heads=2)))
