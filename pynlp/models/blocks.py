@@ -272,8 +272,9 @@ def make_feed_forward(config: TransformerConfig, number: int, **factory) -> nn.M
         return FeedForward(*sizes, activation=config.activation, dropout=config.dropout, bias=False, **factory)
     options = dict(activation=config.activation, shared_ffn_dim=config.shared_ffn_dim, **factory)
     if config.router == "hash":
-        sizes_of_table = config.num_experts, config.vocab_size
-        router = HashRouter(*sizes_of_table, top_k=config.top_k, seed=number, device=factory["device"])
+        router = HashRouter(
+            config.num_experts, config.vocab_size, top_k=config.top_k, seed=number, device=factory["device"]
+        )
         return MoE(*sizes, config.num_experts, router=router, **options)
     names = ("top_k", "router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate", "capacity_factor")
     return MoE(*sizes, config.num_experts, **{name: getattr(config, name) for name in names}, **options)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pynlp.nn.routers import RouterOutput
+from pynlp.ops.common.checks import as_matrix
 from pynlp.ops.moe.dispatch import dispatched
 
 
@@ -51,8 +52,8 @@ def experts_of_all_processes(
     Returns:
         `(.., E)`.
     """
-    tokens = x.unsqueeze(0).flatten(0, -2)
-    index = routing.top_k_index.unsqueeze(0).flatten(0, -2)
+    tokens = as_matrix(x)
+    index = as_matrix(routing.top_k_index)
     counts, _, permutation, places = dispatched(index.contiguous(), num_experts)
     rows = tokens[(permutation // max(1, index.shape[1])).long()[: int(counts.sum())]]
     # Rows are in the order of their experts, and so of the processes that have these.
@@ -67,6 +68,6 @@ def experts_of_all_processes(
     results = own_experts(there, expert[:, None], there.new_ones(len(there), 1, dtype=torch.float32))
     back = _Exchange.apply(results, received, sent, group)
     back = torch.cat((back, back.new_zeros(1, back.shape[1])))  # the row of choices without an expert
-    weights = routing.top_k_weights.unsqueeze(0).flatten(0, -2)
+    weights = as_matrix(routing.top_k_weights)
     chosen = back[places.long()] * weights[..., None]  # (tokens, top_k, E)
     return chosen.sum(1).to(x.dtype).view(x.shape)

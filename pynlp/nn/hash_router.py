@@ -87,8 +87,7 @@ class HashRouter(nn.Module):
             raise TypeError(f"token_ids: expected dtype int32 or int64, got {token_ids.dtype}: a hash is of ids")
         if mask is not None:
             token_ids = token_ids.where(mask, 0)
-        if token_ids.device.type != "meta":
-            check_range("token_ids", token_ids, 0, self.vocab_size - 1)
+        check_range("token_ids", token_ids, 0, self.vocab_size - 1)
         index = self.table[token_ids]
         if mask is not None:
             index = index.where(mask[..., None], -1)

@@ -10,7 +10,15 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynlp.ops.common.checks import as_int, at_once, check_not_negative, check_share, is_autocast_on, untransformed
+from pynlp.ops.common.checks import (
+    as_int,
+    as_matrix,
+    at_once,
+    check_not_negative,
+    check_share,
+    is_autocast_on,
+    untransformed,
+)
 from pynlp.ops.moe.dispatch import dispatched
 from pynlp.reference.common.dtypes import compute
 
@@ -229,7 +237,7 @@ class TopKRouter(nn.Module):
 
     def _within_capacity(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The experts without those that are full, and how many choices these lose."""
-        flat = index.unsqueeze(0).flatten(0, -2)  # (tokens, top_k)
+        flat = as_matrix(index)  # (tokens, top_k)
         choices = (flat >= 0).sum()
         capacity = (self.capacity_factor * choices.double() / self.num_experts - 1e-9).ceil()
         counts, offsets, _, places = dispatched(flat.T.contiguous(), self.num_experts)
@@ -313,7 +321,7 @@ class ExpertChoiceRouter(nn.Module):
         there are experts; unused ones are -1.
         """
         logits = gate_logits(without_masked(x, mask), self.weight)
-        scores = logits.softmax(-1).unsqueeze(0).flatten(0, -2)  # (tokens, experts)
+        scores = as_matrix(logits.softmax(-1))  # (tokens, experts)
         counts = scores.new_ones(len(scores), dtype=torch.bool) if mask is None else mask.reshape(-1)
         are_known = at_once(scores) and untransformed(scores) is scores
         tokens = int(counts.sum()) if mask is not None and are_known else len(scores)
@@ -384,7 +392,7 @@ def counts_of(index: Tensor, num_experts: int) -> Tensor:
 
 def mean_of_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over all tokens that count of values (.., columns); 0 of none."""
-    x = x.unsqueeze(0).flatten(0, -2)
+    x = as_matrix(x)
     if mask is None:
         return x.sum(0) / max(1, len(x))
     mask = mask.reshape(-1, 1)

@@ -28,6 +28,7 @@ if not GPU:
     interpreter.hasten()
 
 GUARD = 64  # elements
+ZONE = 0x5A  # what guards integers
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_slopes", "grad_table", "grad_sinks")
 
 
@@ -41,7 +42,7 @@ def in_a_sea_of_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 class GuardedAllocations:
-    """torch.empty and torch.zeros with guard zones; what is empty starts as NaN."""
+    """torch.empty and torch.zeros with guard zones; what is empty starts as NaN, or of integers as ZONE."""
 
     def __init__(self):
         self.zones = []
@@ -50,8 +51,9 @@ class GuardedAllocations:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = torch.Size(shape).numel()
         # Guards of NaN show a stray read too; their bits are compared.
-        flat = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=device)
-        flat[GUARD : GUARD + size] = value
+        guard = torch.nan if dtype.is_floating_point else ZONE
+        flat = torch.full((size + 2 * GUARD,), guard, dtype=dtype, device=device)
+        flat[GUARD : GUARD + size] = guard if value != value else value
         self.zones.append((flat, size))
         return flat[GUARD : GUARD + size].view(shape)
 
@@ -69,10 +71,21 @@ class GuardedAllocations:
     def check(self):
         assert self.zones
         for flat, size in self.zones:
-            bits = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16)
-            clean = torch.full((GUARD,), torch.nan, dtype=flat.dtype, device=flat.device).view(bits.dtype)
+            bits, guard = flat, ZONE
+            if flat.dtype.is_floating_point:
+                bits, guard = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16), torch.nan
+            clean = torch.full((GUARD,), guard, dtype=flat.dtype, device=flat.device).view(bits.dtype)
             for guard in (bits[:GUARD], bits[GUARD + size :]):
                 assert torch.equal(guard, clean), "a write outside an output"
+
+
+def guarded(run, *arguments):
+    """The results of a launcher whose allocations are guarded."""
+    allocations = GuardedAllocations()
+    with allocations.active():
+        results = run(*arguments)
+    allocations.check()
+    return results
 
 
 def tiles(monkeypatch, forward=(16, 32, 16), queries=(16, 16), keys=(16, 32), descriptors=False, piece=256):

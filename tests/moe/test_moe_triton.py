@@ -6,7 +6,7 @@ Not bf16 in the interpreter, which cuts off what should be rounded.
 import pytest
 import torch
 from cases.pairs import every_pair
-from cases.triton import DEVICE, GUARD, GuardedAllocations, in_a_sea_of_nan, triton
+from cases.triton import DEVICE, guarded, in_a_sea_of_nan, triton
 from pynlp.kernels.moe import dispatch, grouped, mlp
 
 from pynlp.reference.moe import dispatch as reference_dispatch
@@ -15,40 +15,7 @@ from pynlp.reference.moe import mlp as reference_mlp
 
 assert triton
 DTYPES = [torch.float32, torch.float16]
-ZONE = -99  # what guards integers
 NAMES = ("grad_x", "grad_top_k_weights", "grad_gate_up", "grad_gate_up_bias", "grad_down", "grad_down_bias")
-
-
-class Allocations(GuardedAllocations):
-    """Guarded allocations, also of integers."""
-
-    def __init__(self):
-        super().__init__()
-        self.integers = []
-
-    def _allocate(self, shape, value, dtype, device):
-        if dtype.is_floating_point:
-            return super()._allocate(shape, value, dtype, device)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        size = torch.Size(shape).numel()
-        flat = torch.full((size + 2 * GUARD,), ZONE, dtype=dtype, device=device)
-        self.integers.append((flat, size))
-        return flat[GUARD : GUARD + size].view(shape)
-
-    def check(self):
-        for flat, size in self.integers:
-            assert (flat[:GUARD] == ZONE).all() and (flat[GUARD + size :] == ZONE).all(), "a write outside"
-        if self.zones:
-            super().check()
-
-
-def guarded(run, *arguments):
-    """The results of a launcher whose allocations are guarded."""
-    allocations = Allocations()
-    with allocations.active():
-        results = run(*arguments)
-    allocations.check()
-    return results
 
 
 def among_nan(x):

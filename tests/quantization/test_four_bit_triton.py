@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.attention import errors
-from cases.triton import DEVICE, GUARD, GuardedAllocations, in_a_sea_of_nan, triton
+from cases.triton import DEVICE, GuardedAllocations, guarded, in_a_sea_of_nan, triton
 from pynlp.kernels.quantization import formats, linear
 from pynlp.kernels.quantization.codes import pair_table, pairs_of
 from triton import language as tl
@@ -17,39 +17,7 @@ from pynlp.reference.quantization import linear as reference_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")  # NumPy's, of the interpreter
 NF4, FP4, MXFP4 = range(3)
-ZONE = 0xA5  # what guards bytes
 NOT_NESTED = (None, None, None)
-
-
-class Allocations(GuardedAllocations):
-    """Guarded allocations, also of bytes."""
-
-    def _allocate(self, shape, value, dtype, device):
-        if dtype != torch.uint8:
-            return super()._allocate(shape, value, dtype, device)
-        size = torch.Size(shape).numel()
-        flat = torch.full((size + 2 * GUARD,), ZONE, dtype=dtype, device=device)
-        self.zones.append((flat, size))
-        return flat[GUARD : GUARD + size].view(shape)
-
-    def check(self):
-        zones, others = self.zones, [zone for zone in self.zones if zone[0].dtype != torch.uint8]
-        for flat, size in zones:
-            if flat.dtype == torch.uint8:
-                assert (flat[:GUARD] == ZONE).all() and (flat[GUARD + size :] == ZONE).all(), "a write outside"
-        if others:
-            self.zones = others
-            super().check()
-            self.zones = zones
-
-
-def guarded(run, *arguments):
-    """The results of a launcher whose allocations are guarded."""
-    allocations = Allocations()
-    with allocations.active():
-        results = run(*arguments)
-    allocations.check()
-    return results
 
 
 def among_nan(x):
@@ -254,13 +222,13 @@ def test_many_rows_by_a_weight_in_pieces(columns, bias, monkeypatch):
     monkeypatch.setattr(linear, "DENSE_ROWS", 20)
     monkeypatch.setattr(linear, "DENSE_BYTES", 64 * 65 * 2)
     sizes, empty = [], torch.empty
-    original = Allocations._allocate
+    original = GuardedAllocations._allocate
 
     def allocate(self, shape, *more):
         sizes.append(torch.Size(shape).numel())
         return original(self, shape, *more)
 
-    monkeypatch.setattr(Allocations, "_allocate", allocate)
+    monkeypatch.setattr(GuardedAllocations, "_allocate", allocate)
     check(NF4, 20, 150, columns, nested=True, bias=bias, dtype=torch.float16)
     assert torch.empty is empty and max(sizes) <= max(64 * 65, 20 * 150)
 

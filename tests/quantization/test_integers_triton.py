@@ -9,43 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.attention import errors
-from cases.triton import DEVICE, GUARD, GuardedAllocations, in_a_sea_of_nan
+from cases.triton import DEVICE, GuardedAllocations, guarded, in_a_sea_of_nan
 from pynlp.kernels.quantization import integer_linear, integers, linear, rounded_linear
 
 from pynlp.reference.quantization import integers as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")  # NumPy's, of the interpreter
-ZONE = 0x5A  # what guards integers
-
-
-class Allocations(GuardedAllocations):
-    """Guarded allocations, also of integers."""
-
-    def __init__(self):
-        super().__init__()
-        self.integers = []
-
-    def _allocate(self, shape, value, dtype, device):
-        if dtype.is_floating_point:
-            return super()._allocate(shape, value, dtype, device)
-        size = torch.Size(shape).numel()
-        flat = torch.full((size + 2 * GUARD,), ZONE, dtype=dtype, device=device)
-        self.integers.append(flat)
-        return flat[GUARD : GUARD + size].view(shape)
-
-    def check(self):
-        super().check()
-        for flat in self.integers:
-            assert (flat[:GUARD] == ZONE).all() and (flat[-GUARD:] == ZONE).all(), "a write outside"
-
-
-def guarded(run, *arguments):
-    """The results of a launcher whose allocations are guarded."""
-    allocations = Allocations()
-    with allocations.active():
-        results = run(*arguments)
-    allocations.check()
-    return results
 
 
 def among_nan(x):
@@ -183,13 +152,13 @@ def test_many_rows_by_a_weight_in_pieces(bits, monkeypatch):
     """A piece at a time is made in x's dtype, and no more than that."""
     monkeypatch.setattr(linear, "DENSE_ROWS", 20)
     monkeypatch.setattr(linear, "DENSE_BYTES", 40 * 65 * 2)
-    sizes, original = [], Allocations._allocate
+    sizes, original = [], GuardedAllocations._allocate
 
     def allocate(self, shape, *more):
         sizes.append(torch.Size(shape).numel())
         return original(self, shape, *more)
 
-    monkeypatch.setattr(Allocations, "_allocate", allocate)
+    monkeypatch.setattr(GuardedAllocations, "_allocate", allocate)
     check(bits, 20, 150, 65, affine=True, bias=True, dtype=torch.float16)
     assert 40 * 65 in sizes and max(sizes) <= 20 * 150
 

@@ -93,6 +93,11 @@ def rows_at_one_stride(x: Tensor) -> Tensor:
     return derive(Tensor.contiguous, x)
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """x (.., columns) as (rows, columns), without rows or columns, too."""
+    return x if x.dim() == 2 else x.unsqueeze(0).flatten(0, -2)
+
+
 def prepare_dropout(
     dropout_p: float, seed: int | Tensor | None, x: Tensor, of: str = "q"
 ) -> tuple[float, Tensor | None]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import as_fp32, check_tensor, rows_at_one_stride
+from pynlp.ops.common.checks import as_fp32, as_matrix, check_tensor, rows_at_one_stride
 from pynlp.ops.common.plans import derive
 from pynlp.ops.moe.dispatch import check_index, dispatched
 from pynlp.reference.moe.mlp import ACTIVATIONS
@@ -54,11 +54,7 @@ def check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], x: Tensor
 
 def by_token(x: Tensor) -> Tensor:
     """(.., columns) as (tokens, columns)."""
-    return x if x.dim() == 2 else derive(_flattened, x)
-
-
-def _flattened(x: Tensor) -> Tensor:
-    return x.unsqueeze(0).flatten(0, -2)
+    return x if x.dim() == 2 else derive(as_matrix, x)
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pynlp.ops.common.checks import DTYPES, as_fp32, autocast, check_tensor, rows_at_one_stride
+from pynlp.ops.common.checks import DTYPES, as_fp32, as_matrix, autocast, check_tensor, rows_at_one_stride
 from pynlp.reference.common.dtypes import compute_dtype
 
 
@@ -32,4 +32,4 @@ def prepare_linear(
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """The gradient of a bias (N,) of a result's (.., N)."""
-    return grad.unsqueeze(0).flatten(0, -2).sum(0, dtype=compute_dtype(grad))
+    return as_matrix(grad).sum(0, dtype=compute_dtype(grad))
